@@ -1,0 +1,50 @@
+"""Every mistake of a user's that hynb names: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class HynbError(Exception):
+    """A mistake that its user can mend; shown as its message alone, never as a traceback.
+
+    Args:
+        problems: one message, or several that are shown together; each names the thing, its value,
+            the rule, where it stands (file:line, key, host) and the next act.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(HynbError):
+    """A parameter, flag, YAML key or DeepSpeed setting that cannot be used."""
+
+
+class DataError(HynbError):
+    """Training data that is broken, with file:line."""
+
+
+class ModelError(HynbError):
+    """A model, tokenizer or checkpoint folder that is absent, incomplete or of another kind."""
+
+
+class RunError(HynbError):
+    """A run folder in the wrong state: live, absent, occupied, too little disk."""
+
+
+class RunFailedError(RunError):
+    """A run that ended in failure; the message carries the reason and the end of its log."""
+
+    exit_code = 1
+
+
+class MergeError(HynbError):
+    """An adapter and a base that cannot be merged, or an output that cannot be written."""
+
+
+class ClusterError(HynbError):
+    """A host, hostfile line or ssh setting that cannot be used."""
