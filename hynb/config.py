@@ -1,4 +1,4 @@
-"""Every parameter once: name, type, default, bounds, help; form, flags, YAML, docs and checks come from it."""
+"""Every parameter once: name, type, default, bounds, help; form, flags, YAML and docs are made from it."""
 
 from __future__ import annotations
 

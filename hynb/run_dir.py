@@ -1,0 +1,324 @@
+"""The run folder: every file's name, the ranks' writer and the watchers' reader."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from hynb.errors import RunError
+
+EVENT_VERSION = 1
+HEARTBEAT_SECONDS = 5.0
+# A rank on another host is taken for dead when its heartbeat is this old.
+STALE_HEARTBEAT_SECONDS = 90.0
+
+State = Literal["absent", "starting", "running", "stopping", "finished", "stopped", "failed"]
+LIVE_STATES = ("starting", "running", "stopping")
+
+
+class RunDir:
+    """Names of every file in a run's output_dir; makes nothing."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.path = Path(output_dir).expanduser().absolute()
+        self.config = self.path / "run.yaml"
+        self.ds_config = self.path / "ds_config.json"
+        self.launch = self.path / "launch.json"
+        self.launch_lock = self.path / "launch.lock"
+        self.exit = self.path / "exit.json"
+        self.manifest = self.path / "manifest.json"
+        self.events = self.path / "events.jsonl"
+        self.heartbeat = self.path / "heartbeat"
+        self.status = self.path / "status.json"
+        self.stop_request = self.path / "stop_request"
+        self.log = self.path / "log"
+        self.launcher_log = self.log / "launcher.log"
+        self.tensorboard = self.path / "tensorboard"
+        self.rejected = self.path / "rejected.jsonl"
+        self.saving = self.path / "saving"
+
+    def checkpoint(self, global_step: int) -> Path:
+        """The folder of one checkpoint, complete or absent."""
+        return self.path / f"checkpoint-{global_step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest step first."""
+        found = [item for item in self.path.glob("checkpoint-*") if re.fullmatch(r"\d+", item.name[11:])]
+        return sorted(found, key=lambda item: int(item.name[11:]))
+
+    def rank_logs(self) -> list[Path]:
+        """Output files of the ranks, in the order of their ranks; empty when the launcher made none."""
+        numbered = [(re.search(r"rank_?(\d+)", item.name), item) for item in self.log.glob("*rank*")]
+        return [item for match, item in sorted(((int(m[1]), i) for m, i in numbered if m))]
+
+    def run_files(self) -> list[Path]:
+        """What a run writes and `overwrite_output_dir` removes; nothing else in the folder is ours."""
+        single = [
+            *(self.config, self.ds_config, self.launch, self.exit, self.manifest, self.events),
+            *(self.heartbeat, self.status, self.stop_request, self.log, self.tensorboard),
+            *(self.rejected, self.saving),
+        ]
+        return [item for item in single if item.exists()] + self.checkpoints() + self.final_files()
+
+    def final_files(self) -> list[Path]:
+        """Weights and tokenizer that a finished run left at the top of the folder."""
+        manifest = read_json(self.manifest) or {}
+        return [self.path / name for name in manifest.get("final_files", []) if (self.path / name).exists()]
+
+
+@dataclass(kw_only=True, frozen=True)
+class ProcessId:
+    """A process known by host, pid and start time, so that a reused pid is not taken for it."""
+
+    host: str
+    pid: int
+    create_time: float
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """The identity of a process that runs on this host."""
+        return cls(host=socket.gethostname(), pid=pid, create_time=psutil.Process(pid).create_time())
+
+    def alive(self) -> bool | None:
+        """Whether it runs; None when it belongs to another host, where this one can't look."""
+        if self.host != socket.gethostname():
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            # The clock's resolution differs between /proc readers by at most a tick.
+            same = abs(process.create_time() - self.create_time) < 1.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunStatus:
+    """What a watcher knows of a run, derived from its files alone."""
+
+    state: State
+    global_step: int = 0
+    max_steps: int | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    updated_at: float | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether the run's processes are there."""
+        return self.state in LIVE_STATES
+
+    def __str__(self) -> str:
+        steps = f", step {self.global_step}" + (f" of {self.max_steps}" if self.max_steps else "")
+        return f"{self.state}{steps if self.global_step else ''}{': ' + self.reason if self.reason else ''}"
+
+
+class RunWriter:
+    """What rank 0 writes: manifest, events, heartbeat and status."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.dir = RunDir(output_dir)
+        self.dir.path.mkdir(parents=True, exist_ok=True)
+        self._process = ProcessId.of(os.getpid())
+        self._status: dict[str, Any] = {}
+
+    def manifest(self, content: dict[str, Any]) -> None:
+        """Replaces manifest.json."""
+        write_json(self.dir.manifest, content)
+
+    def event(self, kind: str, global_step: int, **content: Any) -> None:
+        """Appends one whole line to events.jsonl."""
+        record = {"v": EVENT_VERSION, "kind": kind, "global_step": global_step, "time": time.time()}
+        line = json.dumps(record | content, ensure_ascii=False, allow_nan=True) + "\n"
+        with self.dir.events.open("ab") as file:
+            if file.tell() and not _ends_with_newline(self.dir.events):
+                line = "\n" + line
+            file.write(line.encode())
+
+    def beat(self, global_step: int) -> None:
+        """Touches the heartbeat with the step that is being worked on."""
+        replace_text(self.dir.heartbeat, f"{global_step}\n")
+
+    def status(
+        self,
+        state: State,
+        *,
+        global_step: int | None = None,
+        max_steps: int | None = None,
+        exit_code: int | None = None,
+        reason: str = "",
+    ) -> None:
+        """Replaces status.json; what is not given stays as it was."""
+        changed = {"state": state, "exit_code": exit_code, "reason": reason, "updated_at": time.time()}
+        kept = {"global_step": global_step, "max_steps": max_steps}
+        self._status |= changed | {name: value for name, value in kept.items() if value is not None}
+        write_json(self.dir.status, self._status | {"process": vars(self._process)})
+
+
+class RunReader:
+    """What every watcher reads; writes nothing, so any number of them may look on."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.dir = RunDir(output_dir)
+        self._offset = 0
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty before the ranks have written it."""
+        return read_json(self.dir.manifest) or {}
+
+    def new_events(self) -> list[dict[str, Any]]:
+        """Events appended since the last call; a torn last line waits for its rest."""
+        try:
+            if self.dir.events.stat().st_size < self._offset:
+                self._offset = 0
+            with self.dir.events.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            self._offset = 0
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return list(_parse_events(whole))
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events in force: those that a resumed run did again are left out."""
+        return effective_events(RunReader(self.dir.path).new_events())
+
+    def status(self) -> RunStatus:
+        """The run's state, from the ranks' record, the launcher's and the processes that are there."""
+        if not self.dir.path.is_dir():
+            return RunStatus(state="absent", reason=f"there is no folder {self.dir.path}")
+        record = read_json(self.dir.status)
+        launch = read_json(self.dir.launch)
+        ended = read_json(self.dir.exit)
+        if record is None and launch is None:
+            return RunStatus(state="absent", reason=f"no run was started in {self.dir.path}")
+        record = record or {"state": "starting"}
+        known = {
+            "global_step": max(record.get("global_step") or 0, self._heartbeat_step()),
+            "max_steps": record.get("max_steps"),
+            "exit_code": record.get("exit_code"),
+            "reason": record.get("reason", ""),
+            "updated_at": record.get("updated_at"),
+        }
+        if record["state"] not in LIVE_STATES:
+            return RunStatus(state=record["state"], **known)
+        if self._processes_alive(record, launch if ended is None else None):
+            asked = self.dir.stop_request.exists() and record["state"] != "starting"
+            return RunStatus(state="stopping" if asked else record["state"], **known)
+        ended = ended or {"exit_code": None, "state": "failed", "reason": ""}
+        reason = ended.get("reason") or "its processes are gone and left no record: killed, or out of memory"
+        known |= {"exit_code": ended.get("exit_code"), "reason": reason}
+        return RunStatus(state=ended.get("state", "failed"), **known)
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The end of rank 0's output, or of the launcher's where no rank has written yet."""
+        for path in [*self.dir.rank_logs()[:1], self.dir.launcher_log]:
+            with contextlib.suppress(OSError):
+                text = path.read_bytes()[-200_000:].decode(errors="replace")
+                # A progress bar's carriage returns would show as one endless line.
+                tail = [line.rsplit("\r", 1)[-1] for line in text.splitlines()][-lines:]
+                if any(line.strip() for line in tail):
+                    return "\n".join(tail)
+        return ""
+
+    def _heartbeat_step(self) -> int:
+        try:
+            return int(self.dir.heartbeat.read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _processes_alive(self, record: dict[str, Any], launch: dict[str, Any] | None) -> bool:
+        for process in (item["process"] for item in (record, launch) if item and "process" in item):
+            alive = ProcessId(**process).alive()
+            if alive is None:
+                with contextlib.suppress(OSError):
+                    alive = time.time() - self.dir.heartbeat.stat().st_mtime < STALE_HEARTBEAT_SECONDS
+            if alive:
+                return True
+        return False
+
+
+def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events without those steps that a later resume went back behind."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["kind"] == "resume":
+            kept = [old for old in kept if old["kind"] in ("start", "resume") or _before(old, event)]
+        kept.append(event)
+    return kept
+
+
+def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool) -> list[str]:
+    """Why a new run must not start in this folder, one message a reason; empty when it may."""
+    run_dir = RunDir(output_dir)
+    if run_dir.path.exists() and not run_dir.path.is_dir():
+        return [f"output_dir = {output_dir}: is a file; name a folder"]
+    status = RunReader(run_dir.path).status()
+    if status.live:
+        return [
+            f"output_dir = {output_dir}: a run is {status}. Watch it with `hynb attach {output_dir}`, "
+            f"end it with `hynb stop {output_dir}`, or choose another output_dir"
+        ]
+    if status.state != "absent" and not overwrite and not resuming:
+        return [
+            f"output_dir = {output_dir}: holds an earlier run ({status.state}). Go on from it with "
+            "resume_from_checkpoint: last, remove it with overwrite_output_dir, or choose another output_dir"
+        ]
+    return []
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A snapshot file's content; None when it is absent.
+
+    Raises:
+        RunError: when it is no JSON, which no writer of ours leaves behind.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); remove it, or the whole run folder") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replaces a snapshot file at once: a reader sees the old content or the new."""
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a text file at once."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _before(old: dict[str, Any], resume: dict[str, Any]) -> bool:
+    return old["global_step"] <= resume["global_step"] and old["kind"] not in ("stop", "end")
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _parse_events(data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.splitlines():
+        # A writer that died in mid-line left a torn one; its successor began a new line.
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and event.get("v") == EVENT_VERSION:
+                yield event
