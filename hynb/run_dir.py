@@ -34,7 +34,6 @@ class RunDir:
         self.config = self.path / "run.yaml"
         self.ds_config = self.path / "ds_config.json"
         self.launch = self.path / "launch.json"
-        self.launch_lock = self.path / "launch.lock"
         self.exit = self.path / "exit.json"
         self.manifest = self.path / "manifest.json"
         self.events = self.path / "events.jsonl"
@@ -57,9 +56,22 @@ class RunDir:
         return sorted(found, key=lambda item: int(item.name[11:]))
 
     def rank_logs(self) -> list[Path]:
-        """Output files of the ranks, in the order of their ranks; empty when the launcher made none."""
-        numbered = [(re.search(r"rank_?(\d+)", item.name), item) for item in self.log.glob("*rank*")]
-        return [item for match, item in sorted(((int(m[1]), i) for m, i in numbered if m))]
+        """The newest output file of each rank, in the order of the ranks; empty when there is none."""
+        newest = {}
+        # The launcher begins each name with the time, so that a resumed run's file sorts last.
+        for path in sorted(self.log.glob("*_rank*.log")):
+            if match := re.search(r"_rank(\d+)\.log$", path.name):
+                newest[int(match[1])] = path
+        return [newest[rank] for rank in sorted(newest)]
+
+    def failure(self, rank: int) -> Path:
+        """What a rank that failed has to say."""
+        return self.log / f"failure_rank{rank}.json"
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Records of the ranks that failed, the first to fail first."""
+        records = [read_json(path) for path in self.log.glob("failure_rank*.json")]
+        return sorted((record for record in records if record), key=lambda record: record["time"])
 
     def run_files(self) -> list[Path]:
         """What a run writes and `overwrite_output_dir` removes; nothing else in the folder is ours."""
@@ -68,12 +80,7 @@ class RunDir:
             *(self.heartbeat, self.status, self.stop_request, self.log, self.tensorboard),
             *(self.rejected, self.saving),
         ]
-        return [item for item in single if item.exists()] + self.checkpoints() + self.final_files()
-
-    def final_files(self) -> list[Path]:
-        """Weights and tokenizer that a finished run left at the top of the folder."""
-        manifest = read_json(self.manifest) or {}
-        return [self.path / name for name in manifest.get("final_files", []) if (self.path / name).exists()]
+        return [item for item in single if item.exists()] + self.checkpoints()
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -217,8 +224,11 @@ class RunReader:
         if self._processes_alive(record, launch if ended is None else None):
             asked = self.dir.stop_request.exists() and record["state"] != "starting"
             return RunStatus(state="stopping" if asked else record["state"], **known)
-        ended = ended or {"exit_code": None, "state": "failed", "reason": ""}
+        ended = ended or {}
         reason = ended.get("reason") or "its processes are gone and left no record: killed, or out of memory"
+        if failures := self.dir.failures():
+            first = failures[0]
+            reason = f"rank {first['rank']} on {first['host']}: {first['reason']}"
         known |= {"exit_code": ended.get("exit_code"), "reason": reason}
         return RunStatus(state=ended.get("state", "failed"), **known)
 

@@ -1,0 +1,351 @@
+"""What every rank runs: `deepspeed --module hynb.train_entry run.yaml`, or with the guide's flags."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Started by path, this folder would come before every package whose name is like one of our modules.
+if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)
+
+from hynb import run_checks, zero
+from hynb.config import SCHEDULERS_WITH_MIN_LR, Config
+from hynb.config_io import Reading, read_flags, read_yaml, to_yaml
+from hynb.errors import ConfigError, HynbError
+from hynb.run_dir import RunDir, RunReader, RunWriter, read_json, replace_text, write_json
+
+# Set by `launch`, so that a rank knows the run folder was prepared for it.
+LAUNCH_VARIABLE = "HYNB_LAUNCH_ID"
+# Time that the other ranks leave rank 0 to say what is wrong before the launcher ends it.
+_GRACE_SECONDS = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the flags or the YAML file say; returns the exit code.
+
+    A mistake of the user's ends in its message and code 2, anything else in a traceback and code 1.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    # A line is there for a watcher as soon as it is printed, and a character that a log can't hold is shown.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    # The run folder, once it is this run's own: a refused run writes nothing into another's.
+    owned: list[RunDir] = []
+    try:
+        reading = _read(sys.argv[1:] if argv is None else list(argv))
+        config = reading.config("parameters")
+        if _launched(config):
+            owned.append(RunDir(config.output_dir))
+        if rank == 0:
+            _prepare_run_folder(config)
+            owned.append(RunDir(config.output_dir))
+        return _run(config, rank, reading.notes, owned)
+    except HynbError as error:
+        lines = [f"hynb: {problem}" for problem in error.problems]
+        return _report(rank, owned, str(error), lines, error.exit_code)
+    except Exception as error:
+        hint = _hint(error)
+        lines = [*traceback.format_exc().splitlines(), *([f"hynb: {hint}"] if hint else [])]
+        return _report(rank, owned, hint or f"{type(error).__name__}: {error}", lines, 1)
+
+
+def _read(argv: list[str]) -> Reading:
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    if len(words) == 1 and not words[0].startswith("--"):
+        return read_yaml(words[0])
+    if not words:
+        raise ConfigError(
+            "no parameters were given: name a YAML file (hynb.train_entry run.yaml) or flags "
+            "(--model_name_or_path … --train_data_file … --output_dir …); `hynb parameters` lists them all"
+        )
+    return read_flags(words)
+
+
+def _prepare_run_folder(config: Config) -> None:
+    """Checks everything on the disk and clears an earlier run's files, if that was asked for."""
+    launched = _launched(config)
+    run_checks.check_run(config, launched=launched)
+    if not launched:
+        run_checks.clear_run_folder(config)
+    run_dir = RunDir(config.output_dir)
+    run_dir.log.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir.config, to_yaml(config))
+
+
+def _launched(config: Config) -> bool:
+    launch = read_json(RunDir(config.output_dir).launch)
+    return launch is not None and launch["id"] == os.environ.get(LAUNCH_VARIABLE)
+
+
+def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir]) -> int:
+    notes: list[str] = []
+    writer = RunWriter(config.output_dir) if rank == 0 else None
+    if writer:
+        writer.status("starting")
+        writer.beat(0)
+
+    def say(line: str) -> None:
+        if rank == 0:
+            print(f"hynb: {line}", flush=True)
+            notes.append(line)
+
+    for line in early_notes:
+        say(line)
+    _set_up_process()
+    import torch
+    from transformers import set_seed
+
+    _init_distributed(torch.cuda.is_available())
+    owned.append(RunDir(config.output_dir))
+    world_size = int(os.environ["WORLD_SIZE"])
+    ds_config = zero.load(config.deepspeed)
+    args = _training_arguments(config, ds_config, say)
+    if rank == 0:
+        write_json(RunDir(config.output_dir).ds_config, ds_config)
+
+    from hynb import data, train_model
+    from hynb.train_loop import RunCallback, RunTrainer, check_disk, memory_bytes
+
+    set_seed(config.seed)
+    resume = run_checks.resume_checkpoint(config)
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    shape = {"world_size": world_size, "zero_stage": stage, "use_lora": config.use_lora}
+    if resume:
+        problems = run_checks.check_same_shape(resume, **shape)
+        if problems:
+            raise ConfigError(problems)
+    base = train_model.find_base(config)
+    tokenizer, tokenizer_folder = train_model.load_tokenizer(config, base)
+    dataset = data.ChatDataset(config.train_data_file, tokenizer, config.max_seq_length)
+    say(f"{len(dataset)} training samples from {config.train_data_file}")
+    model = train_model.load_model(config, base, tokenizer, say)
+    model.config.use_cache = False
+    if config.make_moe_param_leaf_module:
+        train_model.mark_moe_leaves(model)
+    if config.use_lora:
+        # A frozen embedding's output needs a gradient, or checkpointed layers would have none to pass back.
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        model = train_model.add_adapter(model, config, base)
+    elif config.train_attention_params_only:
+        train_model.freeze_all_but_attention(model)
+    micro_batches = config.gradient_accumulation_steps * world_size
+    shape["global_batch_size"] = config.per_device_train_batch_size * micro_batches
+    weight_bytes = train_model.training_dtype(config).itemsize
+    counts = train_model.describe(model)
+    say(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
+    if rank == 0:
+        check_disk(Path(config.output_dir), model, is_lora=config.use_lora, weight_bytes=weight_bytes)
+        writer.manifest(_manifest(config, ds_config, base, counts, shape, notes))
+    callback = RunCallback(run_dir=RunDir(config.output_dir), writer=writer, model=model)
+    trainer = RunTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=data.Collator(pad_token_id=_pad_token_id(tokenizer)),
+        callbacks=[callback],
+        base=base,
+        tokenizer_folder=tokenizer_folder,
+        record=shape
+        | {"global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size},
+        keep_checkpoints=config.save_total_limit,
+        writer=writer,
+    )
+    if writer:
+        first = _resumed_step(resume)
+        writer.event("resume" if resume else "start", first, world_size=world_size)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    _finish(trainer, callback.stopped, writer)
+    say(f"peak memory of rank 0: {memory_bytes() / 1e9:.2f} GB")
+    return 0
+
+
+def _finish(trainer: Any, stopped: bool, writer: RunWriter | None) -> None:
+    """Saves what is not saved yet and writes the mark of success as the last act of training."""
+    step = trainer.state.global_step
+    target = trainer.run_dir.checkpoint(step)
+    if not target.exists():
+        # With save_strategy `no`, and at the end of a run whose steps don't meet save_steps.
+        trainer.args.save_only_model = trainer.args.save_strategy == "no"
+        trainer._save_checkpoint(trainer.model, None)
+    if writer:
+        state = "stopped" if stopped else "finished"
+        reason = f"stopped on request after a checkpoint: {target.name}" if stopped else ""
+        writer.event("end", step, state=state)
+        writer.beat(step)
+        writer.status(state, global_step=step, max_steps=trainer.state.max_steps, exit_code=0, reason=reason)
+
+
+def _set_up_process() -> None:
+    """Environment that must stand before torch and deepspeed are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Nothing is fetched from a hub: every model here is a local folder.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(run_checks.free_port())}
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def _init_distributed(on_gpu: bool) -> None:
+    import deepspeed
+    import torch
+
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed()
+        return
+    # Compiling this op takes half a minute, and a run killed meanwhile leaves a lock; training needs it not.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _training_arguments(config: Config, ds_config: dict[str, Any], say: Any) -> Any:
+    """transformers' TrainingArguments of a Config.
+
+    Raises:
+        ConfigError: a further TrainingArguments value that its own class refuses.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    ours = {
+        "output_dir": config.output_dir,
+        "deepspeed": ds_config,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "activation_checkpointing": config.gradient_checkpointing,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "lr_scheduler_kwargs": scheduler_options(config, say),
+        # Below 1 transformers takes it for a share of the steps.
+        "warmup_steps": config.warmup_ratio,
+        "max_steps": config.max_steps or -1,
+        "num_train_epochs": config.num_train_epochs,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "bf16": config.bf16,
+        "fp16": config.fp16,
+        "logging_steps": config.logging_steps,
+        "save_strategy": config.save_strategy,
+        "save_steps": config.save_steps,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": ["tensorboard"],
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(RunDir(config.output_dir).tensorboard)
+    try:
+        return TrainingArguments(**(ours | config.training_args))
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in config.training_args.items())
+        raise ConfigError(
+            f"TrainingArguments: {error} (given beside hynb's own: {given or 'none'})"
+        ) from error
+
+
+def scheduler_options(config: Config, say: Any) -> dict[str, float]:
+    """What the chosen scheduler takes: the absolute min_lr becomes a share of the highest rate."""
+    if config.lr_scheduler_type not in SCHEDULERS_WITH_MIN_LR:
+        if config.min_lr is not None:
+            say(f"min_lr is not used: lr_scheduler_type {config.lr_scheduler_type} has no lowest rate")
+        return {}
+    if config.min_lr is None:
+        say(f"min_lr: {config.learning_rate / 10:g}, a tenth of learning_rate, because none was given")
+        return {"min_lr_rate": 0.1}
+    return {"min_lr_rate": config.min_lr / config.learning_rate}
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    # Padding is masked and unlabelled, so that any token serves where a tokenizer names none.
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
+def _resumed_step(resume: Path | None) -> int:
+    return int((read_json(resume / "trainer_state.json") or {}).get("global_step", 0)) if resume else 0
+
+
+def _manifest(
+    config: Config,
+    ds_config: dict[str, Any],
+    base: Path | None,
+    counts: dict[str, int],
+    shape: dict[str, Any],
+    notes: list[str],
+) -> dict[str, Any]:
+    from hynb import data
+
+    packages = ("hynb", "torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors")
+    return {
+        "v": 1,
+        "config": config.values() | {"training_args": config.training_args},
+        "ds_config": ds_config,
+        "argv": sys.argv,
+        "hosts": [socket.gethostname()],
+        "started_at": time.time(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "base": run_checks.base_identity(base) if base else None,
+        "data_hash": data.data_hash(config.train_data_file),
+        "notes": notes,
+        **counts,
+        **shape,
+    }
+
+
+def _report(rank: int, owned: list[RunDir], reason: str, lines: list[str], code: int) -> int:
+    """Says what is wrong, once for all ranks where all found the same, and records it in the run folder."""
+    if rank != 0 and code == 2:
+        time.sleep(_GRACE_SECONDS)
+        return code
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    if owned:
+        record = {"rank": rank, "host": socket.gethostname(), "time": time.time()}
+        owned[-1].log.mkdir(parents=True, exist_ok=True)
+        write_json(owned[-1].failure(rank), record | {"reason": reason, "exit_code": code})
+        if rank == 0:
+            before = RunReader(owned[-1].path).status()
+            known = {"global_step": before.global_step, "max_steps": before.max_steps}
+            RunWriter(owned[-1].path).status("failed", exit_code=code, reason=reason, **known)
+    return code
+
+
+def _hint(error: Exception) -> str:
+    name = type(error).__name__
+    if "OutOfMemory" in name or "out of memory" in str(error).lower():
+        order = ", ".join(zero.PRESETS)
+        return (
+            "the GPU's memory is not enough. In this order: per_device_train_batch_size: 1, "
+            f"gradient_checkpointing: true, the next preset of {order}, a smaller max_seq_length, more GPUs"
+        )
+    if isinstance(error, OSError) and error.errno == 28:
+        return f"{error.filename or 'output_dir'}: the disk is full. Free some space, then resume"
+    return ""
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Libraries' threads were seen to abort the interpreter after training had ended well.
+    os._exit(code)

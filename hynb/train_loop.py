@@ -1,0 +1,225 @@
+"""transformers' Trainer with what hynb adds: whole checkpoints, events, a stop file, a check of adapters."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hynb.errors import ModelError, RunError
+from hynb.run_checks import CHECKPOINT_RECORD
+from hynb.run_dir import HEARTBEAT_SECONDS, RunDir, RunWriter, write_json
+from hynb.train_model import carry_over, describe, write_base_identity
+
+
+class RunTrainer(Trainer):
+    """A Trainer that writes the run folder.
+
+    Args:
+        base: folder of the base model; None for a random one.
+        tokenizer_folder: whose files travel into full checkpoints.
+        record: what a resume must find unchanged, written beside each checkpoint.
+        keep_checkpoints: how many of the newest stay; None for all.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: Path | None,
+        tokenizer_folder: Path,
+        record: dict[str, Any],
+        keep_checkpoints: int | None,
+        writer: RunWriter | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.run_dir = RunDir(self.args.output_dir)
+        self.run_writer = writer
+        self.is_lora = hasattr(self.model, "peft_config")
+        self._base = base
+        self._tokenizer_folder = tokenizer_folder
+        self._record = record
+        self._keep_checkpoints = keep_checkpoints
+        self._saving = False
+        self._tokens = 0
+        self._tokens_total = 0
+        self._last_log_time = time.monotonic()
+        self._last_log_step = 0
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        """One micro batch; counts the tokens that are no padding."""
+        mask = inputs.get("attention_mask")
+        self._tokens += mask.sum() if mask is not None else inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Writes a log step to events.jsonl too, with tokens, speed and memory over all ranks."""
+        if "loss" in logs:
+            tokens = self.accelerator.reduce(torch.as_tensor(self._tokens, device=self.args.device).long())
+            self._tokens = 0
+            self._tokens_total += int(tokens)
+            now = time.monotonic()
+            steps = max(1, self.state.global_step - self._last_log_step)
+            seconds = now - self._last_log_time
+            self._last_log_time, self._last_log_step = now, self.state.global_step
+            logs["tokens"] = self._tokens_total
+            logs["tokens_per_second"] = round(int(tokens) / seconds, 2)
+            logs["step_seconds"] = round(seconds / steps, 4)
+            logs["memory_bytes"] = memory_bytes()
+            if self.run_writer:
+                self.run_writer.event("log", self.state.global_step, epoch=self.state.epoch, **logs)
+                self.run_writer.status(
+                    "running", global_step=self.state.global_step, max_steps=self.state.max_steps
+                )
+        elif self.run_writer and any(name.startswith("eval_") for name in logs):
+            self.run_writer.event("eval", self.state.global_step, epoch=self.state.epoch, **logs)
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # A checkpoint is written under another name and renamed when whole.
+        return str(self.run_dir.saving) if self._saving else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        started = time.monotonic()
+        target = self.run_dir.checkpoint(self.state.global_step)
+        self._saving = True
+        # The Trainer's own rotation would look into the folder of unfinished checkpoints.
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise RunError(f"{target}: the checkpoint cannot be written: {error}") from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finished = self.run_dir.saving / target.name
+            write_json(finished / CHECKPOINT_RECORD, self._record)
+            shutil.rmtree(target, ignore_errors=True)
+            finished.replace(target)
+            self.run_dir.saving.rmdir()
+            if self._keep_checkpoints:
+                for old in self.run_dir.checkpoints()[: -self._keep_checkpoints]:
+                    shutil.rmtree(old)
+        if self.run_writer:
+            seconds = round(time.monotonic() - started, 2)
+            self.run_writer.event("save", self.state.global_step, path=target.name, seconds=seconds)
+        self.accelerator.wait_for_everyone()
+        # The time of a save is no training time.
+        self._last_log_time += time.monotonic() - started
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            # A pickle of this process's arguments: run.yaml and the manifest say the same in the open.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            if self.is_lora:
+                write_base_identity(self._base, folder)
+            else:
+                carry_over(self._base, self._tokenizer_folder, folder)
+
+
+class RunCallback(TrainerCallback):
+    """Follows a run: heartbeat, stop file, and whether each adapter weight got a gradient in step 1."""
+
+    def __init__(self, *, run_dir: RunDir, writer: RunWriter | None, model: torch.nn.Module) -> None:
+        self.stopped = False
+        self._run_dir = run_dir
+        self._writer = writer
+        self._model = model
+        self._global_step = 0
+        self._ended = threading.Event()
+        self._awaited: set[str] = set()
+        self._hooks: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Starts the heartbeat and the watch over the adapter's gradients."""
+        self._global_step = state.global_step
+        if self._writer:
+            self._writer.status("running", global_step=state.global_step, max_steps=state.max_steps)
+            threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        for name, weight in self._model.named_parameters():
+            if weight.requires_grad and "lora_" in name:
+                self._awaited.add(name)
+                self._hooks.append(weight.register_hook(lambda _, name=name: self._awaited.discard(name)))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Looks for a stop request on rank 0 and lets all ranks follow it at the same step."""
+        self._check_adapter_gradients()
+        self._global_step = state.global_step
+        asked = torch.tensor(float(args.process_index == 0 and self._run_dir.stop_request.exists()))
+        if args.world_size > 1:
+            asked = asked.to(args.device)
+            torch.distributed.all_reduce(asked)
+        if asked.item() and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = args.save_strategy != "no"
+            control.should_training_stop = True
+            if self._writer:
+                self._writer.event("stop", state.global_step)
+                self._writer.status("stopping", global_step=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ends the heartbeat."""
+        self._ended.set()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            self._writer.beat(self._global_step)
+
+    def _check_adapter_gradients(self) -> None:
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._awaited:
+            names = sorted(self._awaited)
+            raise ModelError(
+                f"{len(names)} adapter weights got no gradient in the first step, so they would never be "
+                f"trained: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}. "
+                "Leave their modules out of lora_target_modules"
+            )
+
+
+def memory_bytes() -> int:
+    """Most memory that this rank's GPU held so far, or what the process holds now on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def check_disk(output_dir: Path, model: torch.nn.Module, *, is_lora: bool, weight_bytes: int) -> None:
+    """Looks whether one checkpoint fits on the disk.
+
+    Args:
+        weight_bytes: bytes of one saved weight.
+
+    Raises:
+        RunError: with the bytes needed and free.
+    """
+    counts = describe(model)
+    saved = counts["trainable_parameters"] if is_lora else counts["parameters"]
+    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054).
+    needed = saved * weight_bytes + counts["trainable_parameters"] * 12
+    # DeepSpeed's own checkpoint holds the module's weights a second time.
+    needed += saved * weight_bytes
+    free = shutil.disk_usage(output_dir).free
+    if needed > free:
+        raise RunError(
+            f"output_dir = {output_dir}: a checkpoint takes about {needed / 1e9:.3g} GB and the disk has "
+            f"{free / 1e9:.3g} GB free. Free some, or choose another output_dir"
+        )
