@@ -198,7 +198,7 @@ class Config:
     hidden_size: int = _parameter(2048, "model_size", "Width of the model.", minimum=8)
     intermediate_size: int = _parameter(8192, "model_size", "Width of an expert.", minimum=8)
     num_layers: int = _parameter(24, "model_size", "Decoder layers.", minimum=1)
-    num_attention_heads: int = _parameter(16, "model_size", "Query heads.", minimum=1)
+    num_attention_heads: int = _parameter(16, "model_size", "Query heads of a layer.", minimum=1)
     num_key_value_heads: int | None = _parameter(
         None, "model_size", "Key and value heads; automatic: as many as query heads.", minimum=1
     )
