@@ -108,7 +108,7 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     _init_distributed(torch.cuda.is_available())
     owned.append(RunDir(config.output_dir))
     world_size = int(os.environ["WORLD_SIZE"])
-    ds_config = zero.load(config.deepspeed)
+    ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=not torch.cuda.is_available())
     args = _training_arguments(config, ds_config, say)
     if rank == 0:
         write_json(RunDir(config.output_dir).ds_config, ds_config)
