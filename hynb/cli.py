@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from hynb.config import GROUPS, Config, parameters
 from hynb.errors import HynbError, RunFailedError
+from hynb.run_dir import progress_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,19 +188,6 @@ def _follow(run: Any) -> int:
         raise RunFailedError(f"{run.output_dir}: {status}\nThe end of its log:\n{run.reader.log_tail()}")
     run.wait()
     return 0
-
-
-def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
-    """One log event as a line for a terminal."""
-    step = f"step {event['global_step']}" + (f"/{max_steps}" if max_steps else "")
-    parts = [f"loss {event['loss']:.4f}", f"lr {event['learning_rate']:.3g}"]
-    if event.get("grad_norm") is not None:
-        parts.append(f"grad norm {event['grad_norm']:.3g}")
-    parts.append(f"{event['tokens_per_second']:.0f} tokens/s")
-    if max_steps:
-        left = event["step_seconds"] * (max_steps - event["global_step"])
-        parts.append("left " + time.strftime("%H:%M:%S", time.gmtime(left)))
-    return f"{step}  " + "  ".join(parts)
 
 
 def parameter_tables() -> str:

@@ -19,6 +19,10 @@ class HynbError(Exception):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [f"{type(self).__name__}: {problem}" for problem in self.problems]
+
 
 class ConfigError(HynbError):
     """A parameter, flag, YAML key or DeepSpeed setting that cannot be used."""

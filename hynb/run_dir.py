@@ -270,6 +270,19 @@ def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
+    """One log event as a line for a terminal."""
+    step = f"step {event['global_step']}" + (f"/{max_steps}" if max_steps else "")
+    parts = [f"loss {event['loss']:.4f}", f"lr {event['learning_rate']:.3g}"]
+    if event.get("grad_norm") is not None:
+        parts.append(f"grad norm {event['grad_norm']:.3g}")
+    parts.append(f"{event['tokens_per_second']:.0f} tokens/s")
+    if max_steps:
+        left = event["step_seconds"] * (max_steps - event["global_step"])
+        parts.append("left " + time.strftime("%H:%M:%S", time.gmtime(left)))
+    return f"{step}  " + "  ".join(parts)
+
+
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool) -> list[str]:
     """Why a new run must not start in this folder, one message a reason; empty when it may."""
     run_dir = RunDir(output_dir)
