@@ -131,7 +131,9 @@ def read_yaml(path: str | Path) -> Reading:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file; write one with: hynb parameters --yaml > {path}") from None
+        raise ConfigError(
+            f"{path}: there is no such file; write one with: hynb parameters --yaml > {path}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:

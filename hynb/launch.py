@@ -120,9 +120,7 @@ class Run:
         launcher = self._launcher()
         launch = read_json(self.dir.launch)
         if launch is None or launcher is None:
-            raise RunError(
-                f"{self.output_dir}: was not started by hynb launch; end it where it was started"
-            )
+            raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
         live = self.status().live
         if launcher.alive():
             os.killpg(launcher.pid, signal.SIGKILL)

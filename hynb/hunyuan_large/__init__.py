@@ -1,6 +1,6 @@
 """Hunyuan-Large for transformers 5: importing this registers model_type `hunyuan` with the Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -13,8 +13,10 @@ from hynb.hunyuan_large.modeling import (
     HunYuanLargeModel,
     HunYuanLargeMoE,
 )
+from hynb.hunyuan_large.tokenization import HYTokenizer
 
 __all__ = [
+    "HYTokenizer",
     "HunYuanLargeConfig",
     "HunYuanLargeDecoderLayer",
     "HunYuanLargeForCausalLM",
@@ -24,6 +26,7 @@ __all__ = [
 
 AutoConfig.register("hunyuan", HunYuanLargeConfig, exist_ok=True)
 AutoModelForCausalLM.register(HunYuanLargeConfig, HunYuanLargeForCausalLM, exist_ok=True)
+AutoTokenizer.register(HunYuanLargeConfig, tokenizer_class=HYTokenizer, exist_ok=True)
 register_checkpoint_conversion_mapping(
     "hunyuan", get_checkpoint_conversion_mapping("hunyuan_v1_moe"), overwrite=True
 )

@@ -1,0 +1,119 @@
+"""Hunyuan-Large's tokenizer as a fast one, made from `hy.tiktoken` once and cached."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# Single digits, as in the original's split; the other parts are those of most tiktoken vocabularies.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"),
+    *(f"<|extra_{number}|>" for number in range(204)),
+)
+# A change of this file's conversion must not meet an older one's cache.
+_CACHE_VERSION = "1"
+
+
+class HYTokenizer(PreTrainedTokenizerFast):
+    """The tokenizer of a folder with `hy.tiktoken`, or with the `tokenizer.json` that saving it wrote.
+
+    `<|endoftext|>` is its eos_token, as in the original, though a chat turn ends with `<|eos|>`.
+    """
+
+    vocab_files_names = {"vocab_file": "hy.tiktoken", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(
+        self, vocab_file: str | None = None, tokenizer_file: str | None = None, **kwargs: Any
+    ) -> None:
+        if tokenizer_file is None and kwargs.get("tokenizer_object") is None and vocab_file is not None:
+            kwargs["tokenizer_object"] = convert(Path(vocab_file))
+        for name, token in (
+            ("bos_token", "<|startoftext|>"),
+            ("eos_token", "<|endoftext|>"),
+            ("pad_token", "<|pad|>"),
+        ):
+            if kwargs.get(name) is None:
+                kwargs[name] = token
+        super().__init__(tokenizer_file=tokenizer_file, **kwargs)
+
+
+def convert(vocab_file: Path) -> Tokenizer:
+    """A tiktoken vocabulary as a fast tokenizer; the second call for the same file reads a cache.
+
+    Args:
+        vocab_file: a line for each token: its bytes in base64, and its rank.
+    """
+    content = vocab_file.read_bytes()
+    name = hashlib.sha256(content + _CACHE_VERSION.encode()).hexdigest()[:32]
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "hynb"
+        / "tokenizers"
+        / f"{name}.json"
+    )
+    if cache.is_file():
+        return Tokenizer.from_file(str(cache))
+    tokenizer = _convert(content)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        beside = cache.with_suffix(f".{os.getpid()}")
+        tokenizer.save(str(beside), pretty=False)
+        beside.replace(cache)
+    except OSError:
+        # Without a place for the cache the next load converts again, and nothing else changes.
+        pass
+    return tokenizer
+
+
+def _convert(content: bytes) -> Tokenizer:
+    ranks = {
+        base64.b64decode(token): int(rank)
+        for token, rank in (line.split() for line in content.splitlines() if line.strip())
+    }
+    letters = bytes_to_unicode()
+
+    def as_text(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token, rank in ranks.items():
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [
+            (ranks[left], ranks[right], left, right)
+            for left, right in halves
+            if left in ranks and right in ranks
+        ]
+        # tiktoken merges whatever pair makes the token, the pair of lowest ranks first.
+        merges += [(rank, as_text(left), as_text(right)) for _, _, left, right in sorted(known)]
+    merges.sort(key=lambda merge: merge[0])
+    vocabulary = {as_text(token): rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary, [(left, right) for _, left, right in merges], fuse_unk=False, ignore_merges=True
+        )
+    )
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    )
+    return tokenizer
