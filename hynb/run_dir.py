@@ -45,6 +45,7 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.rejected = self.path / "rejected.jsonl"
         self.saving = self.path / "saving"
+        self.random_base = self.path / "random_base"
 
     def checkpoint(self, global_step: int) -> Path:
         """The folder of one checkpoint, complete or absent."""
@@ -78,7 +79,7 @@ class RunDir:
         single = [
             *(self.config, self.ds_config, self.launch, self.exit, self.manifest, self.events),
             *(self.heartbeat, self.status, self.stop_request, self.log, self.tensorboard),
-            *(self.rejected, self.saving),
+            *(self.rejected, self.saving, self.random_base),
         ]
         return [item for item in single if item.exists()] + self.checkpoints()
 

@@ -102,21 +102,21 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     for line in early_notes:
         say(line)
     _set_up_process()
+    if rank == 0:
+        # Before the ranks meet: a mistake in the data shows in seconds, and no GPU is held meanwhile.
+        _check_data(config)
     import torch
     from transformers import set_seed
 
     _init_distributed(torch.cuda.is_available())
     owned.append(RunDir(config.output_dir))
     world_size = int(os.environ["WORLD_SIZE"])
-    ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=not torch.cuda.is_available())
-    args = _training_arguments(config, ds_config, say)
-    if rank == 0:
-        write_json(RunDir(config.output_dir).ds_config, ds_config)
-
     from hynb import data, train_model
     from hynb.train_loop import RunCallback, RunTrainer, check_disk, memory_bytes
 
-    set_seed(config.seed)
+    ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=not torch.cuda.is_available())
+    if rank == 0:
+        write_json(RunDir(config.output_dir).ds_config, ds_config)
     resume = run_checks.resume_checkpoint(config)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     shape = {"world_size": world_size, "zero_stage": stage, "use_lora": config.use_lora}
@@ -128,6 +128,16 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     tokenizer, tokenizer_folder = train_model.load_tokenizer(config, base)
     dataset = data.ChatDataset(config.train_data_file, tokenizer, config.max_seq_length)
     say(f"{len(dataset)} training samples from {config.train_data_file}")
+    set_seed(config.seed)
+    if base is None and config.use_lora:
+        # An adapter is worth nothing without its base, and a random one exists nowhere else. Made before the
+        # TrainingArguments, under which ZeRO-3 would shard it.
+        base = RunDir(config.output_dir).random_base
+        if rank == 0:
+            train_model.write_random_base(config, tokenizer, tokenizer_folder, base, say)
+        torch.distributed.barrier()
+    args = _training_arguments(config, ds_config, say)
+    set_seed(config.seed)
     model = train_model.load_model(config, base, tokenizer, say)
     model.config.use_cache = False
     if config.make_moe_param_leaf_module:
@@ -156,8 +166,7 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
         callbacks=[callback],
         base=base,
         tokenizer_folder=tokenizer_folder,
-        record=shape
-        | {"global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size},
+        record=shape | {"global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size},
         keep_checkpoints=config.save_total_limit,
         writer=writer,
     )
@@ -168,6 +177,13 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     _finish(trainer, callback.stopped, writer)
     say(f"peak memory of rank 0: {memory_bytes() / 1e9:.2f} GB")
     return 0
+
+
+def _check_data(config: Config) -> None:
+    from hynb import data, train_model
+
+    tokenizer, _ = train_model.load_tokenizer(config, train_model.find_base(config))
+    data.check_lines(config.train_data_file, tokenizer, config.max_seq_length)
 
 
 def _finish(trainer: Any, stopped: bool, writer: RunWriter | None) -> None:
@@ -258,9 +274,7 @@ def _training_arguments(config: Config, ds_config: dict[str, Any], say: Any) -> 
         return TrainingArguments(**(ours | config.training_args))
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value}" for name, value in config.training_args.items())
-        raise ConfigError(
-            f"TrainingArguments: {error} (given beside hynb's own: {given or 'none'})"
-        ) from error
+        raise ConfigError(f"TrainingArguments: {error} (given beside hynb's own: {given or 'none'})") from error
 
 
 def scheduler_options(config: Config, say: Any) -> dict[str, float]:

@@ -89,9 +89,7 @@ def load_tokenizer(config: Config, base: Path | None) -> tuple[PreTrainedTokeniz
     return tokenizer, folder
 
 
-def load_model(
-    config: Config, base: Path | None, tokenizer: PreTrainedTokenizerBase, say: Say
-) -> PreTrainedModel:
+def load_model(config: Config, base: Path | None, tokenizer: PreTrainedTokenizerBase, say: Say) -> PreTrainedModel:
     """The model that a run begins with: the base's weights, or random ones of the given sizes.
 
     Under ZeRO-3 the weights come sharded, because TrainingArguments were made before.
@@ -124,6 +122,20 @@ def load_model(
     return model
 
 
+def write_random_base(
+    config: Config, tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, folder: Path, say: Say
+) -> None:
+    """Saves a random model of the given sizes as a base folder, for an adapter to be trained and merged with."""
+    options = {"dtype": training_dtype(config), "attn_implementation": "sdpa"}
+    beside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    _random_model(config, tokenizer, options, say).save_pretrained(beside)
+    carry_over(None, tokenizer_folder, beside)
+    beside.replace(folder)
+    say(f"the random base model of this adapter is kept in {folder}")
+
+
 def training_dtype(config: Config) -> torch.dtype:
     """The dtype of the weights in training."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
@@ -152,9 +164,7 @@ def add_adapter(model: PreTrainedModel, config: Config, base: Path | None) -> Pr
     unknown = [name for name in config.lora_target_modules if name.rpartition(".")[2] not in names]
     if unknown:
         linear = {
-            name.rpartition(".")[2]
-            for name, item in model.named_modules()
-            if isinstance(item, torch.nn.Linear)
+            name.rpartition(".")[2] for name, item in model.named_modules() if isinstance(item, torch.nn.Linear)
         }
         raise ModelError(
             f"lora_target_modules = {','.join(config.lora_target_modules)}: the model has no "

@@ -1,0 +1,263 @@
+"""What a merge will change: each adapter key matched to a tensor of the base, or refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from hynb import shards
+from hynb.errors import MergeError
+from hynb.run_checks import BASE_IDENTITY, base_identity
+from hynb.run_dir import read_json
+from hynb.shards import Shard, TensorEntry
+
+_PREFIX = "base_model.model."
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$"
+)
+_PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+# Settings of an adapter that change the arithmetic in a way that is not done here.
+_UNKNOWN_SETTINGS = {
+    "target_parameters": "LoRA on parameters",
+    "lora_bias": "a bias on lora_B",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "trainable_token_indices": "trained single tokens",
+}
+
+
+@dataclass(kw_only=True, frozen=True)
+class Change:
+    """One adapter's part in one tensor.
+
+    factor: alpha / rank (or / sqrt(rank)) times the adapter's weight.
+    replacement: a whole new tensor instead (modules_to_save, bias).
+    """
+
+    adapter: Path
+    factor: float = 0.0
+    down: str | None = None
+    up: str | None = None
+    magnitude: str | None = None
+    embedding: bool = False
+    transposed: bool = False
+    replacement: str | None = None
+
+
+@dataclass(kw_only=True)
+class MergePlan:
+    """Everything that a merge needs to know before it writes."""
+
+    base: Path
+    shards: list[Shard]
+    changes: dict[str, list[Change]]
+    base_identity: dict[str, Any]
+    adapter_identities: list[dict[str, Any]]
+    extra_files: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether a broken-off merge had the same inputs."""
+        inputs = {"base": self.base_identity, "adapters": self.adapter_identities}
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | None = None) -> MergePlan:
+    """Matches every key of every adapter to a tensor of the base.
+
+    Raises:
+        MergeError: all that cannot be merged, by name.
+        ModelError: a base folder that is incomplete or corrupt.
+    """
+    weights = list(weights or [1.0] * len(adapters))
+    if len(weights) != len(adapters):
+        raise MergeError(f"adapter_weights: {len(weights)} factors for {len(adapters)} adapters; give one for each")
+    model_config = _base_config(base)
+    found = shards.model_shards(base)
+    tensors = {entry.name: entry for entry in shards.entries(found)}
+    changes: dict[str, list[Change]] = {}
+    problems: list[str] = []
+    identity = base_identity(base)
+    identities = []
+    for folder, weight in zip(adapters, weights, strict=True):
+        folder = folder.expanduser().absolute()
+        weights_file, settings = _open_adapter(folder)
+        problems += _unmergeable(folder, settings, identity)
+        problems += _match(weights_file, settings, weight, tensors, changes, model_config)
+        digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
+        size_bytes = weights_file.stat().st_size
+        identities.append({"path": str(folder), "sha256": digest, "bytes": size_bytes, "weight": weight})
+    if problems:
+        raise MergeError(problems)
+    return MergePlan(base=base, shards=found, changes=changes, base_identity=identity, adapter_identities=identities)
+
+
+def changed_tensor(tensor: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
+    """A tensor with its changes applied one after the other.
+
+    Args:
+        tensor: float32, as it is in the base; not written to.
+    """
+    for change in changes:
+        with safe_open(_weights_of(change.adapter), framework="pt") as adapter:
+
+            def part(name: str, adapter: Any = adapter) -> torch.Tensor:
+                return adapter.get_tensor(name).float()
+
+            if change.replacement:
+                tensor = part(change.replacement)
+                continue
+            delta = (part(change.up) @ part(change.down)).mul_(change.factor)
+            if change.embedding or change.transposed:
+                delta = delta.T
+            tensor = tensor + delta
+            if change.magnitude:
+                axis = 0 if change.transposed else 1
+                norm = torch.linalg.norm(tensor, dim=axis, keepdim=True)
+                tensor = tensor * (part(change.magnitude).view_as(norm) / norm)
+    return tensor
+
+
+def _base_config(base: Path) -> dict[str, Any]:
+    if not base.is_dir():
+        raise MergeError(f"base_model_path = {base}: there is no such folder")
+    model_config = read_json(base / "config.json")
+    if model_config is None:
+        raise MergeError(f"base_model_path = {base}: has no config.json, so it is no model folder")
+    if "quantization_config" in model_config:
+        raise MergeError(f"base_model_path = {base}: is quantised; merge into the bf16 or fp16 original")
+    return model_config
+
+
+def _weights_of(folder: Path) -> Path:
+    return folder / "adapter_model.safetensors"
+
+
+def _open_adapter(folder: Path) -> tuple[Path, dict[str, Any]]:
+    settings = read_json(folder / "adapter_config.json") if folder.is_dir() else None
+    if settings is None:
+        inside = sorted(folder.glob("checkpoint-*")) if folder.is_dir() else []
+        hint = f"; a run's adapter is in its checkpoint, such as {inside[-1]}" if inside else ""
+        raise MergeError(f"adapter_model_path = {folder}: is no adapter folder (no adapter_config.json){hint}")
+    if not _weights_of(folder).is_file():
+        raise MergeError(f"{folder}: has no adapter_model.safetensors; save the adapter as safetensors first")
+    shards.read_shard(_weights_of(folder))
+    return _weights_of(folder), settings
+
+
+def _unmergeable(folder: Path, settings: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    problems = []
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        return [f"{folder}: is an adapter of type {kind}; hynb merges LORA (with DoRA and rsLoRA)"]
+    for name, words in _UNKNOWN_SETTINGS.items():
+        if settings.get(name):
+            problems.append(f"{folder}: adapter_config.json has {name} = {settings[name]}: {words} can't be merged")
+    recorded = read_json(folder / BASE_IDENTITY)
+    if recorded and recorded["hash"] != identity["hash"]:
+        problems.append(
+            f"{folder}: belongs to another base: it was trained on {recorded['path']}, and {identity['path']} "
+            "has another config or other weights"
+        )
+    return problems
+
+
+def _match(
+    weights_file: Path,
+    settings: dict[str, Any],
+    weight: float,
+    tensors: dict[str, TensorEntry],
+    changes: dict[str, list[Change]],
+    model_config: dict[str, Any],
+) -> list[str]:
+    """Files a Change for each tensor that the adapter's keys name; returns what cannot be matched."""
+    shapes = {entry.name: entry.shape for entry in shards.read_shard(weights_file).tensors}
+    folder, problems, used = weights_file.parent, [], set()
+    transposed = bool(settings.get("fan_in_fan_out"))
+    for key, shape in shapes.items():
+        if key in used:
+            continue
+        if not key.startswith(_PREFIX):
+            problems.append(f"{weights_file}: key {key} doesn't begin with {_PREFIX}: it can't be placed")
+            continue
+        match = _KEY.fullmatch(key)
+        if match is None:
+            name = key.removeprefix(_PREFIX)
+            problems += _replacement(weights_file, key, name, shape, tensors, changes, model_config)
+            continue
+        module, part = match["module"].removeprefix(_PREFIX), match["part"]
+        if part not in _PAIRS:
+            continue
+        partner = key.replace(f".{part}", f".{_PAIRS[part]}")
+        if partner not in shapes:
+            problems.append(f"{weights_file}: {key} has no {_PAIRS[part]} beside it")
+            continue
+        name = f"{module}.weight"
+        entry = tensors.get(name)
+        if entry is None:
+            problems.append(_absent(weights_file, key, name, model_config))
+            continue
+        rank = shape[0]
+        magnitude = next((k for k in shapes if k.startswith(f"{_PREFIX}{module}.lora_magnitude_vector")), None)
+        change = Change(
+            adapter=folder,
+            factor=_factor(settings, module, rank) * weight,
+            down=key,
+            up=partner,
+            magnitude=magnitude,
+            embedding=part == "lora_embedding_A",
+            transposed=transposed,
+        )
+        made = (shapes[partner][0], shape[1])
+        if change.embedding or change.transposed:
+            made = made[::-1]
+        if made != entry.shape or shapes[partner][1] != rank:
+            problems.append(f"{weights_file}: {key} is for a weight of shape {made}, {name} has {entry.shape}")
+        used |= {key, partner, magnitude}
+        changes.setdefault(name, []).append(change)
+    stray = [key for key in shapes if (m := _KEY.fullmatch(key)) and m["part"] not in _PAIRS and key not in used]
+    return problems + [f"{weights_file}: {key} belongs to no lora_A: it would be left unused" for key in stray]
+
+
+def _replacement(
+    weights_file: Path,
+    key: str,
+    name: str,
+    shape: tuple[int, ...],
+    tensors: dict[str, TensorEntry],
+    changes: dict[str, list[Change]],
+    model_config: dict[str, Any],
+) -> list[str]:
+    entry = tensors.get(name)
+    if entry is None:
+        return [_absent(weights_file, key, name, model_config)]
+    if entry.shape != shape:
+        return [f"{weights_file}: {key} has shape {shape}, the base's {name} has {entry.shape}"]
+    changes.setdefault(name, []).append(Change(adapter=weights_file.parent, replacement=key))
+    return []
+
+
+def _absent(weights_file: Path, key: str, name: str, model_config: dict[str, Any]) -> str:
+    if name == "lm_head.weight" and model_config.get("tie_word_embeddings"):
+        return f"{weights_file}: {key}: the base's lm_head is tied to its embeddings and has no weight of its own"
+    return f"{weights_file}: {key} finds no tensor {name} in the base: is it an adapter for another model?"
+
+
+def _factor(settings: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / rank with PEFT's patterns, which match the end of a module's name."""
+    alpha = settings.get("lora_alpha") or rank
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
