@@ -44,12 +44,12 @@ class ConfigForm(widgets.VBox):
         self._costs = costs
         self._cost_table = widgets.HTML()
         self._groups = {
-            group: [field for field in self._fields.values() if field.parameter.group == group]
-            for group in GROUPS
+            group: [field for field in self._fields.values() if field.parameter.group == group] for group in GROUPS
         }
         pages = [self._page(group, fields) for group, fields in self._groups.items()]
         self._tabs = widgets.Tab(children=pages, titles=list(GROUPS.values()))
         self._tabs.layout.width = "100%"
+        self._tabs.add_class("hynb-form")
         for field in self._fields.values():
             field.observe(self._refresh)
         super().__init__([widgets.HTML(STYLE), self._tabs, self._summary])
@@ -79,7 +79,7 @@ class ConfigForm(widgets.VBox):
     def _page(self, group: str, fields: Sequence[_Field]) -> widgets.Widget:
         rows = [child for field in fields for child in (field.label, field.box, field.note)]
         grid = widgets.GridBox(rows)
-        grid.layout.grid_template_columns = "minmax(180px, max-content) 260px minmax(200px, 1fr)"
+        grid.layout.grid_template_columns = "235px 260px minmax(200px, 1fr)"
         grid.layout.grid_gap = "2px 14px"
         grid.layout.align_items = "center"
         return widgets.VBox([grid, self._cost_table]) if group == "zero" else grid
@@ -129,9 +129,7 @@ class _Field:
         tooltip = f"{parameter.name}: {parameter.help}"
         if parameter.name == "deepspeed":
             options = [*zero.PRESETS, _OWN_FILE]
-            self._own_file = widgets.Text(
-                placeholder="path of a DeepSpeed JSON file", layout={"width": "250px"}
-            )
+            self._own_file = widgets.Text(placeholder="path of a DeepSpeed JSON file", layout={"width": "250px"})
             preset = value if value in zero.PRESETS else _OWN_FILE
             self._own_file.value = "" if value in zero.PRESETS else value
             self.input = widgets.Dropdown(options=options, value=preset, tooltip=tooltip)
@@ -193,11 +191,7 @@ def _stage(config: Config) -> int | None:
 
 def _of_all(config: Config, fields: Mapping[str, _Field]) -> list[str]:
     """Contradictions between values that are legal by themselves."""
-    alone = {
-        problem
-        for name, field in fields.items()
-        for problem in field.parameter.problems(getattr(config, name))
-    }
+    alone = {problem for name, field in fields.items() for problem in field.parameter.problems(getattr(config, name))}
     problems = [problem for problem in config.check() if problem not in alone]
     if config.make_moe_param_leaf_module and _stage(config) not in (3, None):
         problems.append(

@@ -13,12 +13,13 @@ from hynb.errors import RunError
 from hynb.launch import Run
 from hynb.run_dir import RunReader, RunStatus, effective_events
 from hynb.widgets.plot import Curve, image_tag, png
-from hynb.widgets.table import STYLE, duration_text
+from hynb.widgets.table import STYLE, block, duration_text
 
 _POLL_SECONDS = 0.5
 # Drawing takes this share of a core at most, however slow the machine is.
 _DRAWING_SHARE = 0.1
 _BAR_STYLES = {"finished": "success", "stopped": "warning", "failed": "danger"}
+_WAITING = '<div class="hynb faint"><div class="hynb-wait">The loss appears here after the first step.</div></div>'
 _CLASSES = {"finished": "good", "failed": "bad"}
 
 
@@ -32,7 +33,7 @@ class RunPanel(widgets.VBox):
         self.run = run
         self._header = widgets.HTML()
         self._bar = widgets.IntProgress(min=0, max=1, layout={"width": "100%", "max_width": "900px"})
-        self._plot = widgets.HTML()
+        self._plot = widgets.HTML(_WAITING)
         self._saved = widgets.HTML()
         self._failure = widgets.HTML()
         self.stop_button = widgets.Button(
@@ -49,7 +50,7 @@ class RunPanel(widgets.VBox):
         # A first look in the caller's thread: the cell's output is whole even when nothing more comes.
         self._reader = RunReader(run.output_dir)
         self._events: list[dict[str, Any]] = []
-        parts = [self._header, self._bar, self._plot, row, self._saved, self._failure]
+        parts = [self._header, self._bar, row, self._plot, self._saved, self._failure]
         super().__init__([widgets.HTML(STYLE), *parts])
         self._look()
         self._thread = threading.Thread(target=self._watch, name=f"panel {run.output_dir.name}", daemon=True)
@@ -108,9 +109,7 @@ class RunPanel(widgets.VBox):
         except OSError as error:
             self._note.value = f'<span class="hynb bad">{html.escape(str(error))}</span>'
             return
-        self._note.value = (
-            '<span class="hynb">Asked: after this step a checkpoint is saved and the run ends.</span>'
-        )
+        self._note.value = '<span class="hynb">Asked: after this step a checkpoint is saved and the run ends.</span>'
 
 
 def saved_text(run: Run, events: list[dict[str, Any]]) -> str:
@@ -146,9 +145,9 @@ def _end_text(run: Run, status: RunStatus) -> str:
         return ""
     if status.state != "failed":
         return f'<div class="hynb">{html.escape(status.reason)}</div>'
-    tail = html.escape(run.reader.log_tail(40))
+    folder = html.escape(str(run.dir.log))
     return (
-        f'<div class="hynb"><b class="bad">The run failed.</b><pre>{html.escape(status.reason)}</pre>'
-        f"<details open><summary>The end of its log (all of it: "
-        f"<code>{html.escape(str(run.dir.log))}</code>)</summary><pre>{tail}</pre></details></div>"
+        f'<div class="hynb"><b class="bad">The run failed.</b>{block(status.reason)}'
+        f"<details open><summary>The end of its log (all of it: <code>{folder}</code>)</summary>"
+        f"{block(run.reader.log_tail(40), scrolls=True)}</details></div>"
     )

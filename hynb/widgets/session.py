@@ -30,26 +30,25 @@ _started: dict[Path, Config] = {}
 _panels: dict[Path, RunPanel] = {}
 
 
-def check_names(namespace: Mapping[str, Any], known: Iterable[str]) -> None:
+def check_names(namespace: Mapping[str, Any], known: Iterable[str] | None = None) -> None:
     """Refuses a parameter that nobody reads; papermill only warns of a misspelt `-p`.
 
     Args:
         namespace: the notebook's globals(), whose `In` holds the cells that ran.
-        known: every name that the notebook's parameters cell may set.
+        known: every name that may be set; those in the notebook's own parameters cell where none are given.
 
     Raises:
         ConfigError: every unknown name, with the nearest known one.
     """
     cells = [text.lstrip() for text in namespace.get("In", [])]
     own = [index for index, text in enumerate(cells) if text.startswith(_OWN_MARK)]
-    names: list[str] = []
-    for text in cells[own[-1] if own else 0 :]:
-        if not text.startswith(_INJECTED_MARK):
-            continue
-        for node in ast.parse(text).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            names += [target.id for target in targets if isinstance(target, ast.Name)]
-    known = list(known)
+    if not own:
+        return
+    names = _assigned(cells[own[-1]])
+    known = list(names if known is None else known)
+    for text in cells[own[-1] + 1 :]:
+        if text.startswith(_INJECTED_MARK):
+            names += _assigned(text)
     unknown = [name for name in dict.fromkeys(names) if name not in known]
     if unknown:
         raise ConfigError([f"parameters: unknown parameter {name}{nearest(name, known)}" for name in unknown])
@@ -69,9 +68,7 @@ def read_parameters(namespace: Mapping[str, Any]) -> Config:
     names = [item.name for item in parameters()]
     given = {name: namespace[name] for name in names if name in namespace}
     # What still stands at its default was not chosen by anybody.
-    chosen = {
-        item.name for item in parameters() if item.name in given and given[item.name] != plain(item.default)
-    }
+    chosen = {item.name for item in parameters() if item.name in given and given[item.name] != plain(item.default)}
     reading = read_mapping({name: value for name, value in given.items() if name in chosen})
     for name, value in _further_arguments(namespace.get("training_args", "")).items():
         reading.take(name, value, "training_args")
@@ -240,10 +237,17 @@ def _further_arguments(text: str | Mapping[str, Any]) -> dict[str, Any]:
     pairs = [word.partition("=") for word in text.replace(",", " ").split()]
     broken = [name for name, equals, _ in pairs if not equals]
     if broken:
-        raise ConfigError(
-            f"training_args = {text!r}: is written name=value name=value; {broken[0]} has no value"
-        )
+        raise ConfigError(f"training_args = {text!r}: is written name=value name=value; {broken[0]} has no value")
     return {name: value for name, _, value in pairs}
+
+
+def _assigned(source: str) -> list[str]:
+    """The names that a cell gives values to."""
+    names = []
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
 
 
 def _assignment(item: Any) -> str:

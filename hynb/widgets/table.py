@@ -11,17 +11,21 @@ from dataclasses import dataclass
 STYLE = """<style>
 .hynb { color: var(--jp-ui-font-color1, inherit); font-size: 13px; line-height: 1.45; }
 .hynb code, .hynb pre { font-family: var(--jp-code-font-family, monospace); font-size: 12px; }
-.hynb .faint { color: var(--jp-ui-font-color2, #666); }
-.hynb .bad { color: var(--jp-error-color1, #c62828); }
-.hynb .good { color: var(--jp-success-color1, #2e7d32); }
+.hynb.faint, .hynb .faint { color: var(--jp-ui-font-color2, #666); }
+.hynb.bad, .hynb .bad { color: var(--jp-error-color1, #c62828); }
+.hynb.good, .hynb .good { color: var(--jp-success-color1, #2e7d32); }
 .hynb table.hynb-table { border-collapse: collapse; margin: 4px 0 8px 0; font-size: 13px; }
 .hynb table.hynb-table th, .hynb table.hynb-table td { text-align: left; vertical-align: top;
   white-space: normal; padding: 3px 14px 3px 6px; border-bottom: 1px solid var(--jp-border-color2, #ccc); }
 .hynb table.hynb-table th { font-weight: 600; }
 .hynb table.hynb-table caption { text-align: left; font-weight: 600; padding: 4px 6px; caption-side: top; }
 .hynb table.hynb-table tr.chosen td { background: var(--jp-layout-color2, #eee); font-weight: 600; }
-.hynb pre { white-space: pre-wrap; margin: 4px 0; padding: 8px; max-height: 260px; overflow: auto;
+.hynb pre.hynb-pre { white-space: pre-wrap; margin: 4px 0 10px 0; padding: 8px; line-height: 1.4;
   background: var(--jp-layout-color2, #f3f3f3); color: var(--jp-ui-font-color1, inherit); }
+.hynb pre.hynb-log { max-height: 300px; overflow: auto; }
+.hynb .hynb-wait { max-width: 900px; aspect-ratio: 9 / 4.6; display: flex; align-items: center;
+  justify-content: center; border: 1px dashed var(--jp-border-color2, #ccc); }
+.hynb-form .lm-TabBar-tab { flex: 0 0 auto; min-width: 60px; max-width: none; }
 </style>"""
 
 
@@ -50,9 +54,7 @@ class Table:
             for row in cells
         ]
         rule = "  ".join("-" * width for width in widths)
-        marked = [
-            f"{text.rstrip()}{'  <-' if index == self.chosen else ''}" for index, text in enumerate(texts[1:])
-        ]
+        marked = [f"{text.rstrip()}{'  <-' if index == self.chosen else ''}" for index, text in enumerate(texts[1:])]
         return "\n".join([*([self.title] if self.title else []), texts[0].rstrip(), rule, *marked])
 
     def html(self) -> str:
@@ -63,12 +65,19 @@ class Table:
         for index, row in enumerate(self.rows):
             cells = "".join(f"<td>{html.escape(str(cell)).replace(chr(10), '<br>')}</td>" for cell in row)
             body += f'<tr class="chosen">{cells}</tr>' if index == self.chosen else f"<tr>{cells}</tr>"
-        return (
-            f'<table class="hynb-table">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        )
+        return f'<table class="hynb-table">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
     def _repr_html_(self) -> str:
         return f'{STYLE}<div class="hynb">{self.html()}</div>'
+
+
+def block(text: str, *, scrolls: bool = False) -> str:
+    """Preformatted text as HTML, escaped.
+
+    Args:
+        scrolls: keep a long one in a box of its own, as a log is.
+    """
+    return f'<pre class="hynb-pre{" hynb-log" if scrolls else ""}">{html.escape(text)}</pre>'
 
 
 def size_text(size_bytes: float) -> str:
