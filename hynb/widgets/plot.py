@@ -89,7 +89,7 @@ class Curve:
             ("learning rate", f"{self.learning_rate[-1]:.3g}"),
             ("speed", f"{self.tokens_per_second[-1]:,.0f} tokens/s, {self.step_seconds[-1]:.3g} s a step"),
             ("tokens so far", f"{self.tokens:,}"),
-            ("memory of rank 0", size_text(self.memory_bytes)),
+            ("memory", size_text(self.memory_bytes)),
         ]
         return [(name, text) for name, text in found if "nan" not in text]
 
@@ -119,7 +119,7 @@ def draw(curve: Curve, max_steps: int | None) -> Figure:
     thinned = slice((len(curve.steps) - 1) % stride if curve.steps else None, None, stride)
     steps = curve.steps[thinned]
     mark = "." if len(steps) < 40 else None
-    loss.plot(steps, curve.loss[thinned], color="#1f6feb", alpha=0.35, linewidth=1, marker=mark, label="each step")
+    loss.plot(steps, curve.loss[thinned], color="#1f6feb", alpha=0.45, linewidth=1, marker=mark, label="each step")
     label = f"mean over about {curve.span} log steps"
     loss.plot(steps, curve.smoothed()[thinned], color="#1f6feb", linewidth=2, label=label)
     for index, step in enumerate(curve.saves):

@@ -25,7 +25,8 @@ STYLE = """<style>
 .hynb pre.hynb-log { max-height: 300px; overflow: auto; }
 .hynb .hynb-wait { max-width: 900px; aspect-ratio: 9 / 4.6; display: flex; align-items: center;
   justify-content: center; border: 1px dashed var(--jp-border-color2, #ccc); }
-.hynb-form .lm-TabBar-tab { flex: 0 0 auto; min-width: 60px; max-width: none; }
+.hynb mark { background: rgba(255, 193, 7, 0.35); color: inherit; }
+.jupyter-widgets.hynb-form > .lm-TabBar .lm-TabBar-tab { flex: 0 1 auto !important; max-width: none; }
 </style>"""
 
 
