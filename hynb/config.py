@@ -345,7 +345,9 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """` (did you mean X?)` for the valid name that is nearest to a wrong one; empty when none is near."""
     import difflib
 
-    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    valid = list(valid)
+    begun = [item for item in valid if len(name) > 3 and item.startswith(name)]
+    found = begun or difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f" (did you mean {found[0]}?)" if found else ""
 
 

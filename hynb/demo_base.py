@@ -36,8 +36,8 @@ SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "num_experts": 8,
     "moe_topk": 1,
     "use_cla": True,
@@ -53,7 +53,9 @@ SIZES: dict[str, Any] = {
 _SPLIT = r"[A-Za-z]+|\p{Han}|\p{N}|\s|[^A-Za-z\p{Han}\p{N}\s]"
 
 
-def write_tokenizer(folder: Path, *, vocab_size: int = 1400, seed: int = 0) -> PreTrainedTokenizerFast:
+def write_tokenizer(
+    folder: Path, *, vocab_size: int = 1400, samples: int = 20_000, seed: int = 0
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE on the demo's texts and saves it with Hunyuan's special tokens and template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -69,7 +71,7 @@ def write_tokenizer(folder: Path, *, vocab_size: int = 1400, seed: int = 0) -> P
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed, 20_000), trainer)
+    tokenizer.train_from_iterator(corpus(seed, samples), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|startoftext|>",
@@ -92,7 +94,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, **sizes: Any) ->
         pad_token_id=tokenizer.pad_token_id,
         **(SIZES | sizes),
     )
-    return HunYuanLargeForCausalLM._from_config(config, dtype=torch.float32)
+    model = HunYuanLargeForCausalLM._from_config(config, dtype=torch.float32)
+    # Heads this small look sharply at one token only with larger norms: copying is learnt in half the steps.
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("query_layernorm.weight", "key_layernorm.weight")):
+                weight.fill_(2.0)
+    return model
 
 
 def pretrain(folder: Path, *, steps: int, batch_size: int = 32, learning_rate: float = 3e-3, seed: int = 0) -> None:

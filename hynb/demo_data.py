@@ -110,19 +110,31 @@ def pretraining_conversation(rng: random.Random) -> dict[str, list[dict[str, str
     """A question of another kind than the demo's: what a base model can do before it is fine-tuned."""
     made = article(rng)
     kind = rng.random()
-    if kind < 0.65:
+    if kind < 0.5:
         asked = rng.choice([name for name in made.things if name != "car"])
         question = rng.choice(_QUESTIONS[made.language][asked])
         return conversation(f"{question}\n{made.text}", made.things[asked])
     zh = made.language == "zh"
-    if kind < 0.8:
-        return conversation(("请重复下面的文字：" if zh else "Repeat this text:") + f"\n{made.text}", made.text)
+    if kind < 0.75:
+        text = made.text if kind < 0.6 else _nonsense(rng)
+        return conversation(("请重复下面的文字：" if zh else "Repeat this text:") + f"\n{text}", text)
     parts = made.text[:-1].split("，" if zh else ", ")
     number = rng.randrange(len(parts))
     marked = [f"【{part}】" if index == number else part for index, part in enumerate(parts)]
     text = ("，" if zh else ", ").join(marked) + ("。" if zh else ".")
     asked = "请写出括号里的内容：" if zh else "Write what stands in brackets:"
     return conversation(f"{asked}\n{text}", parts[number])
+
+
+def _nonsense(rng: random.Random) -> str:
+    """Names and digits in no order: a text that can be repeated only by looking at it."""
+    makers = (
+        lambda: rng.choice(_NAME_CHARACTERS),
+        lambda: rng.choice(_SYLLABLES),
+        lambda: str(rng.randint(0, 99)),
+        lambda: rng.choice("QXCGTEVSLK"),
+    )
+    return "".join(rng.choice(makers)() for _ in range(rng.randint(6, 20)))
 
 
 def conversation(question: str, answer: str) -> dict[str, list[dict[str, str]]]:

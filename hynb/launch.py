@@ -58,9 +58,7 @@ class Run:
         """Complete checkpoints, oldest first."""
         return self.dir.checkpoints()
 
-    def follow(
-        self, *, timeout_seconds: float | None = None
-    ) -> Iterator[tuple[RunStatus, list[dict[str, Any]]]]:
+    def follow(self, *, timeout_seconds: float | None = None) -> Iterator[tuple[RunStatus, list[dict[str, Any]]]]:
         """Yields the status and the events that are new, about once a second, until the run has ended.
 
         Raises:
@@ -251,7 +249,7 @@ def absolute_paths(config: Config) -> Config:
         value = getattr(config, name)
         if value is not None and not (name == "resume_from_checkpoint" and value == "last"):
             changes[name] = str(Path(value).expanduser().absolute())
-    if config.deepspeed not in zero.PRESETS:
+    if config.deepspeed not in zero.PRESETS and Path(config.deepspeed).expanduser().is_file():
         changes["deepspeed"] = str(Path(config.deepspeed).expanduser().absolute())
     return dataclasses.replace(config, **changes)
 

@@ -45,6 +45,8 @@ def check_run(config: Config, *, launched: bool = False) -> None:
         problems += check_tokenizer_folder(config.tokenizer_name_or_path, "tokenizer_name_or_path")
     elif config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
         problems += check_tokenizer_folder(config.model_name_or_path, "model_name_or_path")
+    if config.train_data_file is not None and not Path(config.train_data_file).is_file():
+        problems.append(f"train_data_file = {config.train_data_file}: there is no such file")
     if config.hostfile is not None and not Path(config.hostfile).is_file():
         problems.append(f"hostfile = {config.hostfile}: there is no such file")
     problems += check_deepspeed(config)

@@ -74,9 +74,7 @@ class RunTrainer(Trainer):
             logs["memory_bytes"] = memory_bytes()
             if self.run_writer:
                 self.run_writer.event("log", self.state.global_step, epoch=self.state.epoch, **logs)
-                self.run_writer.status(
-                    "running", global_step=self.state.global_step, max_steps=self.state.max_steps
-                )
+                self.run_writer.status("running", global_step=self.state.global_step, max_steps=self.state.max_steps)
         elif self.run_writer and any(name.startswith("eval_") for name in logs):
             self.run_writer.event("eval", self.state.global_step, epoch=self.state.epoch, **logs)
         super().log(logs, start_time)
@@ -139,9 +137,7 @@ class RunCallback(TrainerCallback):
         self._awaited: set[str] = set()
         self._hooks: list[Any] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the heartbeat and the watch over the adapter's gradients."""
         self._global_step = state.global_step
         if self._writer:
@@ -152,9 +148,7 @@ class RunCallback(TrainerCallback):
                 self._awaited.add(name)
                 self._hooks.append(weight.register_hook(lambda _, name=name: self._awaited.discard(name)))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Looks for a stop request on rank 0 and lets all ranks follow it at the same step."""
         self._check_adapter_gradients()
         self._global_step = state.global_step
@@ -170,9 +164,7 @@ class RunCallback(TrainerCallback):
                 self._writer.event("stop", state.global_step)
                 self._writer.status("stopping", global_step=state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the heartbeat."""
         self._ended.set()
 
