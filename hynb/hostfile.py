@@ -1,0 +1,112 @@
+"""Hosts and their slots: a hostfile's lines or the guide's NODE_IP_LIST, read, checked and written."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hynb.errors import ClusterError
+from hynb.run_dir import replace_text
+
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Host:
+    """A machine and how many ranks it takes."""
+
+    name: str
+    slots: int
+
+
+def parse(text: str, *, source: str = "hostfile") -> list[Host]:
+    """Hosts from `name slots=8` lines or from `ip:8,ip:8`; comments and blank lines are passed over.
+
+    Args:
+        source: named in messages, with the line.
+
+    Raises:
+        ClusterError: every line that is wrong, at once.
+    """
+    hosts: list[Host] = []
+    problems: list[str] = []
+    for number, words in _entries(text):
+        where = f"{source}:{number}"
+        try:
+            host = _host(words)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        if any(host.name == earlier.name for earlier in hosts):
+            problems.append(f"{where}: {host.name} is listed twice; give its slots once")
+        else:
+            hosts.append(host)
+    if not hosts and not problems:
+        problems.append(f"{source}: names no host; write a line such as `10.0.0.1 slots=8`")
+    if problems:
+        raise ClusterError(problems)
+    return hosts
+
+
+def read(path: str | Path) -> list[Host]:
+    """The hosts of a file.
+
+    Raises:
+        ClusterError: the file is absent, or a line is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(f"hostfile = {path}: cannot be read: {error}") from None
+    return parse(text, source=str(path))
+
+
+def to_text(hosts: Sequence[Host]) -> str:
+    """The lines that DeepSpeed reads, and `parse` reads back."""
+    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+
+
+def write(path: str | Path, hosts: Sequence[Host]) -> None:
+    """Replaces a hostfile at once."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, to_text(hosts))
+
+
+def local(slots: int) -> list[Host]:
+    """This machine alone."""
+    return [Host(name="localhost", slots=slots)]
+
+
+def _entries(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        for entry in line.partition("#")[0].split(","):
+            if entry.strip():
+                yield number, entry.strip()
+
+
+def _host(entry: str) -> Host:
+    words = entry.split()
+    if len(words) == 1:
+        # The guide's form: ip:8, with brackets around an IPv6 address.
+        name, colon, slots = words[0].rpartition(":")
+        if not colon or (":" in name and not name.startswith("[")):
+            raise ValueError(f"{entry!r} names no slots; write `{entry} slots=8`")
+    elif len(words) == 2 and words[1].startswith("slots="):
+        name, slots = words[0], words[1].removeprefix("slots=")
+    else:
+        raise ValueError(f"{entry!r} is no host; write `10.0.0.1 slots=8`")
+    name = name.removeprefix("[").removesuffix("]")
+    if not re.fullmatch(r"\d{1,6}", slots) or int(slots) < 1:
+        raise ValueError(f"{entry!r}: slots must be a whole number from 1 on")
+    if ":" in name:
+        try:
+            ipaddress.IPv6Address(name.partition("%")[0])
+        except ValueError:
+            raise ValueError(f"{name!r} is no IPv6 address") from None
+    elif not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no host name or address")
+    return Host(name=name, slots=int(slots))
