@@ -38,11 +38,12 @@ class Lab:
         self.load(page, notebook)
         return page
 
-    def load(self, page: Any, notebook: str) -> None:
-        """Loads a notebook into a page, anew where it is there already."""
+    def load(self, page: Any, notebook: str, *, idle: bool = True) -> None:
+        """Loads a notebook into a page, anew where it is there already; waits for its kernel if it is idle."""
         page.goto(f"{self.url}/doc/tree/{notebook}?token={_TOKEN}&reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=30_000)
-        self.wait_idle(page)
+        if idle:
+            self.wait_idle(page)
 
     @staticmethod
     def wait_idle(page: Any, seconds: float = 60) -> None:

@@ -3,6 +3,7 @@
 from hynb.launch import attach
 from hynb.widgets.costs import memory_plan, preset_costs
 from hynb.widgets.form import ConfigForm
+from hynb.widgets.machine import machine_table, versions_table, write_local_hostfile
 from hynb.widgets.merge_view import ask_all, check, merge
 from hynb.widgets.panel import RunPanel
 from hynb.widgets.plan import deepspeed_plan, sample
@@ -27,6 +28,7 @@ __all__ = [
     "check_names",
     "deepspeed_plan",
     "finished",
+    "machine_table",
     "memory_plan",
     "merge",
     "preset_costs",
@@ -35,5 +37,7 @@ __all__ = [
     "sample",
     "show_result",
     "start_or_attach",
+    "versions_table",
     "watch",
+    "write_local_hostfile",
 ]

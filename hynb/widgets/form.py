@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
+from IPython import get_ipython
 
 from hynb import zero
 from hynb.config import GROUPS, SCHEDULERS_WITH_MIN_LR, Config, Parameter, parameters, value_text
@@ -51,7 +52,7 @@ class ConfigForm(widgets.VBox):
         self._tabs.layout.width = "100%"
         self._tabs.add_class("hynb-form")
         for field in self._fields.values():
-            field.observe(self._refresh)
+            field.observe(self._edited)
         super().__init__([widgets.HTML(STYLE), self._tabs, self._summary])
         self._refresh()
 
@@ -100,7 +101,11 @@ class ConfigForm(widgets.VBox):
                 changes[name] = value
         return (self._config.replace(**changes) if changes else self._config), problems
 
-    def _refresh(self, _: Any = None) -> None:
+    def _edited(self, _: Any) -> None:
+        self._refresh()
+        acknowledge_edit()
+
+    def _refresh(self) -> None:
         config, problems = self._read()
         of_all = _of_all(config, self._fields)
         for name, field in self._fields.items():
@@ -181,6 +186,19 @@ class _Field:
         self.input.disabled = not needed and self._text in (self._first_text, False)
         if self._own_file is not None:
             self._own_file.layout.display = None if self.input.value == _OWN_FILE else "none"
+
+
+def acknowledge_edit() -> None:
+    """Tells the page that an edit has been taken, from inside the edit's callback.
+
+    The page holds back further edits of an input until then, and ipykernel 7.4 doesn't say so while a cell
+    awaits: all but the first of them would be lost without a sign.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    if kernel is not None:
+        kernel._publish_status("idle", "shell")
+        # The kernel itself is still at work; its own idle follows.
+        kernel._publish_status("busy", "shell", parent={"header": {}})
 
 
 def _stage(config: Config) -> int | None:

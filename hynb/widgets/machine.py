@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hynb import hostfile
 from hynb.cluster import this_machine
+from hynb.errors import ClusterError, ConfigError
 from hynb.widgets.table import Table, size_text
 
 
@@ -30,3 +32,33 @@ def versions_table() -> Table:
     machine = this_machine()
     rows = [("python", machine.python), *machine.versions.items()]
     return Table(columns=("package", "version"), rows=rows, title="Versions")
+
+
+def write_local_hostfile(path: str | Path, *, slots: int | str = "auto", overwrite: bool = False) -> Table:
+    """Writes a hostfile with this machine alone.
+
+    Args:
+        slots: ranks on this machine; "auto" for one a GPU, or one on a CPU.
+        overwrite: replace a file that says something else.
+
+    Raises:
+        ConfigError: slots that are no number.
+        ClusterError: the file says something else, or cannot be written.
+    """
+    if slots == "auto":
+        slots = this_machine().slots
+    if not isinstance(slots, int) or slots < 1:
+        raise ConfigError(f'slots = {slots!r}: must be a whole number, at least 1, or "auto"')
+    path = Path(path).expanduser().absolute()
+    hosts = hostfile.local(slots)
+    text = hostfile.to_text(hosts)
+    if path.exists() and path.read_text(encoding="utf-8") != text and not overwrite:
+        raise ClusterError(
+            f"hostfile = {path}: says something else than {text.strip()!r}; "
+            "choose another path, or replace it with overwrite_hostfile"
+        )
+    try:
+        hostfile.write(path, hosts)
+    except OSError as error:
+        raise ClusterError(f"hostfile = {path}: cannot be written: {error.strerror}") from None
+    return Table(columns=("hostfile", "says"), rows=[(str(path), text.strip())])

@@ -11,6 +11,7 @@ import ipywidgets as widgets
 from hynb.errors import ConfigError, RunError
 from hynb.launch import attach
 from hynb.run_dir import RunDir, RunReader
+from hynb.widgets.form import acknowledge_edit
 from hynb.widgets.session import watch
 from hynb.widgets.table import STYLE, Table
 
@@ -43,6 +44,7 @@ class RunChooser(widgets.VBox):
         self._place = widgets.VBox()
         self.show_button.on_click(self._show)
         self.refresh_button.on_click(self._refresh)
+        self.runs.observe(lambda _: acknowledge_edit(), names="value")
         row = widgets.HBox([self.runs, self.show_button, self.refresh_button])
         super().__init__([widgets.HTML(STYLE), self._table, row, self._place])
         self._refresh()
