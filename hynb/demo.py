@@ -172,9 +172,7 @@ def _missed(summary: dict[str, Any]) -> list[str]:
     match = summary["exact_match"]
     problems = []
     if match["base"] >= MOST_BEFORE:
-        problems.append(
-            f"demo: the base answers {match["base"]:.0%} right; it should be below {MOST_BEFORE:.0%}"
-        )
+        problems.append(f"demo: the base answers {match['base']:.0%} right, it should be below {MOST_BEFORE:.0%}")
     if match["adapter"] < LEAST_AFTER:
         problems.append(f"demo: after training {match['adapter']:.0%} are right; {LEAST_AFTER:.0%} are expected")
     if not summary["merged_equals_adapter"]:

@@ -89,8 +89,8 @@ class Run:
         for status, _ in Run(self.output_dir).follow(timeout_seconds=timeout_seconds):
             last = status
         launcher = self._launcher()
-        if launcher is not None and last.state != "failed":
-            # Training has ended; its processes take a moment to go.
+        if launcher is not None:
+            # The ranks have said how they ended; the processes take a moment to go.
             deadline = time.monotonic() + 60
             while launcher.alive() and time.monotonic() < deadline:
                 time.sleep(0.1)

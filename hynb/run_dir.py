@@ -220,6 +220,8 @@ class RunReader:
             "reason": record.get("reason", ""),
             "updated_at": record.get("updated_at"),
         }
+        if record["state"] == "failed":
+            known["reason"] = self._failure() or known["reason"]
         if record["state"] not in LIVE_STATES:
             return RunStatus(state=record["state"], **known)
         if self._processes_alive(record, launch if ended is None else None):
@@ -227,9 +229,7 @@ class RunReader:
             return RunStatus(state="stopping" if asked else record["state"], **known)
         ended = ended or {}
         reason = ended.get("reason") or "its processes are gone and left no record: killed, or out of memory"
-        if failures := self.dir.failures():
-            first = failures[0]
-            reason = f"rank {first['rank']} on {first['host']}: {first['reason']}"
+        reason = self._failure() or reason
         known |= {"exit_code": ended.get("exit_code"), "reason": reason}
         return RunStatus(state=ended.get("state", "failed"), **known)
 
@@ -243,6 +243,18 @@ class RunReader:
                 if any(line.strip() for line in tail):
                     return "\n".join(tail)
         return ""
+
+    def _failure(self) -> str:
+        """The first cause among what the failed ranks said; empty when none said anything."""
+        failures = self.dir.failures()
+        causes = [failure for failure in failures if not failure.get("lost_connection")]
+        if causes:
+            return f"rank {causes[0]['rank']} on {causes[0]['host']}: {causes[0]['reason']}"
+        if not failures:
+            return ""
+        silent = set(range(self.manifest().get("world_size", 0))) - {failure["rank"] for failure in failures}
+        who = f"rank {', '.join(map(str, sorted(silent)))}" if silent else "another rank"
+        return f"{who} ended without a word (killed, or out of memory), and the others lost their connection to it"
 
     def _heartbeat_step(self) -> int:
         try:

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         hint = _hint(error)
         lines = [*traceback.format_exc().splitlines(), *([f"hynb: {hint}"] if hint else [])]
-        return _report(rank, owned, hint or f"{type(error).__name__}: {error}", lines, 1)
+        return _report(
+            rank, owned, hint or f"{type(error).__name__}: {error}", lines, 1, lost=_lost_connection(error)
+        )
 
 
 def _read(argv: list[str]) -> Reading:
@@ -326,7 +328,7 @@ def _manifest(
     }
 
 
-def _report(rank: int, owned: list[RunDir], reason: str, lines: list[str], code: int) -> int:
+def _report(rank: int, owned: list[RunDir], reason: str, lines: list[str], code: int, *, lost: bool = False) -> int:
     """Says what is wrong, once for all ranks where all found the same, and records it in the run folder."""
     if rank != 0 and code == 2:
         time.sleep(_GRACE_SECONDS)
@@ -335,12 +337,19 @@ def _report(rank: int, owned: list[RunDir], reason: str, lines: list[str], code:
     if owned:
         record = {"rank": rank, "host": socket.gethostname(), "time": time.time()}
         owned[-1].log.mkdir(parents=True, exist_ok=True)
-        write_json(owned[-1].failure(rank), record | {"reason": reason, "exit_code": code})
+        record |= {"reason": reason, "exit_code": code, "lost_connection": lost}
+        write_json(owned[-1].failure(rank), record)
         if rank == 0:
             before = RunReader(owned[-1].path).status()
             known = {"global_step": before.global_step, "max_steps": before.max_steps}
             RunWriter(owned[-1].path).status("failed", exit_code=code, reason=reason, **known)
     return code
+
+
+def _lost_connection(error: Exception) -> bool:
+    """Whether a rank failed only because another one was gone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "remote process exited")
+    return any(word in str(error) for word in (*words, "ncclRemoteError"))
 
 
 def _hint(error: Exception) -> str:

@@ -113,6 +113,9 @@ class RunTrainer(Trainer):
         self._last_log_time += time.monotonic() - started
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # DeepSpeed hands tied weights over as copies, which would be written as a second tensor.
+        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict and not self.is_lora else ():
+            state_dict.pop(name, None)
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)

@@ -205,7 +205,7 @@ def test_kill_leaves_no_process_and_a_dead_rank_ends_the_run(files, tmp_path):
     assert second.status().state == "running", "another job is not touched"
     ranks = [item for item in orphans_of(second) if "--local_rank=1" in item.cmdline()]
     ranks[0].kill()
-    with pytest.raises(RunFailedError, match="exit code"):
+    with pytest.raises(RunFailedError, match="rank 1 ended without a word"):
         second.wait(timeout_seconds=30, check=True)
     assert second.status().state == "failed"
     assert orphans_of(second) == []
