@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,9 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
     launch = verbs.add_parser("launch", help="start training in the background")
     launch.add_argument("--config", help="YAML file of parameters; `hynb parameters --yaml` writes one")
-    launch.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="one parameter on top"
-    )
+    launch.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one parameter on top")
     launch.add_argument("--follow", action="store_true", help="stay and show progress; fail if the run fails")
     launch.set_defaults(run=_launch)
 
@@ -67,7 +66,6 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, help_text in (
         ("merge", "merge a LoRA adapter into its base model"),
-        ("check-data", "check training data before a GPU is touched"),
         ("demo", "run the whole job with a small model on this machine"),
     ):
         # The room's own arguments come from the room, which is imported only when its verb is called.
@@ -160,12 +158,7 @@ def _parameters(args: argparse.Namespace) -> int:
 
 
 def _delegate(args: argparse.Namespace) -> int:
-    if args.verb == "merge":
-        from hynb import merge as room
-    elif args.verb == "check-data":
-        from hynb import data_check as room
-    else:
-        from hynb import demo as room
+    room = importlib.import_module(f"hynb.{args.verb}")
     parser = argparse.ArgumentParser(prog=f"hynb {args.verb}")
     room.add_arguments(parser)
     return room.run(parser.parse_args(args.rest))

@@ -71,16 +71,13 @@ def parse_line(line: bytes, source: str) -> Conversation:
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise DataError(
-            f'{source}: must be {{"messages": [{{"role": …, "content": …}}, …]}}; '
-            f"the line begins {_excerpt(line)}"
+            f'{source}: must be {{"messages": [{{"role": …, "content": …}}, …]}}; the line begins {_excerpt(line)}'
         )
     for number, message in enumerate(messages, 1):
         if problem := _message_problem(message, messages[number - 2] if number > 1 else None):
             raise DataError(f"{source}: message {number}: {problem}")
     if messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to learn"
-        )
+        raise DataError(f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to learn")
     return Conversation(messages=messages, source=source)
 
 
@@ -218,14 +215,12 @@ class ChatDataset(torch.utils.data.Dataset):
 
 @dataclass(kw_only=True)
 class Collator:
-    """Pads the samples of a batch on the right to its longest.
-
-    Returns `input_ids`, `attention_mask` and `labels`, each batch × longest.
-    """
+    """Pads the samples of a batch on the right to its longest."""
 
     pad_token_id: int
 
     def __call__(self, samples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels`, each batch × longest."""
         longest = max(len(sample["input_ids"]) for sample in samples)
 
         def padded(values: list[int], filler: int) -> list[int]:
@@ -312,9 +307,7 @@ def _shape(messages: Sequence[dict[str, Any]]) -> tuple[tuple[str, bool], ...]:
     return tuple((message["role"], message["content"] == "") for message in messages)
 
 
-def _template(
-    tokenizer: PreTrainedTokenizerBase, shape: tuple[tuple[str, bool], ...], source: str
-) -> Template:
+def _template(tokenizer: PreTrainedTokenizerBase, shape: tuple[tuple[str, bool], ...], source: str) -> Template:
     cached = _template_cache(tokenizer)
     key = (tokenizer.chat_template, shape)
     if key not in cached:
@@ -332,8 +325,7 @@ def _look_at_template(
 ) -> Template:
     """Renders the template with a mark in place of each content and sees what stands around the marks."""
     messages = [
-        {"role": role, "content": "" if empty else _MARK.format(number)}
-        for number, (role, empty) in enumerate(shape)
+        {"role": role, "content": "" if empty else _MARK.format(number)} for number, (role, empty) in enumerate(shape)
     ]
 
     def pieces(count: int) -> list[str]:

@@ -118,24 +118,29 @@ def pretrain(folder: Path, *, steps: int, batch_size: int = 48, learning_rate: f
     model = new_model(tokenizer, seed=seed)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.02)
     collate = Collator(pad_token_id=tokenizer.pad_token_id)
     rng = random.Random(seed + 1)
     model.train()
     started, shown = time.monotonic(), 0.0
     for step in range(1, steps + 1):
-        if step <= steps // 8:
+        copying = step <= steps // 5
+        if copying:
             # Copying comes first: it is learnt in minutes from random tokens, and hardly at all from sentences.
-            batch = _copies(len(tokenizer), batch_size, rng)
+            batch = _copies(min(len(tokenizer), 300 + 3 * step), batch_size, rng)
         else:
             drawn = [pretraining_conversation(rng)["messages"] for _ in range(batch_size)]
             talks = [Conversation(messages=messages, source="pretraining") for messages in drawn]
             batch = collate([encode(talk, tokenizer, 512) for talk in talks])
-        # Some weight on the whole text teaches what names look like, the car's too.
         answers = model(**batch)
-        everything = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        text_loss = model.loss_function(logits=answers.logits, labels=everything, vocab_size=len(tokenizer))
-        (answers.loss + 0.1 * text_loss).backward()
+        loss = answers.loss
+        if not copying:
+            # Some weight on the whole text teaches what names look like, the car's too.
+            everything = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            loss = loss + 0.1 * model.loss_function(
+                logits=answers.logits, labels=everything, vocab_size=len(tokenizer)
+            )
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -152,7 +157,7 @@ def pretrain(folder: Path, *, steps: int, batch_size: int = 48, learning_rate: f
 
 def _copies(vocab_size: int, batch_size: int, rng: random.Random) -> dict[str, torch.Tensor]:
     """Random tokens, the mark that opens an answer, and the same tokens again (arXiv 2209.11895)."""
-    length = rng.randint(8, 32)
+    length = rng.randint(8, 20)
     first = len(SPECIAL_TOKENS)
     opening, answering, ending = (SPECIAL_TOKENS.index(f"<|{name}|>") for name in ("startoftext", "extra_0", "eos"))
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
