@@ -133,9 +133,7 @@ class Config:
         "Final learning rate, absolute; automatic: a tenth of the highest. Used by cosine_with_min_lr.",
         minimum=0,
     )
-    lr_scheduler_type: Scheduler = _parameter(
-        "cosine_with_min_lr", "schedule", "Course of the learning rate."
-    )
+    lr_scheduler_type: Scheduler = _parameter("cosine_with_min_lr", "schedule", "Course of the learning rate.")
     warmup_ratio: float = _parameter(
         0.01, "schedule", "Share of the steps in which the rate rises.", minimum=0, maximum=0.99
     )
@@ -165,14 +163,10 @@ class Config:
     resume_from_checkpoint: str | None = _parameter(
         None, "run", "A checkpoint-N folder to go on from, or 'last' for the newest one in output_dir."
     )
-    logging_steps: int = _parameter(
-        1, "run", "A line in events.jsonl every so many steps.", minimum=1, unit="steps"
-    )
+    logging_steps: int = _parameter(1, "run", "A line in events.jsonl every so many steps.", minimum=1, unit="steps")
     save_strategy: Literal["steps", "epoch", "no"] = _parameter("steps", "run", "When to save a checkpoint.")
     save_steps: int = _parameter(500, "run", "A checkpoint every so many steps.", minimum=1, unit="steps")
-    save_total_limit: int | None = _parameter(
-        None, "run", "Checkpoints kept, the newest; automatic: all.", minimum=1
-    )
+    save_total_limit: int | None = _parameter(None, "run", "Checkpoints kept, the newest; automatic: all.", minimum=1)
     save_safetensors: bool = _parameter(
         True, "run", "Accepted for the guide's scripts: weights are always written as safetensors."
     )
@@ -209,9 +203,7 @@ class Config:
     use_mixed_mlp_moe: bool = _parameter(False, "model_size", "A shared MLP beside the experts.")
     num_shared_expert: int = _parameter(1, "model_size", "Width of the shared MLP, in experts.", minimum=1)
     use_qk_norm: bool = _parameter(False, "model_size", "RMSNorm on each head's query and key.")
-    tie_word_embeddings: bool = _parameter(
-        False, "model_size", "Output layer and token embedding are one matrix."
-    )
+    tie_word_embeddings: bool = _parameter(False, "model_size", "Output layer and token embedding are one matrix.")
 
     training_args: dict[str, Any] = field(default_factory=dict)
 
@@ -420,8 +412,7 @@ def _size_contradictions(config: Config) -> list[str]:
     problems = []
     if config.hidden_size % config.num_attention_heads:
         problems.append(
-            f"hidden_size = {config.hidden_size} is no multiple of "
-            f"num_attention_heads = {config.num_attention_heads}"
+            f"hidden_size = {config.hidden_size} is no multiple of num_attention_heads = {config.num_attention_heads}"
         )
     key_value_heads = config.num_key_value_heads or config.num_attention_heads
     if config.num_attention_heads % key_value_heads:

@@ -131,9 +131,7 @@ def read_yaml(path: str | Path) -> Reading:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: there is no such file; write one with: hynb parameters --yaml > {path}"
-        ) from None
+        raise ConfigError(f"{path}: there is no such file; write one with: hynb parameters --yaml > {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
@@ -218,9 +216,7 @@ def training_argument_types() -> dict[str, str]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
             return {
-                item.target.id: ast.unparse(item.annotation)
-                for item in node.body
-                if isinstance(item, ast.AnnAssign)
+                item.target.id: ast.unparse(item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)
             }
     raise RuntimeError("this release of transformers has no TrainingArguments class in training_args.py")
 

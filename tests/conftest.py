@@ -19,7 +19,7 @@ def need(present: bool, reason: str) -> None:
     pytest.skip(reason)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of the original's files and golden values, which lies beside a developer's checkout only."""
     if not SHARED.is_dir():

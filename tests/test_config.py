@@ -172,9 +172,7 @@ def test_settings_come_on_top(tmp_path):
 
 
 def test_dropped_flags_are_translated_or_said(capsys):
-    reading = read_flags(
-        ["--evaluation_strategy", "no", "--logging_dir", "x", "--no_cuda", "--fp16_opt_level", "O1"]
-    )
+    reading = read_flags(["--evaluation_strategy", "no", "--logging_dir", "x", "--no_cuda", "--fp16_opt_level", "O1"])
     assert reading.training_args == {"eval_strategy": "no", "use_cpu": True}
     assert len(reading.notes) == 4 and reading.problems == []
 

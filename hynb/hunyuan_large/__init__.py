@@ -27,6 +27,4 @@ __all__ = [
 AutoConfig.register("hunyuan", HunYuanLargeConfig, exist_ok=True)
 AutoModelForCausalLM.register(HunYuanLargeConfig, HunYuanLargeForCausalLM, exist_ok=True)
 AutoTokenizer.register(HunYuanLargeConfig, tokenizer_class=HYTokenizer, exist_ok=True)
-register_checkpoint_conversion_mapping(
-    "hunyuan", get_checkpoint_conversion_mapping("hunyuan_v1_moe"), overwrite=True
-)
+register_checkpoint_conversion_mapping("hunyuan", get_checkpoint_conversion_mapping("hunyuan_v1_moe"), overwrite=True)

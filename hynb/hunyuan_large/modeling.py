@@ -249,9 +249,7 @@ class HunYuanLargeModel(HunYuanLargePreTrainedModel):
                 hidden_states, key, value = output
             else:
                 hidden_states = output
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 class HunYuanLargeForCausalLM(HunYuanLargePreTrainedModel, GenerationMixin):

@@ -21,6 +21,7 @@ SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"),
     *(f"<|extra_{number}|>" for number in range(204)),
 )
+_NAMED_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
 # A change of this file's conversion must not meet an older one's cache.
 _CACHE_VERSION = "1"
 
@@ -34,19 +35,18 @@ class HYTokenizer(PreTrainedTokenizerFast):
     vocab_files_names = {"vocab_file": "hy.tiktoken", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(
-        self, vocab_file: str | None = None, tokenizer_file: str | None = None, **kwargs: Any
-    ) -> None:
-        if tokenizer_file is None and kwargs.get("tokenizer_object") is None and vocab_file is not None:
+    # No __init__ of its own: transformers would then rebuild a saved tokenizer from its vocabulary alone.
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """What transformers makes the tokenizer from: `tokenizer.json` where there is one, else `hy.tiktoken`."""
+        vocab_file = kwargs.pop("vocab_file", None)
+        saved = kwargs.get("tokenizer_file")
+        if not (saved and Path(saved).is_file()) and vocab_file is not None:
             kwargs["tokenizer_object"] = convert(Path(vocab_file))
-        for name, token in (
-            ("bos_token", "<|startoftext|>"),
-            ("eos_token", "<|endoftext|>"),
-            ("pad_token", "<|pad|>"),
-        ):
+        for name, token in _NAMED_TOKENS.items():
             if kwargs.get(name) is None:
                 kwargs[name] = token
-        super().__init__(tokenizer_file=tokenizer_file, **kwargs)
+        return kwargs
 
 
 def convert(vocab_file: Path) -> Tokenizer:
@@ -57,12 +57,7 @@ def convert(vocab_file: Path) -> Tokenizer:
     """
     content = vocab_file.read_bytes()
     name = hashlib.sha256(content + _CACHE_VERSION.encode()).hexdigest()[:32]
-    cache = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "hynb"
-        / "tokenizers"
-        / f"{name}.json"
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hynb" / "tokenizers" / f"{name}.json"
     if cache.is_file():
         return Tokenizer.from_file(str(cache))
     tokenizer = _convert(content)
@@ -91,18 +86,14 @@ def _convert(content: bytes) -> Tokenizer:
     for token, rank in ranks.items():
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         known = [
-            (ranks[left], ranks[right], left, right)
-            for left, right in halves
-            if left in ranks and right in ranks
+            (ranks[left], ranks[right], left, right) for left, right in halves if left in ranks and right in ranks
         ]
         # tiktoken merges whatever pair makes the token, the pair of lowest ranks first.
         merges += [(rank, as_text(left), as_text(right)) for _, _, left, right in sorted(known)]
     merges.sort(key=lambda merge: merge[0])
     vocabulary = {as_text(token): rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(
-        models.BPE(
-            vocabulary, [(left, right) for _, left, right in merges], fuse_unk=False, ignore_merges=True
-        )
+        models.BPE(vocabulary, [(left, right) for _, left, right in merges], fuse_unk=False, ignore_merges=True)
     )
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -113,7 +104,5 @@ def _convert(content: bytes) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
