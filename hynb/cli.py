@@ -16,7 +16,10 @@ from hynb.run_dir import progress_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; a user's mistake ends in its message and an exit code, never in a traceback."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _delegate:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     try:
         return args.run(args)
     except HynbError as error:
@@ -70,7 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     ):
         # The room's own arguments come from the room, which is imported only when its verb is called.
         verb = verbs.add_parser(name, help=help_text, add_help=False)
-        verb.add_argument("rest", nargs=argparse.REMAINDER)
         verb.set_defaults(run=_delegate, verb=name)
     return parser
 

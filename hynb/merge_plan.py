@@ -184,7 +184,8 @@ def _match(
     shapes = {entry.name: entry.shape for entry in shards.read_shard(weights_file).tensors}
     folder, problems, used = weights_file.parent, [], set()
     transposed = bool(settings.get("fan_in_fan_out"))
-    for key, shape in shapes.items():
+    # Whole tensors first: an adapter on embeddings brings the embeddings that it is to be added to.
+    for key, shape in sorted(shapes.items(), key=lambda item: _KEY.fullmatch(item[0]) is not None):
         if key in used:
             continue
         if not key.startswith(_PREFIX):
@@ -192,7 +193,7 @@ def _match(
             continue
         match = _KEY.fullmatch(key)
         if match is None:
-            name = key.removeprefix(_PREFIX)
+            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
             problems += _replacement(weights_file, key, name, shape, tensors, changes, model_config)
             continue
         module, part = match["module"].removeprefix(_PREFIX), match["part"]
