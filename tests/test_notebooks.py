@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -255,6 +256,18 @@ def with_values(lab: Lab, name: str, values: dict) -> None:
     papermill.execute_notebook(FOLDER / name, path, values, prepare_only=True, progress_bar=False)
 
 
+def wait_until(condition, seconds=20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def wait_for_another_picture(page) -> None:
+    before = page.get_attribute("img.hynb-plot", "src")
+    page.wait_for_function("old => document.querySelector('img.hynb-plot').src != old", arg=before, timeout=20_000)
+
+
 def test_training_is_started_watched_left_and_stopped_in_a_browser(base, lab):
     with_values(lab, "02_finetune.ipynb", arguments(base, max_steps=100_000, save_steps=100_000))
     page = lab.open("02_finetune.ipynb")
@@ -273,13 +286,17 @@ def test_training_is_started_watched_left_and_stopped_in_a_browser(base, lab):
     page.wait_for_selector("img.hynb-plot", timeout=90_000)
     run = Run(lab.folder / "runs" / "first")
     assert "Training loss by step" in page.get_attribute("img.hynb-plot", "alt")
-    before = page.get_attribute("img.hynb-plot", "src")
-    page.wait_for_function("old => document.querySelector('img.hynb-plot').src != old", arg=before, timeout=20_000)
+    wait_for_another_picture(page)
     assert problems == []
-    # A reload that was not saved loses the outputs; the last cell alone brings the panel back.
+    # The page is reloaded: what was saved comes back and goes on.
+    page.click('[data-command="docmanager:save"]')
+    saved = lab.folder / "02_finetune.ipynb"
+    wait_until(lambda: "application/vnd.jupyter.widget-view+json" in saved.read_text())
     page.on("dialog", lambda dialog: dialog.accept())
-    page.evaluate("window.onbeforeunload = null")
     lab.load(page, "02_finetune.ipynb", idle=False)
+    page.wait_for_selector("img.hynb-plot", timeout=30_000)
+    wait_for_another_picture(page)
+    # The kernel is restarted, and its widgets are dead: the last cell alone brings the panel back.
     page.click('.lm-MenuBar-item:has-text("Kernel")')
     page.click('[data-command="kernelmenu:restart"] >> nth=0')
     page.click('.jp-Dialog button:has-text("Restart")')
@@ -287,9 +304,8 @@ def test_training_is_started_watched_left_and_stopped_in_a_browser(base, lab):
     assert run.status().state == "running"
     lab.run_cell(page, "RunChooser(")
     page.click('button.jupyter-button:has-text("Show")')
-    page.wait_for_selector("img.hynb-plot", timeout=30_000)
     # Stop works from there, and says what was saved.
-    page.click('button.jupyter-button:has-text("Stop")')
+    page.click('.jp-CodeCell:has-text("RunChooser(") button.jupyter-button:has-text("Stop")')
     page.wait_for_selector("text=stopped on request after a checkpoint", timeout=30_000)
     status = run.status()
     assert status.state == "stopped"

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 from IPython import get_ipython
 
 from hynb import zero
-from hynb.config import GROUPS, SCHEDULERS_WITH_MIN_LR, Config, Parameter, parameters, value_text
+from hynb.config import GROUPS, MODEL_SIZE_NAMES, SCHEDULERS_WITH_MIN_LR, Config, Parameter, parameters, value_text
 from hynb.errors import ConfigError
 from hynb.widgets.table import STYLE, Table
 
@@ -27,6 +27,9 @@ _NEEDS: Mapping[str, Callable[[Config], bool]] = {
     "save_steps": lambda config: config.save_strategy == "steps",
     "bf16": lambda config: not config.fp16,
     "fp16": lambda config: not config.bf16,
+    **dict.fromkeys(
+        MODEL_SIZE_NAMES, lambda config: config.model_name_or_path is None and config.resume_from_checkpoint is None
+    ),
 }
 
 

@@ -152,4 +152,6 @@ def ask_all(choice: MergeChoice, question_file: str = "auto", *, count: int, max
 
 
 def _short(text: str) -> str:
+    if not text:
+        return "(nothing)"
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"

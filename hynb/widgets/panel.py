@@ -50,7 +50,7 @@ class RunPanel(widgets.VBox):
         # A first look in the caller's thread: the cell's output is whole even when nothing more comes.
         self._reader = RunReader(run.output_dir)
         self._events: list[dict[str, Any]] = []
-        parts = [self._header, self._bar, row, self._plot, self._saved, self._failure]
+        parts = [self._header, self._bar, row, self._failure, self._plot, self._saved]
         super().__init__([widgets.HTML(STYLE), *parts])
         self._look()
         self._thread = threading.Thread(target=self._watch, name=f"panel {run.output_dir.name}", daemon=True)
@@ -100,6 +100,8 @@ class RunPanel(widgets.VBox):
         if not status.live:
             self._note.value = ""
             self._failure.value = _end_text(self.run, status)
+            if not curve.steps:
+                self._plot.value = ""
         return status.live
 
     def _stop(self, _: Any) -> None:

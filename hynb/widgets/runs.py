@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,5 +144,8 @@ class MergeForm(widgets.VBox):
         self.checkpoint.options = found or [_NO_RUN]
         last = found[-1] if found else _NO_RUN
         self.checkpoint.value = self._first_checkpoint if self._first_checkpoint in found else last
-        size = "one of the base's size; free space is checked first"
-        self._note.value = f'<div class="hynb faint">The merged model is a folder of its own, {size}.</div>'
+        beside = f"{RunDir(self.run.value).path.name}-merged"
+        self._note.value = (
+            f'<div class="hynb faint">auto: the folder <code>{html.escape(beside)}</code> beside the run. It takes '
+            "as much disk space as the base; whether that is free is looked at first.</div>"
+        )

@@ -121,7 +121,8 @@ def start_or_attach(config: Config) -> Run:
         _started[folder] = config
         print(f"started in {folder}: closing this notebook leaves it running")
         return run
-    if status.live and (different := _differences(config, load_yaml(Run(folder).dir.config))):
+    saved = Run(folder).dir.config
+    if status.live and saved.is_file() and (different := _differences(config, load_yaml(saved))):
         print(f"a run with other values is live in {folder} and is shown: {different}")
     else:
         print(f"found the run in {folder}: {status}")
