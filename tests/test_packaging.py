@@ -80,3 +80,34 @@ def test_notebooks_are_committed_without_outputs():
     assert len(notebooks) == 3
     nbstripout = Path(sys.executable).with_name("nbstripout")
     subprocess.run([nbstripout, "--verify", *notebooks], check=True)
+
+
+def test_the_readmes_tables_are_the_schemas():
+    from readme_tables import HELP_ZH, tables_zh, with_tables
+
+    from hynb.cli import parameter_tables
+    from hynb.config import parameters
+
+    assert HELP_ZH.keys() == {item.name for item in parameters()}
+    for name, tables in (("README.md", parameter_tables()), ("README.zh.md", tables_zh())):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert with_tables(text, tables) == text, "run python tools/readme_tables.py"
+
+
+def test_the_readmes_files_and_commands_exist():
+    for name in ("README.md", "README.zh.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / link).exists(), link
+        for target in re.findall(r"make (\w+)", text):
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) or target == "test", (
+                target
+            )
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    assert english.count("\n## ") == chinese.count("\n## ")
+    for block in re.findall(r"```yaml\n(.*?)```", english, re.DOTALL):
+        assert block in chinese
+        settings = yaml.safe_load(block)
+        from hynb.config_io import read_mapping
+
+        read_mapping(settings).config("README")

@@ -18,6 +18,8 @@ class HunYuanLargeConfig(HunYuanMoEV1Config):
     """
 
     model_type = "hunyuan"
+    # Beside transformers' own keys of a "dynamic" scaling, and the one that makes it static.
+    ignore_keys_at_rope_validation = {"alpha"}  # noqa: RUF012
 
     num_experts: int | list[int] = 1
     use_cla: bool = False

@@ -1,0 +1,109 @@
+"""Writes the parameter tables of README.md and README.zh.md from the schema: `python tools/readme_tables.py`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hynb.cli import parameter_tables
+from hynb.config import GROUPS, parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- parameters: begin -->", "<!-- parameters: end -->"
+GROUPS_ZH = {
+    "model": "模型",
+    "data": "数据",
+    "lora": "LoRA",
+    "zero": "ZeRO 与显存",
+    "schedule": "训练计划",
+    "run": "运行目录",
+    "launch": "机器",
+    "model_size": "随机模型的尺寸",
+}
+HELP_ZH = {
+    "model_name_or_path": "基座模型目录。不给出且不续训时，用下面的尺寸随机初始化一个模型。",
+    "tokenizer_name_or_path": "分词器目录；auto：与模型目录相同。",
+    "trust_remote_code": "允许运行模型目录里的 Python 文件。Hunyuan-Large 不需要。",
+    "use_flash_attn": "安装了 flash_attn 时使用 Flash Attention 2，否则用 PyTorch 的 sdpa。",
+    "train_data_file": 'JSONL 文件，一行一个对话：`{"messages": [{"role": …, "content": …}]}`。',
+    "max_seq_length": "超过此长度的样本会被截断。",
+    "model_max_length": "分词器报告的最大输入长度；auto：保持分词器自己的值。",
+    "use_lora": "训练 LoRA；关闭则全量微调。",
+    "lora_rank": "LoRA 的秩。",
+    "lora_alpha": "LoRA 的缩放：alpha / rank。",
+    "lora_dropout": "LoRA 之前的 dropout。",
+    "lora_target_modules": "加 LoRA 的层，按名字的末段。",
+    "deepspeed": "ZeRO 预设名，或一个 DeepSpeed JSON 文件。按显存占用递减：ds_zero2_no_offload、ds_zero3_no_offload、ds_zero3_offload、ds_zero3_offload_no_auto。",
+    "gradient_checkpointing": "反向传播时重新计算激活：省显存，多花约三分之一时间。",
+    "make_moe_param_leaf_module": "ZeRO-3 下一次收集整个 MoE 块：通信次数少、单次大，显存占用显著增加。",
+    "train_attention_params_only": "只训练 self_attn 的参数，其余冻结。",
+    "bf16": "用 bfloat16 训练（A100 及更新的 GPU；CPU 也可以）。",
+    "fp16": "用 float16 加损失缩放训练（较旧的 GPU）。",
+    "learning_rate": "最大学习率。",
+    "min_lr": "最终学习率（绝对值）；auto：最大学习率的十分之一。用于 cosine_with_min_lr。",
+    "lr_scheduler_type": "学习率曲线。",
+    "warmup_ratio": "学习率上升阶段占总步数的比例。",
+    "max_steps": "优化器步数；auto：由 num_train_epochs 决定。",
+    "num_train_epochs": "max_steps 为 auto 时遍历数据的次数。",
+    "per_device_train_batch_size": "每张卡一次处理的样本数（micro batch）。",
+    "gradient_accumulation_steps": "梯度累计次数。全局 batch = micro batch × 该值 × 卡数。",
+    "weight_decay": "AdamW 的权重衰减。",
+    "max_grad_norm": "梯度裁剪到的范数。",
+    "seed": "数据顺序、dropout 与新权重的随机种子。",
+    "output_dir": "运行目录：日志、TensorBoard、checkpoint。",
+    "overwrite_output_dir": "开始前删除 output_dir 里上一次运行的文件。",
+    "resume_from_checkpoint": "从某个 checkpoint-N 目录继续；last 表示 output_dir 里最新的一个。",
+    "logging_steps": "每多少步在 events.jsonl 写一行。",
+    "save_strategy": "何时保存 checkpoint。",
+    "save_steps": "每多少步保存一个 checkpoint。",
+    "save_total_limit": "保留最新的几个 checkpoint；auto：全部。",
+    "save_safetensors": "为兼容指南的脚本而接受：权重总是存为 safetensors。",
+    "do_train": "为兼容指南的脚本而接受：运行的就是训练。",
+    "num_processes": "本机的进程数；auto：每张 GPU 一个，CPU 上一个。",
+    "hostfile": "多机运行的主机与卡数；auto：只用本机。",
+    "master_port": "各进程会合的端口；auto：任选一个空闲的。",
+    "vocab_size": "词表大小；auto：分词器的大小。",
+    "hidden_size": "模型宽度。",
+    "intermediate_size": "一个专家的宽度。",
+    "num_layers": "解码层数。",
+    "num_attention_heads": "每层的 query 头数。",
+    "num_key_value_heads": "key/value 头数；auto：与 query 头数相同。",
+    "num_experts": "每层专家数；1 为稠密 MLP。",
+    "moe_topk": "每个 token 选择的专家数。",
+    "use_cla": "跨层注意力（CLA）：相邻层共享 K、V。",
+    "cla_share_factor": "共享一份 K、V 的层数。",
+    "use_mixed_mlp_moe": "专家旁边的共享 MLP。",
+    "num_shared_expert": "共享 MLP 的宽度，以专家宽度为单位。",
+    "use_qk_norm": "对每个头的 query 和 key 做 RMSNorm。",
+    "tie_word_embeddings": "输出层与词嵌入共用一个矩阵。",
+}
+
+
+def tables_zh() -> str:
+    """The same tables as `hynb parameters --markdown`, in Chinese."""
+    lines = []
+    for group in GROUPS:
+        lines += [f"### {GROUPS_ZH[group]}", "", "| 参数 | 默认 | 范围 | 作用 |", "|---|---|---|---|"]
+        for item in parameters():
+            if item.group == group:
+                bounds = ", ".join(item.choices) or item.range.replace(" and ", " 且 ")
+                lines.append(f"| `{item.name}` | `{item.default_text}` | {bounds} | {HELP_ZH[item.name]} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def with_tables(text: str, tables: str) -> str:
+    """A README's text with what stands between the two marks replaced."""
+    pattern = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{tables}\n{END}", text)
+
+
+def main() -> None:
+    """Rewrites both files."""
+    for name, tables in (("README.md", parameter_tables()), ("README.zh.md", tables_zh())):
+        path = ROOT / name
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
