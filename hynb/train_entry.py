@@ -142,6 +142,7 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     set_seed(config.seed)
     model = train_model.load_model(config, base, tokenizer, say)
     model.config.use_cache = False
+    train_model.save_loss_memory(model)
     if config.make_moe_param_leaf_module:
         train_model.mark_moe_leaves(model)
     if config.use_lora:

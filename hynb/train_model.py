@@ -136,6 +136,12 @@ def write_random_base(
     say(f"the random base model of this adapter is kept in {folder}")
 
 
+def save_loss_memory(model: PreTrainedModel) -> None:
+    """Lets a model that can do so compute its loss in pieces: the logits of a long sequence would fill a GPU."""
+    if hasattr(type(model), "loss_piece_tokens"):
+        model.loss_piece_tokens = 1024
+
+
 def training_dtype(config: Config) -> torch.dtype:
     """The dtype of the weights in training."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32

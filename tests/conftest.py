@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Two threads wait for each other at every small matrix, the more so beside a browser or other ranks.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

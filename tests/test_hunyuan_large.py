@@ -296,3 +296,39 @@ def test_ids_equal_tiktokens_own_merging(tokenizer, shared):
         word = "".join(rng.choices(alphabet, k=rng.randint(1, 12)))
         expected = [ranks[word.encode()]] if word.encode() in ranks else merged(word.encode())
         assert tokenizer.encode(word, add_special_tokens=False) == expected, word
+
+
+@pytest.mark.parametrize("piece", [3, 16, 1000])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("counted", [None, 37])
+def test_the_loss_in_pieces_is_the_loss(piece, tied, counted):
+    model, _ = random_model(tie_word_embeddings=tied)
+    ids = torch.randint(1, 64, (3, 20))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.5, -100)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        output = model(input_ids=ids, labels=labels, num_items_in_batch=counted)
+        output.loss.backward()
+        return output, {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+    whole, gradients = loss_and_gradients()
+    model.loss_piece_tokens = piece
+    pieces, found = loss_and_gradients()
+    assert pieces.logits is None and whole.logits is not None
+    torch.testing.assert_close(pieces.loss, whole.loss, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    model.requires_grad_(False)
+    assert torch.equal(model(input_ids=ids, labels=labels, num_items_in_batch=counted).loss, pieces.loss)
+
+
+def test_a_batch_without_labels_has_a_loss_of_zero():
+    model, _ = random_model()
+    model.loss_piece_tokens = 8
+    ids = torch.randint(1, 64, (1, 9))
+    loss = model(input_ids=ids, labels=torch.full_like(ids, -100)).loss
+    loss.backward()
+    assert loss == 0 and all(
+        torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None
+    )

@@ -11,13 +11,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.hunyuan_v1_moe import modeling_hunyuan_v1_moe as v1
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hynb.hunyuan_large.configuration import HunYuanLargeConfig
+from hynb.hunyuan_large.loss import LanguageModelHead, causal_loss
 
 
 class HunYuanLargeAttention(nn.Module):
@@ -253,14 +254,68 @@ class HunYuanLargeModel(HunYuanLargePreTrainedModel):
 
 
 class HunYuanLargeForCausalLM(HunYuanLargePreTrainedModel, GenerationMixin):
-    """The decoder with its output layer."""
+    """The decoder with its output layer.
+
+    loss_piece_tokens: when set, a call with labels returns the loss without logits, and no more than the
+    logits of so many tokens are in memory at once.
+    """
 
     _tied_weights_keys = v1.HunYuanMoEV1ForCausalLM._tied_weights_keys
-    forward = v1.HunYuanMoEV1ForCausalLM.forward
+    loss_piece_tokens: int | None = None
 
     def __init__(self, config: HunYuanLargeConfig) -> None:
         super().__init__(config)
         self.model = HunYuanLargeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits (batch × length × vocabulary), and with labels the mean loss of the next token.
+
+        Args:
+            labels: batch × length, -100 where nothing is learnt.
+            logits_to_keep: only the last so many positions' logits; 0 for all.
+            num_items_in_batch: what the summed loss is divided by instead of its own count.
+        """
+        # All by name: `generate` looks into this signature to see what it must prepare.
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        logits = loss = None
+        if labels is not None and self.loss_piece_tokens and type(self.lm_head) is LanguageModelHead:
+            counted = {"num_items_in_batch": num_items_in_batch}
+            loss = causal_loss(self.lm_head, hidden, labels, piece=self.loss_piece_tokens, **counted)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            if labels is not None:
+                counted = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+                loss = self.loss_function(logits=logits, labels=labels, **counted)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
