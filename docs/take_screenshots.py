@@ -45,8 +45,8 @@ def main() -> None:
             _finetune(lab, args.folder, Run(notebooks / "runs" / "cars"))
             page = lab.open("03_merge_lora.ipynb", height=1000)
             lab.run_all(page)
-            page.wait_for_selector("text=merged = adapter", timeout=120_000)
-            _save(page, 'h2:has-text("2. Merge")', args.folder / "merge.png")
+            page.wait_for_selector(".jp-OutputArea >> text=merged and adapter agree", timeout=120_000)
+            _save(page, 'h2:has-text("4. Ask")', args.folder / "merge.png")
     finally:
         if (notebooks / "runs" / "cars" / "launch.json").exists():
             Run(notebooks / "runs" / "cars").kill()
@@ -67,7 +67,7 @@ def _finetune(lab: Lab, folder: Path, run: Run) -> None:
     lab.run_all(page)
     page.wait_for_selector(".widget-tab", timeout=60_000)
     page.click('.lm-TabBar-tab:has-text("ZeRO")')
-    page.wait_for_selector("text=Expected memory")
+    page.wait_for_selector(".widget-tab table.hynb-table")
     _save(page, 'h2:has-text("1. Choose")', folder / "form.png")
     page.wait_for_selector("img.hynb-plot", timeout=180_000)
     for status, _ in run.follow(timeout_seconds=600):
@@ -75,16 +75,15 @@ def _finetune(lab: Lab, folder: Path, run: Run) -> None:
             break
     _save(page, 'h2:has-text("5. Train")', folder / "finetune.png")
     run.wait(timeout_seconds=900, check=True)
-    lab.wait_idle(page)
-    _save(page, 'h2:has-text("6. Result")', folder / "result.png")
 
 
 def _save(page: Any, at_top: str, path: Path) -> None:
-    """A picture of the page with an element at its top, in few colours, so that it is small."""
-    page.locator(at_top).first.evaluate("element => element.scrollIntoView({block: 'start'})")
-    page.wait_for_timeout(1500)
-    picture = Image.open(io.BytesIO(page.screenshot()))
-    picture.convert("RGB").quantize(128).save(path, optimize=True)
+    """A picture of the page with an element at its top."""
+    # Cells that come into sight change their height, which moves what was scrolled to.
+    for _ in range(3):
+        page.locator(at_top).first.evaluate("element => element.scrollIntoView({block: 'start'})")
+        page.wait_for_timeout(700)
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
     print(path, f"{path.stat().st_size / 1000:.0f} kB")
 
 

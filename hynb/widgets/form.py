@@ -52,7 +52,7 @@ class ConfigForm(widgets.VBox):
         }
         pages = [self._page(group, fields) for group, fields in self._groups.items()]
         self._tabs = widgets.Tab(children=pages, titles=list(GROUPS.values()))
-        self._tabs.layout.width = "100%"
+        self._tabs.layout.width = "calc(100% - 4px)"
         self._tabs.add_class("hynb-form")
         for field in self._fields.values():
             field.observe(self._edited)

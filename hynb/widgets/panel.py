@@ -13,7 +13,7 @@ from hynb.errors import RunError
 from hynb.launch import Run
 from hynb.run_dir import RunReader, RunStatus, effective_events
 from hynb.widgets.plot import Curve, image_tag, png
-from hynb.widgets.table import STYLE, block, duration_text
+from hynb.widgets.table import STYLE, block, duration_text, path_text
 
 _POLL_SECONDS = 0.5
 # Drawing takes this share of a core at most, however slow the machine is.
@@ -125,7 +125,7 @@ def saved_text(run: Run, events: list[dict[str, Any]]) -> str:
         return '<div class="hynb faint">No checkpoint yet.</div>'
     shown = ", ".join(items[-8:])
     more = f"{len(items) - 8} more, " if len(items) > 8 else ""
-    return f'<div class="hynb">Saved: {more}{shown} in <code>{html.escape(str(run.output_dir))}</code></div>'
+    return f'<div class="hynb">Saved: {more}{shown} in <code>{html.escape(path_text(run.output_dir))}</code></div>'
 
 
 def _header(run: Run, status: RunStatus, curve: Curve) -> str:

@@ -16,7 +16,7 @@ from hynb.launch import Run, absolute_paths, attach, launch
 from hynb.run_dir import RunReader, RunStatus, progress_line
 from hynb.widgets.panel import RunPanel
 from hynb.widgets.plot import Curve, png
-from hynb.widgets.table import Table, duration_text
+from hynb.widgets.table import Table, duration_text, path_text
 
 # A notebook's own parameters cell begins with the first, the one that papermill puts in with the second.
 _OWN_MARK, _INJECTED_MARK = "# Parameters:", "# Parameters"
@@ -119,13 +119,13 @@ def start_or_attach(config: Config) -> Run:
     if status.state == "absent" or not _attaches(config, status):
         run = launch(config)
         _started[folder] = config
-        print(f"started in {folder}: closing this notebook leaves it running")
+        print(f"started in {path_text(folder)}: closing this notebook leaves it running")
         return run
     saved = Run(folder).dir.config
     if status.live and saved.is_file() and (different := _differences(config, load_yaml(saved))):
-        print(f"a run with other values is live in {folder} and is shown: {different}")
+        print(f"a run with other values is live in {path_text(folder)} and is shown: {different}")
     else:
-        print(f"found the run in {folder}: {status}")
+        print(f"found the run in {path_text(folder)}: {status}")
     return attach(folder)
 
 

@@ -6,6 +6,7 @@ import html
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 # The notebook's own colours, so that both themes are readable; the fallbacks are for a saved page.
 STYLE = """<style>
@@ -79,6 +80,12 @@ def block(text: str, *, scrolls: bool = False) -> str:
         scrolls: keep a long one in a box of its own, as a log is.
     """
     return f'<pre class="hynb-pre{" hynb-log" if scrolls else ""}">{html.escape(text)}</pre>'
+
+
+def path_text(path: Path) -> str:
+    """A path as a person at this folder writes it: relative where it lies below, else whole."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def size_text(size_bytes: float) -> str:
