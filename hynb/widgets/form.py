@@ -153,7 +153,8 @@ class _Field:
         self.box = self.input if self._own_file is None else widgets.VBox(parts)
         self._parts = parts
         bounds = " ".join(part for part in (parameter.range, parameter.unit) if part)
-        self._help = html.escape(parameter.help) + (f" <i>({html.escape(bounds)})</i>" if bounds else "")
+        legal = "; ".join(part for part in (bounds, f"default {parameter.default_text}") if part)
+        self._help = f"{html.escape(parameter.help)} <i>({html.escape(legal)})</i>"
         self.note = widgets.HTML()
 
     @property
