@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -27,7 +28,6 @@ _KEY = re.compile(
 _PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 # Settings of an adapter that change the arithmetic in a way that is not done here.
 _UNKNOWN_SETTINGS = {
-    "target_parameters": "LoRA on parameters",
     "lora_bias": "a bias on lora_B",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
@@ -42,6 +42,8 @@ class Change:
 
     factor: alpha / rank (or / sqrt(rank)) times the adapter's weight.
     replacement: a whole new tensor instead (modules_to_save, bias).
+    expert: number of the expert and of all experts, where one pair of matrices serves a fused parameter.
+    rows: the tensor's rows in that parameter.
     """
 
     adapter: Path
@@ -52,6 +54,8 @@ class Change:
     embedding: bool = False
     transposed: bool = False
     replacement: str | None = None
+    expert: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(kw_only=True)
@@ -117,7 +121,13 @@ def changed_tensor(tensor: torch.Tensor, changes: Sequence[Change]) -> torch.Ten
             if change.replacement:
                 tensor = part(change.replacement)
                 continue
-            delta = (part(change.up) @ part(change.down)).mul_(change.factor)
+            down, up = part(change.down), part(change.up)
+            if change.expert:
+                # PEFT keeps a fused parameter's pair as (experts × rank) × in, and out × (rank × experts).
+                index, count = change.expert
+                down = down.view(count, -1, down.shape[-1])[index]
+                up = up.view(up.shape[0], -1, count)[slice(*change.rows), :, index]
+            delta = (up @ down).mul_(change.factor)
             if change.embedding or change.transposed:
                 delta = delta.T
             tensor = tensor + delta
@@ -203,6 +213,11 @@ def _match(
         if partner not in shapes:
             problems.append(f"{weights_file}: {key} has no {_PAIRS[part]} beside it")
             continue
+        experts = _expert_tensors(module, tensors)
+        if experts:
+            problems += _match_experts(weights_file, settings, weight, key, partner, shapes, experts, changes)
+            used |= {key, partner}
+            continue
         name = f"{module}.weight"
         entry = tensors.get(name)
         if entry is None:
@@ -228,6 +243,54 @@ def _match(
         changes.setdefault(name, []).append(change)
     stray = [key for key in shapes if (m := _KEY.fullmatch(key)) and m["part"] not in _PAIRS and key not in used]
     return problems + [f"{weights_file}: {key} belongs to no lora_A: it would be left unused" for key in stray]
+
+
+def _expert_tensors(module: str, tensors: dict[str, TensorEntry]) -> dict[str, list[TensorEntry]]:
+    """The per-expert tensors that a fused expert module has on the disk, by projection; empty for other modules."""
+    prefix = module.removesuffix(".base_layer")
+    if not prefix.endswith(".experts") or f"{prefix}.0.down_proj.weight" not in tensors:
+        return {}
+    found: dict[str, list[TensorEntry]] = {}
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        names = (f"{prefix}.{index}.{projection}.weight" for index in range(len(tensors)))
+        found[projection] = list(itertools.takewhile(bool, map(tensors.get, names)))
+    return found
+
+
+def _match_experts(
+    weights_file: Path,
+    settings: dict[str, Any],
+    weight: float,
+    key: str,
+    partner: str,
+    shapes: dict[str, tuple[int, ...]],
+    experts: dict[str, list[TensorEntry]],
+    changes: dict[str, list[Change]],
+) -> list[str]:
+    """Files the changes of an adapter on a fused parameter (PEFT's target_parameters), which is known by its shape."""
+    (inner, width), count = experts["gate_proj"][0].shape, len(experts["gate_proj"])
+    made = (shapes[partner][0], shapes[key][1])
+    if (
+        shapes[key][0] % count
+        or shapes[partner][1] != shapes[key][0]
+        or made not in ((2 * inner, width), (width, inner))
+    ):
+        return [
+            f"{weights_file}: {key} is for a parameter of shape {made}, the base has {count} experts with "
+            f"{(2 * inner, width)} and {(width, inner)}"
+        ]
+    fused = made == (2 * inner, width)
+    module = _KEY.fullmatch(key)["module"].removeprefix(_PREFIX).removesuffix(".base_layer")
+    name = f"{module}.{'gate_up_proj' if fused else 'down_proj'}"
+    factor = _factor(settings, name, shapes[key][0] // count) * weight
+    rows = {"gate_proj": (0, inner), "up_proj": (inner, 2 * inner)} if fused else {"down_proj": (0, width)}
+    for projection, place in rows.items():
+        for index, entry in enumerate(experts[projection]):
+            change = Change(
+                adapter=weights_file.parent, factor=factor, down=key, up=partner, expert=(index, count), rows=place
+            )
+            changes.setdefault(entry.name, []).append(change)
+    return []
 
 
 def _replacement(

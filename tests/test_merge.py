@@ -33,6 +33,12 @@ VARIANTS = {
         "alpha_pattern": {"o_proj": 3, "layers.0.self_attn.q_proj": 5},
     },
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "fused experts": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "alpha_pattern": {"mlp.experts.down_proj": 3},
+    },
+    "one fused parameter": {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.down_proj"]},
     "shared MLP and a saved module": {"target_modules": ["up_proj"], "modules_to_save": ["norm"]},
 }
 
