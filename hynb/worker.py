@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hynb import errors
-from hynb.errors import HynbError
+from hynb.errors import HynbError, MergeError
 from hynb.run_dir import read_json
 
 _SHOWN_LINES = 15
@@ -102,6 +102,11 @@ def _merge(
         same = made["base"]["hash"] == plan.base_identity["hash"] and made["save_dtype"] == save_dtype
         if same and made["adapters"] == plan.adapter_identities:
             return made | {"found": True}
+    if Path(output_path).exists() and not overwrite:
+        raise MergeError(
+            f"output_path = {output_path}: is there already and holds something else than this merge; "
+            "choose another, or replace it with overwrite_output_path"
+        )
     arguments = {"base_model_path": base_model_path, "adapter_model_path": adapter_model_path}
     arguments |= {"output_path": output_path, "save_dtype": save_dtype, "overwrite": overwrite}
     reported = [0.0]

@@ -10,7 +10,7 @@ from tiny import tiny_data, tiny_model
 
 from hynb.ask import base_of, main, split_answer
 from hynb.config import Config
-from hynb.errors import DataError, ModelError
+from hynb.errors import DataError, MergeError, ModelError
 from hynb.worker import work
 
 
@@ -56,6 +56,12 @@ def test_models_are_asked_the_same_questions_and_report_on_the_way(model, tmp_pa
     assert main() == 0
     said = capsys.readouterr().out
     assert said.count("-> ") == 2 and f"-> {items[0]['answers'][0]}" in said
+
+
+def test_a_folder_with_something_else_is_not_merged_over(model, tmp_path):
+    folders = {"base_model_path": str(model), "adapter_model_path": str(tmp_path), "output_path": str(tmp_path)}
+    with pytest.raises(MergeError, match=r"something else than this merge.* overwrite_output_path"):
+        work("merge", **folders, save_dtype="keep", overwrite=False)
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
