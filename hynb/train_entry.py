@@ -161,18 +161,22 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
         check_disk(Path(config.output_dir), model, is_lora=config.use_lora, weight_bytes=weight_bytes)
         writer.manifest(_manifest(config, ds_config, base, counts, shape, notes))
     callback = RunCallback(run_dir=RunDir(config.output_dir), writer=writer, model=model)
-    trainer = RunTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=data.Collator(pad_token_id=_pad_token_id(tokenizer)),
-        callbacks=[callback],
-        base=base,
-        tokenizer_folder=tokenizer_folder,
-        record=shape | {"global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size},
-        keep_checkpoints=config.save_total_limit,
-        writer=writer,
-    )
+    try:
+        trainer = RunTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=data.Collator(pad_token_id=_pad_token_id(tokenizer)),
+            callbacks=[callback],
+            base=base,
+            tokenizer_folder=tokenizer_folder,
+            record=shape,
+            keep_checkpoints=config.save_total_limit,
+            writer=writer,
+        )
+    except ValueError as error:
+        # What the Trainer itself refuses: TrainingArguments that contradict each other or need more than is given.
+        raise ConfigError(f"transformers' Trainer: {error}") from error
     if writer:
         first = _resumed_step(resume)
         writer.event("resume" if resume else "start", first, world_size=world_size)

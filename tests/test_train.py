@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from hynb.config import Config
 from hynb.config_io import to_yaml
-from hynb.errors import ConfigError, RunError, RunFailedError
+from hynb.errors import ConfigError, ModelError, RunError, RunFailedError
 from hynb.launch import LAUNCH_VARIABLE, attach, launch
 from hynb.run_dir import RunDir
+from hynb.train_loop import RunCallback
 
 STEPS, SAVED = 6, 3
 
@@ -299,6 +301,39 @@ def test_broken_data_and_foreign_code_are_refused_before_training(files, tmp_pat
         "--model_name_or_path", foreign, "--train_data_file", files["data"], "--output_dir", tmp_path / "o"
     )
     assert done.returncode == 2 and "modeling_x.py" in done.stderr and "trust_remote_code" in done.stderr
+
+
+def test_an_adapter_weight_without_a_gradient_stops_the_run(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A = torch.nn.Linear(2, 2)
+            self.lora_B = torch.nn.Linear(2, 2)
+            self.unused_lora_B = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.lora_B(self.lora_A(x)).sum()
+
+    model, args = Model(), SimpleNamespace(process_index=0, world_size=1)
+    state, control = SimpleNamespace(global_step=0, max_steps=9), SimpleNamespace()
+    callback = RunCallback(run_dir=RunDir(tmp_path), writer=None, model=model)
+    callback.on_train_begin(args, state, control)
+    model(torch.ones(1, 2)).backward()
+    with pytest.raises(ModelError, match=r"2 adapter weights got no gradient in the first step.*unused_lora_B"):
+        callback.on_step_end(args, state, control)
+    del model.unused_lora_B
+    callback = RunCallback(run_dir=RunDir(tmp_path), writer=None, model=model)
+    callback.on_train_begin(args, state, control)
+    model(torch.ones(1, 2)).backward()
+    callback.on_step_end(args, state, control)
+
+
+def test_what_the_trainer_itself_refuses_is_a_message(files, tmp_path):
+    config = config_of(files, "hunyuan_v1_dense", tmp_path / "run", num_processes=None)
+    (tmp_path / "run.yaml").write_text(to_yaml(config) + "eval_strategy: steps\n")
+    done = run_entry(tmp_path / "run.yaml")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "hynb: transformers' Trainer: You have set `args.eval_strategy`" in done.stderr
 
 
 def test_another_world_size_is_refused_on_resume(case, tmp_path, files):
