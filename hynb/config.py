@@ -255,7 +255,7 @@ class Parameter:
     def range(self) -> str:
         """The bounds in words; empty when there are none."""
         bounds = [
-            f"{word} {value:g}"
+            f"{word} {value if isinstance(value, int) else format(value, 'g')}"
             for word, value in (("≥", self.minimum), (">", self.above), ("≤", self.maximum))
             if value is not None
         ]

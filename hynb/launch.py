@@ -134,6 +134,9 @@ class Run:
             what = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
             reason = f"killed on request; {what}"
             write_json(self.dir.exit, {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": reason})
+            # A killed process is seen until the system has cleared it away.
+            while self.status().live and time.monotonic() < deadline:
+                time.sleep(0.02)
         return self.status()
 
     def _launcher(self) -> ProcessId | None:
