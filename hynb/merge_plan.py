@@ -267,7 +267,7 @@ def _match_experts(
     experts: dict[str, list[TensorEntry]],
     changes: dict[str, list[Change]],
 ) -> list[str]:
-    """Files the changes of an adapter on a fused parameter (PEFT's target_parameters), which is known by its shape."""
+    """Files the changes of an adapter on a fused parameter (PEFT's target_parameters), known by its shape."""
     (inner, width), count = experts["gate_proj"][0].shape, len(experts["gate_proj"])
     made = (shapes[partner][0], shapes[key][1])
     if (
