@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,12 +123,10 @@ def conversation_pieces(
         content = content.rstrip() if right else content
         pieces.append(Piece(text=content, content=True, trained=trained))
         closing = template.closing[number]
-        # An earlier answer may be closed otherwise than a last one: then the next opening holds its closing.
-        last = number == len(messages) - 1
-        if last or (answer and template.before[number + 1].startswith(closing)):
-            pieces.append(Piece(text=closing, content=False, trained=trained))
-        else:
-            closing = ""
+        if number < len(messages) - 1:
+            # An earlier answer may be closed otherwise than a last one: what both have is its end.
+            closing = _common_start(tokenizer, closing, template.before[number + 1]) if answer else ""
+        pieces.append(Piece(text=closing, content=False, trained=trained))
     return [piece for piece in pieces if piece.text]
 
 
@@ -208,6 +207,18 @@ def _look_at_template(
         closing.append("" if empty and number < len(shape) else pieces(number)[-1])
     before = pieces(len(shape))
     return Template(before=tuple(before[:-1]), closing=tuple(closing), strips=tuple(strips))
+
+
+def _common_start(tokenizer: PreTrainedTokenizerBase, one: str, other: str) -> str:
+    """The longest text of whole tokens that both begin with."""
+    common = os.path.commonprefix([one, other])  # noqa: RUF071  letters are meant
+    ids = [_template_ids(tokenizer, text) for text in (one, other)]
+    # Two special tokens may begin with the same letters.
+    while common and any(
+        _template_ids(tokenizer, common) != of_text[: len(_template_ids(tokenizer, common))] for of_text in ids
+    ):
+        common = common[:-1]
+    return common
 
 
 def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

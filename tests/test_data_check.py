@@ -167,6 +167,21 @@ def test_letters_of_a_special_token_become_it_when_asked(tokenizer):
     assert encode(conversation, tokenizer, 99)["input_ids"].count(eos) == 1
 
 
+def test_an_earlier_answer_may_end_otherwise_than_the_last(tokenizer):
+    """`<|eos|>` ends both; only the last is followed by `<|endoftext|>`, the earlier by `<|extra_1|>`."""
+    saved = tokenizer.chat_template
+    ends = "{{ '<|eos|>' + ('<|endoftext|>' if loop.last else '<|extra_1|>') }}"
+    tokenizer.chat_template = saved.replace("{{ message['content'] + '<|eos|>' }}", "{{ message['content'] }}" + ends)
+    messages = [ASK, ANSWER, ASK, ANSWER]
+    try:
+        encoded = encode(Conversation(messages=messages, source="x"), tokenizer, 99)
+        assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+    finally:
+        tokenizer.chat_template = saved
+    trained = [label for label in encoded["labels"] if label != IGNORED]
+    assert tokenizer.decode(trained) == "a<|eos|>a<|eos|><|endoftext|>"
+
+
 def test_a_template_that_strips_contents_is_followed(tokenizer):
     saved = tokenizer.chat_template
     tokenizer.chat_template = saved.replace("message['content']", "message['content'] | trim")
