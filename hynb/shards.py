@@ -111,6 +111,8 @@ def model_shards(folder: Path) -> list[Shard]:
     index_path = folder / INDEX_NAME
     if not index_path.is_file():
         single = sorted(folder.glob("*.safetensors"))
+        if not single and any(folder.glob("pytorch_model*.bin")):
+            raise ModelError(f"{folder}: has its weights as .bin files; save the model as safetensors first")
         if len(single) != 1:
             found = f"{len(single)} safetensors files and no {INDEX_NAME}" if single else "no safetensors file"
             raise ModelError(f"{folder}: has {found}: it is no complete model folder")

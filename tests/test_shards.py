@@ -133,6 +133,10 @@ def test_a_folder_is_whole_or_refused(saved, tmp_path):
     folder.mkdir()
     with pytest.raises(ModelError, match="no safetensors file"):
         shards.model_shards(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="save the model as safetensors first"):
+        shards.model_shards(folder)
+    (folder / "pytorch_model.bin").unlink()
     for number in (1, 2):
         save_file({f"tensor{number}": torch.zeros(2)}, folder / f"model-{number}.safetensors")
     with pytest.raises(ModelError, match="2 safetensors files and no"):
