@@ -18,15 +18,18 @@ from safetensors.torch import save_file
 # As Hunyuan-Large's proportions: nearly all bytes are in the experts.
 HIDDEN, EXPERTS, HEADS, KV_HEADS, HEAD_DIM, RANK = 2048, 16, 16, 4, 128, 64
 MERGE = """
-import resource, sys, time
+import re, sys, time
+from pathlib import Path
+# Not ru_maxrss: it survives exec, so it would be the peak of the benchmark that started this process.
+peak_bytes = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 began = time.monotonic()
 from hynb.merge import merge_lora
 imported = time.monotonic()
-idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+idle = peak_bytes()
 result = merge_lora(base_model_path=sys.argv[1], adapter_model_path=sys.argv[2], output_path=sys.argv[3],
                     save_dtype=sys.argv[4], link=len(sys.argv) > 5)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(time.monotonic() - imported, imported - began, idle * 1024, peak * 1024, result.tensors_changed)
+peak = peak_bytes()
+print(time.monotonic() - imported, imported - began, idle, peak, result.tensors_changed)
 """
 
 
