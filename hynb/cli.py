@@ -67,13 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--markdown", action="store_true", help="as the tables of the README")
     listing.set_defaults(run=_parameters)
 
-    for name, help_text in (
-        ("merge", "merge a LoRA adapter into its base model"),
-        ("demo", "run the whole job with a small model on this machine"),
+    for name, module, help_text in (
+        ("merge", "hynb.merge", "merge a LoRA adapter into its base model"),
+        ("check-data", "hynb.data_check", "check training data before a GPU is touched"),
+        ("demo", "hynb.demo", "run the whole job with a small model on this machine"),
     ):
         # The room's own arguments come from the room, which is imported only when its verb is called.
         verb = verbs.add_parser(name, help=help_text, add_help=False)
-        verb.set_defaults(run=_delegate, verb=name)
+        verb.set_defaults(run=_delegate, verb=name, module=module)
     return parser
 
 
@@ -160,7 +161,7 @@ def _parameters(args: argparse.Namespace) -> int:
 
 
 def _delegate(args: argparse.Namespace) -> int:
-    room = importlib.import_module(f"hynb.{args.verb}")
+    room = importlib.import_module(args.module)
     parser = argparse.ArgumentParser(prog=f"hynb {args.verb}")
     room.add_arguments(parser)
     return room.run(parser.parse_args(args.rest))

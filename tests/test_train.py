@@ -263,10 +263,11 @@ BAD = {
 def test_all_mistakes_of_a_config_are_said_at_once(files, tmp_path):
     config = config_of(files, "hunyuan", tmp_path / "run")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
-    for mistake, says in list(BAD.items())[-2:]:
+    for mistake, says in BAD.items():
         done = cli_check(tmp_path / "run.yaml", mistake)
         assert done.returncode == 2 and says in done.stderr, done.stderr
-    on_disk = [item for item in BAD if not item.startswith("per_device")]
+    # Without a preset that exists nobody knows the stage, so that mistake is tried alone above.
+    on_disk = [item for item in BAD if not item.startswith(("per_device", "make_moe"))]
     done = cli_check(tmp_path / "run.yaml", *on_disk)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for mistake in on_disk:
