@@ -337,10 +337,9 @@ def test_what_the_trainer_itself_refuses_is_a_message(files, tmp_path):
     assert "hynb: transformers' Trainer: You have set `args.eval_strategy`" in done.stderr
 
 
+@pytest.mark.parametrize("case", ["v1_moe, ZeRO-2, full"], indirect=True, scope="module")
 def test_another_world_size_is_refused_on_resume(case, tmp_path, files):
     family, values, whole, _ = case
-    if family != "hunyuan_v1_moe":
-        pytest.skip("one family is enough")
     config = config_of(files, family, tmp_path / "run", **values)
     config = config.replace(resume_from_checkpoint=str(whole.dir.checkpoint(SAVED)), num_processes=1)
     run = launch(config)
