@@ -26,9 +26,10 @@ from hynb.shards import Shard, TensorEntry
 
 RECEIPT = "merge_receipt.json"
 _STATE = "merge_state.json"
+_UNTIED_SHARD, _FIRST_OF_TWO = "model-lm_head.safetensors", "model-base.safetensors"
 _DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK_ELEMENTS = 16 << 20
+_CHUNK_ELEMENTS = 4 << 20
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -102,20 +103,23 @@ def merge_lora(
     if output in (base, *(item.absolute() for item in adapters)) or output in base.parents:
         raise MergeError(f"output_path = {output}: would replace the base or the adapter; choose another")
     plan = plan_merge(base, adapters, adapter_weights)
-    wanted = {entry.name: _output_dtype(entry, save_dtype) for entry in shards.entries(plan.shards)}
+    written = [*shards.entries(plan.shards), *([plan.untied] if plan.untied else [])]
+    wanted = {entry.name: _output_dtype(entry, save_dtype) for entry in written}
     total_bytes = sum(
         entry.size_bytes // shards.DTYPE_BYTES[entry.dtype] * shards.DTYPE_BYTES[wanted[entry.name]]
-        for entry in shards.entries(plan.shards)
+        for entry in written
     )
     partial = output.with_name(f".{output.name}.partial")
     fingerprint = {"plan": plan.fingerprint, "save_dtype": save_dtype, "link": link}
     _prepare_partial(partial, fingerprint)
     work = _Work(plan=plan, wanted=wanted, partial=partial, link=link, total_bytes=total_bytes, report=progress)
-    _check_space(output, work.missing_bytes())
+    _check_space(output, partial, work.missing_bytes())
     try:
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             for _ in pool.map(work.shard, plan.shards):
                 pass
+        if plan.untied:
+            work.untied(plan.untied)
     except OSError as error:
         raise MergeError(f"{output}: cannot be written: {error}. The base is untouched; a rerun goes on") from error
     _write_rest(plan, partial, wanted, total_bytes, save_dtype)
@@ -167,7 +171,8 @@ class _Work:
 
     def missing_bytes(self) -> int:
         """Bytes that this merge will still write."""
-        return sum(
+        untied = self._plan.untied
+        return (untied.size_bytes * 2 if untied else 0) + sum(
             shard.size_bytes * (4 if self._converts(shard) else 1)
             for shard in self._plan.shards
             if not self._target(shard).exists() and not (self._link and not self._touched(shard))
@@ -199,6 +204,13 @@ class _Work:
         beside.rename(target)
         self._changes |= changed
 
+    def untied(self, entry: TensorEntry) -> None:
+        """Writes the output layer that is tied to the embeddings no more, in a shard of its own."""
+        data, self._changes[entry.name] = self._changed(entry, self._plan.changes[entry.name])
+        header = shards.header_of([(entry.name, self._wanted[entry.name], entry.shape)], {"format": "pt"})
+        (self._partial / _UNTIED_SHARD).write_bytes(header + data)
+        self._advance(self._plan.shards[-1], len(data))
+
     def result(self, output: Path, seconds: float) -> MergeResult:
         """What all shards together came to."""
         for notes in self._partial.glob("*.changes.json"):
@@ -219,7 +231,7 @@ class _Work:
         )
 
     def _target(self, shard: Shard) -> Path:
-        return self._partial / shard.path.name
+        return self._partial / _output_name(self._plan, shard.path)
 
     def _touched(self, shard: Shard) -> bool:
         return any(entry.name in self._plan.changes for entry in shard.tensors)
@@ -298,6 +310,11 @@ class _Work:
                 )
 
 
+def _output_name(plan: MergePlan, shard: Path) -> str:
+    """A shard keeps its name; a single file beside a new shard must not be taken for the whole model."""
+    return _FIRST_OF_TWO if plan.untied and len(plan.shards) == 1 else shard.name
+
+
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
@@ -325,9 +342,11 @@ def _prepare_partial(partial: Path, fingerprint: dict[str, Any]) -> None:
         write_json(partial / _STATE, fingerprint)
 
 
-def _check_space(output: Path, needed_bytes: int) -> None:
+def _check_space(output: Path, partial: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if needed_bytes > free:
+        if not any(partial.glob("*.safetensors")):
+            shutil.rmtree(partial)
         raise MergeError(
             f"output_path = {output}: the merged model takes {needed_bytes / 1e9:.3g} GB and the disk has "
             f"{free / 1e9:.3g} GB free. Free some, or choose another disk"
@@ -341,14 +360,17 @@ def _write_rest(plan: MergePlan, partial: Path, wanted: dict[str, str], total_by
             shutil.copytree(item, partial / item.name, dirs_exist_ok=True)
         elif item.is_file() and not shards.is_weight_file(item.name):
             shutil.copyfile(item, partial / item.name)
-    for name, content in plan.extra_files.items():
-        write_json(partial / name, content)
-    if len(plan.shards) > 1:
-        weight_map = {entry.name: entry.shard.name for entry in shards.entries(plan.shards)}
+    if len(plan.shards) > 1 or plan.untied:
+        weight_map = {entry.name: _output_name(plan, entry.shard) for entry in shards.entries(plan.shards)}
+        if plan.untied:
+            weight_map[plan.untied.name] = _UNTIED_SHARD
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(partial / shards.INDEX_NAME, index)
+    model_config = read_json(partial / "config.json")
+    if plan.untied:
+        model_config["tie_word_embeddings"] = False
+        write_json(partial / "config.json", model_config)
     if save_dtype != "keep":
-        model_config = read_json(partial / "config.json")
         name = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[save_dtype]
         key = "dtype" if "dtype" in model_config else "torch_dtype"
         write_json(partial / "config.json", model_config | {key: name})
@@ -374,6 +396,8 @@ def verify_merge(output_path: str | Path, *, progress: Callable[[int, int], None
         raise MergeError(f"{base}: is not the base that {output} was merged from: it has changed since")
     made = {entry.name: entry for entry in shards.entries(shards.model_shards(output))}
     originals = {entry.name: entry for entry in shards.entries(plan.shards)}
+    if plan.untied:
+        originals[plan.untied.name] = plan.untied
     problems = [f"{output}: tensor {name} is missing" for name in sorted(originals.keys() - made.keys())]
     problems += [f"{output}: tensor {name} is not the base's" for name in sorted(made.keys() - originals.keys())]
     for count, (name, original) in enumerate(originals.items(), 1):

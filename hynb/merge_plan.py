@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hynb.run_dir import read_json
 from hynb.shards import Shard, TensorEntry
 
 _PREFIX = "base_model.model."
+_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$"
 )
@@ -60,14 +62,18 @@ class Change:
 
 @dataclass(kw_only=True)
 class MergePlan:
-    """Everything that a merge needs to know before it writes."""
+    """Everything that a merge needs to know before it writes.
+
+    untied: an output layer that gets a tensor of its own, because an adapter changes it while the base has it
+        tied to the embeddings; the entry's bytes are the embeddings'.
+    """
 
     base: Path
     shards: list[Shard]
     changes: dict[str, list[Change]]
     base_identity: dict[str, Any]
     adapter_identities: list[dict[str, Any]]
-    extra_files: dict[str, Any] = field(default_factory=dict)
+    untied: TensorEntry | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -89,6 +95,10 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
     model_config = _base_config(base)
     found = shards.model_shards(base)
     tensors = {entry.name: entry for entry in shards.entries(found)}
+    untied = None
+    if model_config.get("tie_word_embeddings") and _HEAD not in tensors and _EMBEDDINGS in tensors:
+        # Adapted apart from the embeddings, the output layer can be tied to them no more.
+        untied = tensors[_HEAD] = dataclasses.replace(tensors[_EMBEDDINGS], name=_HEAD)
     changes: dict[str, list[Change]] = {}
     problems: list[str] = []
     identity = base_identity(base)
@@ -97,13 +107,20 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
         folder = folder.expanduser().absolute()
         weights_file, settings = _open_adapter(folder)
         problems += _unmergeable(folder, settings, identity)
-        problems += _match(weights_file, settings, weight, tensors, changes, model_config)
+        problems += _match(weights_file, settings, weight, tensors, changes)
         digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
         size_bytes = weights_file.stat().st_size
         identities.append({"path": str(folder), "sha256": digest, "bytes": size_bytes, "weight": weight})
     if problems:
         raise MergeError(problems)
-    return MergePlan(base=base, shards=found, changes=changes, base_identity=identity, adapter_identities=identities)
+    return MergePlan(
+        base=base,
+        shards=found,
+        changes=changes,
+        base_identity=identity,
+        adapter_identities=identities,
+        untied=untied if _HEAD in changes else None,
+    )
 
 
 def changed_tensor(tensor: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
@@ -188,7 +205,6 @@ def _match(
     weight: float,
     tensors: dict[str, TensorEntry],
     changes: dict[str, list[Change]],
-    model_config: dict[str, Any],
 ) -> list[str]:
     """Files a Change for each tensor that the adapter's keys name; returns what cannot be matched."""
     shapes = {entry.name: entry.shape for entry in shards.read_shard(weights_file).tensors}
@@ -204,7 +220,7 @@ def _match(
         match = _KEY.fullmatch(key)
         if match is None:
             name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-            problems += _replacement(weights_file, key, name, shape, tensors, changes, model_config)
+            problems += _replacement(weights_file, key, name, shape, tensors, changes)
             continue
         module, part = match["module"].removeprefix(_PREFIX), match["part"]
         if part not in _PAIRS:
@@ -221,7 +237,7 @@ def _match(
         name = f"{module}.weight"
         entry = tensors.get(name)
         if entry is None:
-            problems.append(_absent(weights_file, key, name, model_config))
+            problems.append(_absent(weights_file, key, name))
             continue
         rank = shape[0]
         magnitude = next((k for k in shapes if k.startswith(f"{_PREFIX}{module}.lora_magnitude_vector")), None)
@@ -300,20 +316,17 @@ def _replacement(
     shape: tuple[int, ...],
     tensors: dict[str, TensorEntry],
     changes: dict[str, list[Change]],
-    model_config: dict[str, Any],
 ) -> list[str]:
     entry = tensors.get(name)
     if entry is None:
-        return [_absent(weights_file, key, name, model_config)]
+        return [_absent(weights_file, key, name)]
     if entry.shape != shape:
         return [f"{weights_file}: {key} has shape {shape}, the base's {name} has {entry.shape}"]
     changes.setdefault(name, []).append(Change(adapter=weights_file.parent, replacement=key))
     return []
 
 
-def _absent(weights_file: Path, key: str, name: str, model_config: dict[str, Any]) -> str:
-    if name == "lm_head.weight" and model_config.get("tie_word_embeddings"):
-        return f"{weights_file}: {key}: the base's lm_head is tied to its embeddings and has no weight of its own"
+def _absent(weights_file: Path, key: str, name: str) -> str:
     return f"{weights_file}: {key} finds no tensor {name} in the base: is it an adapter for another model?"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +116,32 @@ def test_equal_to_pefts_merge_rounded_once(base, tmp_path, variant):
             torch.testing.assert_close(weight, expected[name])
     assert changed == set(result.changes) and changed
     assert verify_merge(tmp_path / "merged") == len(before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_an_adapted_output_layer(tmp_path, tied, shards):
+    """A tied one gets a tensor of its own: PEFT's merge would change the embeddings with it."""
+    from peft import PeftModel
+
+    model = tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    if shards > 1:
+        whole = AutoModelForCausalLM.from_pretrained(model)
+        (model / "model.safetensors").unlink()
+        whole.save_pretrained(model, max_shard_size="120KB")
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    merge_lora(base_model_path=model, adapter_model_path=adapter, output_path=tmp_path / "m")
+    verify_merge(tmp_path / "m")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    before, after = tensors(model), tensors(tmp_path / "m")
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    if not tied:
+        expected = peft_merged(model, [adapter], tmp_path / "peft")
+        torch.testing.assert_close(after["lm_head.weight"], expected["lm_head.weight"])
 
 
 @pytest.mark.parametrize(
@@ -240,8 +269,6 @@ def test_wrong_folders_are_refused(base, tmp_path):
 
 
 def test_a_cut_off_shard_is_named(base, tmp_path):
-    import shutil
-
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
     broken = shutil.copytree(base, tmp_path / "broken")
     shard = sorted(broken.glob("*.safetensors"))[1]
@@ -277,38 +304,54 @@ def test_verify_finds_a_changed_byte(base, tmp_path):
         verify_merge(tmp_path / "m")
 
 
-def test_a_killed_merge_leaves_the_base_and_is_taken_up_again(base, tmp_path):
+# Imports once and forks for each merge, so that twenty kills don't cost twenty starts.
+FORKS = """
+import os, sys, time
+import hynb.merge as m
+def slow(report):
+    time.sleep(0.004)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        paths = dict(zip(("base_model_path", "adapter_model_path", "output_path"), sys.argv[1:]))
+        m.merge_lora(**paths, progress=slow)
+        os._exit(0)
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(status, flush=True)
+"""
+
+
+def test_twenty_kills_leave_the_base_and_nothing_that_looks_finished(base, tmp_path):
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=ATTENTION)
     before = {path.name: path.read_bytes() for path in base.iterdir()}
-    code = (
-        "import sys, time, os, hynb.merge as m\n"
-        "def slow(report):\n    print(report.shard, flush=True)\n    time.sleep(0.05)\n"
-        "m.merge_lora(base_model_path=sys.argv[1], adapter_model_path=sys.argv[2], output_path=sys.argv[3],"
-        " progress=slow)\n"
+    output, rng = tmp_path / "m", random.Random(4)
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKS, base, adapter, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    output, kills = tmp_path / "m", 0
-    for attempt in range(30):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, base, adapter, output], stdout=subprocess.PIPE, text=True
-        )
-        seen = [process.stdout.readline() for _ in range(1 + attempt % 3)]
-        if not all(seen):
-            break
-        time.sleep(0.02 * (attempt % 4))
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-        process.stdout.close()
+    kills = finished = resumed = 0
+    while kills < 20:
+        server.stdin.write("go\n")
+        server.stdin.flush()
+        child = int(server.stdout.readline())
+        time.sleep(rng.uniform(0, 0.12))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        killed = int(server.stdout.readline()) == signal.SIGKILL
+        kills += killed
         assert {path.name: path.read_bytes() for path in base.iterdir()} == before
-        if output.exists() or kills >= 4:
-            break
-        assert not output.exists(), "nothing looks finished"
-    assert kills >= 1
-    if not output.exists():
-        result = merge_lora(base_model_path=base, adapter_model_path=adapter, output_path=output)
-        assert result.resumed_shards > 0
-    verify_merge(output)
+        resumed += any(tmp_path.glob(".m.partial/*.safetensors"))
+        if output.exists():
+            verify_merge(output)
+            shutil.rmtree(output)
+            finished += 1
+        assert finished < 200, "merges end before they can be killed"
+    server.stdin.close()
+    assert server.wait(timeout=30) == 0
+    server.stdout.close()
+    assert resumed, "some kills left finished shards"
+    result = merge_lora(base_model_path=base, adapter_model_path=adapter, output_path=output)
+    assert verify_merge(output) == result.tensors_changed + result.tensors_copied
     assert not list(tmp_path.glob(".m*"))
 
 
