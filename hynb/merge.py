@@ -20,6 +20,7 @@ import torch
 
 from hynb import shards
 from hynb.errors import HynbError, MergeError
+from hynb.merge_bin import as_safetensors
 from hynb.merge_plan import Change, MergePlan, changed_tensor, plan_merge
 from hynb.run_dir import read_json, write_json
 from hynb.shards import Shard, TensorEntry
@@ -102,13 +103,24 @@ def merge_lora(
         raise MergeError(f"output_path = {output}: exists already; choose another, or replace it with --overwrite")
     if output in (base, *(item.absolute() for item in adapters)) or output in base.parents:
         raise MergeError(f"output_path = {output}: would replace the base or the adapter; choose another")
-    plan = plan_merge(base, adapters, adapter_weights)
+    with as_safetensors(base, output) as source:
+        plan = plan_merge(source, adapters, adapter_weights, original=base)
+        result = _write(plan, output, save_dtype, link, progress, started)
+    return result
+
+
+def _write(
+    plan: MergePlan,
+    output: Path,
+    save_dtype: str,
+    link: bool,
+    progress: Callable[[MergeProgress], None] | None,
+    started: float,
+) -> MergeResult:
+    """Makes the output folder beside its place and renames it when it is whole."""
     written = [*shards.entries(plan.shards), *([plan.untied] if plan.untied else [])]
     wanted = {entry.name: _output_dtype(entry, save_dtype) for entry in written}
-    total_bytes = sum(
-        entry.size_bytes // shards.DTYPE_BYTES[entry.dtype] * shards.DTYPE_BYTES[wanted[entry.name]]
-        for entry in written
-    )
+    total_bytes = sum(_output_bytes(entry, wanted) for entry in written)
     partial = output.with_name(f".{output.name}.partial")
     fingerprint = {"plan": plan.fingerprint, "save_dtype": save_dtype, "link": link}
     _prepare_partial(partial, fingerprint)
@@ -171,12 +183,11 @@ class _Work:
 
     def missing_bytes(self) -> int:
         """Bytes that this merge will still write."""
-        untied = self._plan.untied
-        return (untied.size_bytes * 2 if untied else 0) + sum(
-            shard.size_bytes * (4 if self._converts(shard) else 1)
-            for shard in self._plan.shards
-            if not self._target(shard).exists() and not (self._link and not self._touched(shard))
-        )
+        missing = [self._plan.untied] if self._plan.untied else []
+        for shard in self._plan.shards:
+            if not self._target(shard).exists() and not (self._link and not self._touched(shard)):
+                missing += shard.tensors
+        return sum(_output_bytes(entry, self._wanted) for entry in missing)
 
     def shard(self, shard: Shard) -> None:
         """Makes one output shard; its file appears when it is whole."""
@@ -319,6 +330,10 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
+def _output_bytes(entry: TensorEntry, wanted: dict[str, str]) -> int:
+    return entry.size_bytes // shards.DTYPE_BYTES[entry.dtype] * shards.DTYPE_BYTES[wanted[entry.name]]
+
+
 def _output_dtype(entry: TensorEntry, save_dtype: str) -> str:
     # The router chooses experts in float32: rounded, it would send tokens elsewhere than the base does.
     router = re.search(r"\.gate\.(wg\.)?weight$", entry.name) and entry.dtype == "F32"
@@ -391,9 +406,15 @@ def verify_merge(output_path: str | Path, *, progress: Callable[[int, int], None
         raise MergeError(f"{output}: has no {RECEIPT}: it was not made by hynb merge")
     base = Path(receipt["base"]["path"])
     adapters = [Path(item["path"]) for item in receipt["adapters"]]
-    plan = plan_merge(base, adapters, [item["weight"] for item in receipt["adapters"]])
-    if plan.base_identity["hash"] != receipt["base"]["hash"]:
-        raise MergeError(f"{base}: is not the base that {output} was merged from: it has changed since")
+    weights = [item["weight"] for item in receipt["adapters"]]
+    with as_safetensors(base, output.with_name(f"{output.name}.verify")) as source:
+        plan = plan_merge(source, adapters, weights, original=base)
+        if plan.base_identity["hash"] != receipt["base"]["hash"]:
+            raise MergeError(f"{base}: is not the base that {output} was merged from: it has changed since")
+        return _compare(plan, output, progress)
+
+
+def _compare(plan: MergePlan, output: Path, progress: Callable[[int, int], None] | None) -> int:
     made = {entry.name: entry for entry in shards.entries(shards.model_shards(output))}
     originals = {entry.name: entry for entry in shards.entries(plan.shards)}
     if plan.untied:

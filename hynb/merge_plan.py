@@ -82,8 +82,17 @@ class MergePlan:
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | None = None) -> MergePlan:
+def plan_merge(
+    base: Path,
+    adapters: Sequence[Path],
+    weights: Sequence[float] | None = None,
+    *,
+    original: Path | None = None,
+) -> MergePlan:
     """Matches every key of every adapter to a tensor of the base.
+
+    Args:
+        original: the folder that `base` was converted from, which is what an adapter belongs to.
 
     Raises:
         MergeError: all that cannot be merged, by name.
@@ -101,7 +110,7 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
         untied = tensors[_HEAD] = dataclasses.replace(tensors[_EMBEDDINGS], name=_HEAD)
     changes: dict[str, list[Change]] = {}
     problems: list[str] = []
-    identity = base_identity(base)
+    identity = base_identity(original or base)
     identities = []
     for folder, weight in zip(adapters, weights, strict=True):
         folder = folder.expanduser().absolute()

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import need
 from peft import LoraConfig, get_peft_model
+from reference_model import logits as reference_logits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, with_code
@@ -281,6 +283,72 @@ def test_a_cut_off_shard_is_named(base, tmp_path):
     shard.unlink()
     with pytest.raises(ModelError, match=shard.name):
         merge_lora(**values)
+
+
+def test_a_pickled_base_is_converted(base, tmp_path):
+    """`.bin` files are read as plain tensors; the result is that of the same base in safetensors."""
+    pickled = shutil.copytree(base, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors*"))
+    index = {}
+    for number, path in enumerate(sorted(base.glob("*.safetensors")), 1):
+        torch.save(load_file(path), pickled / f"pytorch_model-{number:05d}-of-00009.bin")
+        index |= dict.fromkeys(load_file(path), f"pytorch_model-{number:05d}-of-00009.bin")
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=ATTENTION)
+    values = {"adapter_model_path": adapter}
+    merge_lora(base_model_path=base, output_path=tmp_path / "a", **values)
+    (adapter / BASE_IDENTITY).write_text(json.dumps(base_identity(pickled)))
+    merge_lora(base_model_path=pickled, output_path=tmp_path / "b", **values)
+    left, right = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert verify_merge(tmp_path / "b") == len(left)
+    assert not list((tmp_path / "b").glob("*.bin")) and not list(tmp_path.glob(".b*"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+
+    class Code:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/run",))
+
+    torch.save({"model.norm.weight": Code()}, sorted(pickled.glob("*.bin"))[0])
+    with pytest.raises(MergeError, match=r"00001-of-00009\.bin: cannot be read as plain tensors"):
+        merge_lora(base_model_path=pickled, output_path=tmp_path / "c", **values)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "c").exists()
+
+
+def test_a_quantised_base_and_a_full_disk_are_refused(base, tmp_path):
+    adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    quantised = shutil.copytree(base, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(MergeError, match="is quantised"):
+        merge_lora(base_model_path=quantised, adapter_model_path=adapter, output_path=tmp_path / "m")
+    need(os.geteuid() == 0, "only root can mount a small file system")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this machine doesn't let its root mount a file system")
+    try:
+        with pytest.raises(MergeError, match="the disk has"):
+            merge_lora(base_model_path=base, adapter_model_path=adapter, output_path=small / "m")
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_trained_biases_and_the_plain_reference(tmp_path):
+    model = tiny_model(tmp_path / "base", attention_bias=True)
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], bias="lora_only")
+    assert any(name.endswith("bias") for name in load_file(adapter / "adapter_model.safetensors"))
+    merge_lora(base_model_path=model, adapter_model_path=adapter, output_path=tmp_path / "m")
+    expected, merged = peft_merged(model, [adapter], tmp_path / "peft"), tensors(tmp_path / "m")
+    assert expected.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, expected[name], msg=name)
+    verify_merge(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    ids = torch.arange(1, 25)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    with torch.no_grad():
+        difference = loaded(ids[None]).logits[0] - reference_logits(merged, config, ids)
+    assert difference.abs().max() < 1e-3
 
 
 def test_linked_shards_take_no_space(base, tmp_path):
