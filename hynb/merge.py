@@ -480,4 +480,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.verify:
         print(f"verified: all {verify_merge(args.output_path)} tensors are what base and adapter make")
+        from hynb.merge_forward import first_layers_pass
+
+        print(first_layers_pass(Path(args.output_path)))
     return 0

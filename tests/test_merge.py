@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from hynb.errors import MergeError, ModelError
 from hynb.merge import RECEIPT, merge_lora, verify_merge
+from hynb.merge_forward import first_layers_pass
 from hynb.run_checks import BASE_IDENTITY, base_identity
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -351,6 +352,27 @@ def test_trained_biases_and_the_plain_reference(tmp_path):
     assert difference.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("family", ["hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense", "hy_v3"])
+def test_every_family_merges_as_peft_does(family, tmp_path):
+    model = tiny_model(tmp_path / "base", family)
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=ATTENTION)
+    merge_lora(base_model_path=model, adapter_model_path=adapter, output_path=tmp_path / "m")
+    expected, merged = peft_merged(model, [adapter], tmp_path / "peft"), tensors(tmp_path / "m")
+    assert expected.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, expected[name], msg=name)
+    assert first_layers_pass(tmp_path / "m").startswith("forward pass: the first 2 layers")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights["model.embed_tokens.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeError, match="is no number"):
+        first_layers_pass(tmp_path / "m")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeError, match="q_proj"):
+        first_layers_pass(tmp_path / "m")
+
+
 def test_linked_shards_take_no_space(base, tmp_path):
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=["q_proj"], layers_to_transform=[0])
     result = merge_lora(base_model_path=base, adapter_model_path=adapter, output_path=tmp_path / "m", link=True)
@@ -430,5 +452,6 @@ def test_the_command(base, tmp_path):
         [*command, "--adapter_model_path", adapter, "--verify"], capture_output=True, text=True, check=True
     )
     assert "12 tensors changed" in done.stdout and "verified: all" in done.stdout
+    assert "forward pass: the first 2 layers load and give finite logits" in done.stdout
     again = subprocess.run([*command, "--adapter_model_path", adapter], capture_output=True, text=True)
     assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
