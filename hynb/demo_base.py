@@ -1,4 +1,4 @@
-"""Makes the demo's small base model: `python -m hynb.demo_base FOLDER` (about 20 minutes on 2 cores)."""
+"""Makes the demo's small base model: `python -m hynb.demo_base FOLDER` (20 minutes to an hour on a CPU)."""
 
 from __future__ import annotations
 
@@ -178,8 +178,9 @@ def save(model: HunYuanLargeForCausalLM, folder: Path) -> None:
         name: weight if ".gate.wg." in name else weight.to(torch.bfloat16)
         for name, weight in model.state_dict().items()
     }
-    model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=state)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"dtype": "bfloat16"}, indent=2) + "\n")
     ids = model.config
     settings = {"eos_token_id": [SPECIAL_TOKENS.index("<|eos|>"), ids.eos_token_id], "pad_token_id": ids.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -188,6 +189,6 @@ def save(model: HunYuanLargeForCausalLM, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3500)
     options = parser.parse_args()
     pretrain(options.folder, steps=options.steps)

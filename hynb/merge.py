@@ -217,7 +217,10 @@ class _Work:
 
     def untied(self, entry: TensorEntry) -> None:
         """Writes the output layer that is tied to the embeddings no more, in a shard of its own."""
-        data, self._changes[entry.name] = self._changed(entry, self._plan.changes[entry.name])
+        changes = self._plan.changes.get(entry.name, [])
+        data, sizes = self._changed(entry, changes)
+        if changes:
+            self._changes[entry.name] = sizes
         header = shards.header_of([(entry.name, self._wanted[entry.name], entry.shape)], {"format": "pt"})
         (self._partial / _UNTIED_SHARD).write_bytes(header + data)
         self._advance(self._plan.shards[-1], len(data))

@@ -35,6 +35,7 @@ _UNKNOWN_SETTINGS = {
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
     "trainable_token_indices": "trained single tokens",
+    "ensure_weight_tying": "adapters that are tied to each other",
 }
 
 
@@ -64,8 +65,9 @@ class Change:
 class MergePlan:
     """Everything that a merge needs to know before it writes.
 
-    untied: an output layer that gets a tensor of its own, because an adapter changes it while the base has it
-        tied to the embeddings; the entry's bytes are the embeddings'.
+    untied: an output layer that gets a tensor of its own, because an adapter changes it or the embeddings that the
+        base has it tied to; the entry's bytes are the embeddings'. PEFT's own merge would change both at once,
+        and answer otherwise than base and adapter do.
     """
 
     base: Path
@@ -106,7 +108,7 @@ def plan_merge(
     tensors = {entry.name: entry for entry in shards.entries(found)}
     untied = None
     if model_config.get("tie_word_embeddings") and _HEAD not in tensors and _EMBEDDINGS in tensors:
-        # Adapted apart from the embeddings, the output layer can be tied to them no more.
+        # Adapted apart from each other, the two can be tied no more.
         untied = tensors[_HEAD] = dataclasses.replace(tensors[_EMBEDDINGS], name=_HEAD)
     changes: dict[str, list[Change]] = {}
     problems: list[str] = []
@@ -128,7 +130,7 @@ def plan_merge(
         changes=changes,
         base_identity=identity,
         adapter_identities=identities,
-        untied=untied if _HEAD in changes else None,
+        untied=untied if {_HEAD, _EMBEDDINGS} & changes.keys() else None,
     )
 
 

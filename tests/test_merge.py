@@ -38,7 +38,6 @@ VARIANTS = {
         "rank_pattern": {"q_proj": 2, "layers.1.self_attn.o_proj": 6},
         "alpha_pattern": {"o_proj": 3, "layers.0.self_attn.q_proj": 5},
     },
-    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "fused experts": {
         "target_modules": ["q_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -122,9 +121,12 @@ def test_equal_to_pefts_merge_rounded_once(base, tmp_path, variant):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_an_adapted_output_layer(tmp_path, tied, shards):
-    """A tied one gets a tensor of its own: PEFT's merge would change the embeddings with it."""
+@pytest.mark.parametrize(
+    ("shards", "targets"),
+    [(1, ["lm_head"]), (3, ["q_proj", "lm_head"]), (1, ["embed_tokens"]), (3, ["lm_head", "embed_tokens"])],
+)
+def test_an_adapted_output_layer_or_embedding(tmp_path, tied, shards, targets):
+    """What was tied gets tensors of their own: PEFT's merge would change both and answer otherwise."""
     from peft import PeftModel
 
     model = tiny_model(tmp_path / "base", tie_word_embeddings=tied)
@@ -132,7 +134,7 @@ def test_an_adapted_output_layer(tmp_path, tied, shards):
         whole = AutoModelForCausalLM.from_pretrained(model)
         (model / "model.safetensors").unlink()
         whole.save_pretrained(model, max_shard_size="120KB")
-    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=targets)
     merge_lora(base_model_path=model, adapter_model_path=adapter, output_path=tmp_path / "m")
     verify_merge(tmp_path / "m")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
@@ -141,10 +143,11 @@ def test_an_adapted_output_layer(tmp_path, tied, shards):
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
     before, after = tensors(model), tensors(tmp_path / "m")
-    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    same = torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert same is ("embed_tokens" not in targets)
     if not tied:
-        expected = peft_merged(model, [adapter], tmp_path / "peft")
-        torch.testing.assert_close(after["lm_head.weight"], expected["lm_head.weight"])
+        for name, weight in peft_merged(model, [adapter], tmp_path / "peft").items():
+            torch.testing.assert_close(after[name], weight, msg=name)
 
 
 @pytest.mark.parametrize(
