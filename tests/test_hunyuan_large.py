@@ -260,15 +260,30 @@ def test_the_tokenizers_special_tokens(tokenizer, shared, tmp_path):
     for number, token in enumerate(SPECIAL_TOKENS):
         assert tokenizer.convert_tokens_to_ids(token) == 127957 + number
     assert (tokenizer.eos_token, tokenizer.pad_token_id) == ("<|endoftext|>", 127961)
-    started = time.monotonic()
-    AutoTokenizer.from_pretrained(shared / "hunyuan-large")
-    assert time.monotonic() - started < 10, "the conversion is cached"
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = "奥迪q5l最高优惠8.47万 <|extra_0|> 12345 ñandú \n\n  x😀"
     assert again.encode(text) == tokenizer.encode(text)
     assert again.decode(again.encode(text)) == text
     assert again.chat_template == tokenizer.chat_template
+
+
+def test_the_conversion_is_made_once_and_cached(shared, tmp_path, monkeypatch):
+    from hynb.hunyuan_large import tokenization
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = AutoTokenizer.from_pretrained(shared / "hunyuan-large")
+    (made,) = (tmp_path / "cache").rglob("*.json")
+    monkeypatch.setattr(tokenization, "convert", None)
+    second = AutoTokenizer.from_pretrained(shared / "hunyuan-large")
+    monkeypatch.undo()
+    # Where nothing can be written, a file in the cache folder's place, it is converted each time.
+    (tmp_path / "no").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no"))
+    third = AutoTokenizer.from_pretrained(shared / "hunyuan-large")
+    text = "奥迪q5l最高优惠8.47万 <|extra_0|> 12345"
+    assert first.encode(text) == second.encode(text) == third.encode(text)
+    assert made.stat().st_size > 1_000_000 and list((tmp_path / "cache").rglob("*")) == [*made.parents[:2][::-1], made]
 
 
 def test_ids_equal_tiktokens_own_merging(tokenizer, shared):

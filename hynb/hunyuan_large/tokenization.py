@@ -42,37 +42,38 @@ class HYTokenizer(PreTrainedTokenizerFast):
         vocab_file = kwargs.pop("vocab_file", None)
         saved = kwargs.get("tokenizer_file")
         if not (saved and Path(saved).is_file()) and vocab_file is not None:
-            kwargs["tokenizer_object"] = convert(Path(vocab_file))
+            # As a file where possible: transformers copies an object, which takes longer than reading it.
+            cache = convert_cached(Path(vocab_file))
+            kwargs |= {"tokenizer_file": str(cache)} if cache else {"tokenizer_object": convert(Path(vocab_file).read_bytes())}
         for name, token in _NAMED_TOKENS.items():
             if kwargs.get(name) is None:
                 kwargs[name] = token
         return kwargs
 
 
-def convert(vocab_file: Path) -> Tokenizer:
-    """A tiktoken vocabulary as a fast tokenizer; the second call for the same file reads a cache.
-
-    Args:
-        vocab_file: a line for each token: its bytes in base64, and its rank.
-    """
+def convert_cached(vocab_file: Path) -> Path | None:
+    """The `tokenizer.json` of a vocabulary, made once a content; None where there is no place for a cache."""
     content = vocab_file.read_bytes()
     name = hashlib.sha256(content + _CACHE_VERSION.encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hynb" / "tokenizers" / f"{name}.json"
     if cache.is_file():
-        return Tokenizer.from_file(str(cache))
-    tokenizer = _convert(content)
+        return cache
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         beside = cache.with_suffix(f".{os.getpid()}")
-        tokenizer.save(str(beside), pretty=False)
+        convert(content).save(str(beside), pretty=False)
         beside.replace(cache)
     except OSError:
-        # Without a place for the cache the next load converts again, and nothing else changes.
-        pass
-    return tokenizer
+        return None
+    return cache
 
 
-def _convert(content: bytes) -> Tokenizer:
+def convert(content: bytes) -> Tokenizer:
+    """A tiktoken vocabulary as a fast tokenizer.
+
+    Args:
+        content: a line for each token: its bytes in base64, and its rank.
+    """
     ranks = {
         base64.b64decode(token): int(rank)
         for token, rank in (line.split() for line in content.splitlines() if line.strip())
