@@ -115,7 +115,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if args.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, {args.dtype}, torch {torch.__version__}, transformers {transformers.__version__} ({platform.machine()})")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{device} ({platform.machine()}), {args.dtype}, {versions}")
     for size in SIZES:
         model = model_of(size, args)
         block = model.model.layers[0].mlp

@@ -85,7 +85,48 @@ class Config:
     )
 
     train_data_file: str | None = _parameter(
-        None, "data", 'JSONL file, one conversation a line: {"messages": [{"role": …, "content": …}]}.'
+        None,
+        "data",
+        'JSONL, one conversation a line: {"messages": [{"role": …, "content": …}]}; ShareGPT and Alpaca too. '
+        "Several files with commas between them, globs, .gz and .zst.",
+    )
+    eval_data_file: str | None = _parameter(
+        None, "data", "Files to evaluate on in training, in the same formats; automatic: none."
+    )
+    eval_split: float = _parameter(
+        0.0, "data", "Share of the training samples that is held out and evaluated on.", minimum=0, maximum=0.5
+    )
+    eval_steps: int | None = _parameter(
+        None,
+        "data",
+        "Evaluate every so many steps; automatic: as often as save_steps. Needs eval_data_file or eval_split.",
+        minimum=1,
+        unit="steps",
+    )
+    on_bad_sample: Literal["stop", "skip"] = _parameter(
+        "stop", "data", "A broken line stops the run before it begins, or is left out and kept in rejected.jsonl."
+    )
+    train_on_prompt: bool = _parameter(
+        False, "data", "Train on system and user messages too, instead of on the answers alone."
+    )
+    allow_special_tokens_in_text: bool = _parameter(
+        False,
+        "data",
+        "Letters such as <|eos|> inside a message become that token, as in the original; off: they stay letters.",
+    )
+    packing: bool = _parameter(
+        False,
+        "data",
+        "Put whole conversations side by side up to max_seq_length, each attending to itself alone: no padding.",
+    )
+    split_long_samples: bool = _parameter(
+        False,
+        "data",
+        "With packing: cut a sample beyond max_seq_length into parts that are all trained on, instead of losing "
+        "its end. A part doesn't see the one before.",
+    )
+    group_by_length: bool = _parameter(
+        False, "data", "Batches of samples of like length: less padding, an order that is a little less random."
     )
     max_seq_length: int = _parameter(
         2048, "data", "A longer sample is cut here.", minimum=8, maximum=1 << 20, unit="tokens"
@@ -104,6 +145,13 @@ class Config:
     lora_dropout: float = _parameter(0.05, "lora", "Dropout before the adapter.", minimum=0, maximum=0.95)
     lora_target_modules: list[str] = _parameter(
         list(LORA_TARGETS), "lora", "Layers that get an adapter, by the end of their name."
+    )
+
+    lora_on_experts: bool = _parameter(
+        False,
+        "lora",
+        "Adapters on the weights of all routed experts too (PEFT's target_parameters). Takes far more memory; "
+        "needs lora_dropout 0.",
     )
 
     deepspeed: str = _parameter(
@@ -154,6 +202,13 @@ class Config:
     )
     weight_decay: float = _parameter(0.0, "schedule", "AdamW's weight decay.", minimum=0, maximum=1)
     max_grad_norm: float = _parameter(1.0, "schedule", "Gradients are clipped to this norm.", above=0)
+    router_aux_loss_coef: float = _parameter(
+        0.0,
+        "schedule",
+        "Weight of a loss that spreads tokens evenly over a layer's experts; 0: none, as in the original.",
+        minimum=0,
+        maximum=10,
+    )
     seed: int = _parameter(42, "schedule", "Seed of data order, dropout and new weights.", minimum=0)
 
     output_dir: str = _parameter("runs/train", "run", "Run folder: logs, TensorBoard events, checkpoints.")
@@ -397,6 +452,14 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(
             "use_lora and train_attention_params_only are both on: LoRA trains its adapters alone; choose one"
         )
+    if config.lora_on_experts and not config.use_lora:
+        problems.append("lora_on_experts needs use_lora: turn it on, or leave lora_on_experts off")
+    if config.lora_on_experts and config.use_lora and config.lora_dropout:
+        problems.append(
+            f"lora_on_experts and lora_dropout = {config.lora_dropout:g}: PEFT has no dropout on experts' weights; "
+            "set lora_dropout to 0"
+        )
+    problems += _data_contradictions(config)
     from_scratch = config.model_name_or_path is None and config.resume_from_checkpoint is None
     if from_scratch and config.tokenizer_name_or_path is None:
         problems.append(
@@ -405,6 +468,24 @@ def _contradictions(config: Config) -> list[str]:
         )
     if from_scratch:
         problems += _size_contradictions(config)
+    return problems
+
+
+def _data_contradictions(config: Config) -> list[str]:
+    problems = []
+    if config.packing and config.group_by_length:
+        problems.append("packing and group_by_length are both on: packs are all of one length; choose one")
+    if config.split_long_samples and not config.packing:
+        problems.append("split_long_samples needs packing: turn it on too")
+    if config.eval_data_file is not None and config.eval_split:
+        problems.append(
+            f"eval_data_file and eval_split = {config.eval_split:g} are both given: evaluate on a file, or on a "
+            "share of the training samples"
+        )
+    if config.eval_steps is not None and config.eval_data_file is None and not config.eval_split:
+        problems.append(
+            f"eval_steps = {config.eval_steps}: there is nothing to evaluate on; give eval_data_file or eval_split"
+        )
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class ChatDataset(torch.utils.data.Dataset):
         max_seq_length: tokens; a longer sample is cut.
         options: what is trained on.
         rejected: places (file:line) that a check refused and that are left out.
-        indices: which of the samples make up this data set; all when None.
+        parameter: what gave the paths, named in messages.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class ChatDataset(torch.utils.data.Dataset):
         *,
         options: LabelOptions = DEFAULT,
         rejected: Sequence[str] = (),
-        indices: Sequence[int] | None = None,
+        parameter: str = "train_data_file",
     ) -> None:
-        self.files = find_files(paths)
+        self.files = find_files(paths, parameter)
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
         self.options = options
@@ -85,10 +86,6 @@ class ChatDataset(torch.utils.data.Dataset):
         left_out = set(rejected)
         for file_number, path in enumerate(self._plain):
             self._index(file_number, path, left_out)
-        if indices is not None:
-            for name in ("_files", "_numbers", "_offsets", "_sizes"):
-                values = getattr(self, name)
-                setattr(self, name, array(values.typecode, (values[index] for index in indices)))
 
     def _index(self, file_number: int, path: Path, left_out: set[str]) -> None:
         try:
@@ -104,9 +101,15 @@ class ChatDataset(torch.utils.data.Dataset):
                         self._sizes.append(size_bytes)
                     offset += size_bytes
         except OSError as error:
-            raise DataError(
-                f"train_data_file = {self.files[file_number]}: cannot be read: {error.strerror}"
-            ) from None
+            raise DataError(f"{self.files[file_number]}: cannot be read: {error.strerror}") from None
+
+    def subset(self, indices: Sequence[int]) -> ChatDataset:
+        """A data set of some of the samples; the files are not read again."""
+        part = copy.copy(self)
+        for name in ("_files", "_numbers", "_offsets", "_sizes"):
+            values = getattr(self, name)
+            setattr(part, name, array(values.typecode, (values[index] for index in indices)))
+        return part
 
     def __len__(self) -> int:
         return len(self._offsets)

@@ -58,6 +58,7 @@ def check_data(
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: bool = True,
+    parameter: str = "train_data_file",
 ) -> DataReport:
     """Every line of the files, parsed, and with a tokenizer encoded; the result is kept by content.
 
@@ -69,13 +70,14 @@ def check_data(
         processes: None for as many as CPUs (8 at most), one for a small file.
         progress: called with bytes done and bytes in all.
         cache: use and keep the result of an earlier check of the same bytes.
+        parameter: what gave the paths, named in messages.
 
     Raises:
         DataError: unreadable files, no samples, or broken lines under `stop`.
     """
     if tokenizer is not None and max_seq_length is None:
         raise DataError("max_seq_length: must be given with a tokenizer")
-    dataset = ChatDataset(paths, tokenizer, max_seq_length or 0, options=options)
+    dataset = ChatDataset(paths, tokenizer, max_seq_length or 0, options=options, parameter=parameter)
     kept_at = _cache_file(dataset, tokenizer, max_seq_length, options) if cache else None
     report = _read_cached(kept_at)
     if report is None:
@@ -92,7 +94,7 @@ def check_data(
     if on_bad_sample == "stop" and report.rejected:
         raise DataError(report.problems())
     if on_bad_sample != "report" and not report.samples:
-        named = f"train_data_file = {', '.join(report.files)}"
+        named = f"{parameter} = {', '.join(report.files)}"
         if report.rejected:
             raise DataError([*report.problems(), f"{named}: no line is left to train on"])
         raise DataError(f"{named}: is empty; it needs at least one conversation")
@@ -356,6 +358,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rejected", type=Path, metavar="FILE", help="write the broken lines there")
     parser.add_argument("--train_on_prompt", action="store_true", help="train on prompts too")
+    parser.add_argument(
+        "--allow_special_tokens_in_text", action="store_true", help="letters such as <|eos|> become that token"
+    )
     parser.add_argument("--preview", type=int, default=0, metavar="N", help="show N samples, trained tokens marked")
     parser.add_argument("--processes", type=int, help="worker processes [one a CPU, 8 at most]")
     parser.add_argument("--no_cache", action="store_true", help="check again what was checked before")
@@ -371,7 +376,9 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise DataError(f"{name} = {getattr(args, name)}: must be at least 1")
     tokenizer = _load_tokenizer(args.tokenizer_name_or_path) if args.tokenizer_name_or_path else None
-    options = LabelOptions(train_on_prompt=args.train_on_prompt)
+    options = LabelOptions(
+        train_on_prompt=args.train_on_prompt, allow_special_tokens_in_text=args.allow_special_tokens_in_text
+    )
     report = check_data(
         args.files,
         tokenizer,

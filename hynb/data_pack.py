@@ -55,12 +55,19 @@ class PackedDataset(torch.utils.data.Dataset):
 
     Args:
         dataset: gives `input_ids` and `labels` of a conversation.
-        packs: of its indices, from `best_fit`.
+        packs: of its indices, from `best_fit`; or of the parts' indices, where there are parts.
+        parts: sample, first token and end of what stands in a pack; whole samples when None.
     """
 
-    def __init__(self, dataset: Any, packs: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        packs: Sequence[Sequence[int]],
+        parts: Sequence[tuple[int, int, int]] | None = None,
+    ) -> None:
         self.dataset = dataset
         self.packs = packs
+        self.parts = parts
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -68,12 +75,18 @@ class PackedDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         pack: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
         for number in self.packs[index]:
-            sample = self.dataset[number]
+            sample = self._part(number)
             pack["input_ids"] += sample["input_ids"]
             # Nothing stands before a conversation's first token: its neighbour must not learn to foretell it.
             pack["labels"] += [IGNORED, *sample["labels"][1:]]
             pack["position_ids"] += range(len(sample["input_ids"]))
         return pack
+
+    def _part(self, number: int) -> dict[str, list[int]]:
+        if self.parts is None:
+            return self.dataset[number]
+        index, start, stop = self.parts[number]
+        return {name: values[start:stop] for name, values in self.dataset[index].items()}
 
 
 class SeededSampler(torch.utils.data.Sampler):

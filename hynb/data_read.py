@@ -34,37 +34,48 @@ class Conversation:
     source: str
 
 
-def find_files(paths: Paths) -> list[Path]:
+def find_files(paths: Paths, parameter: str = "train_data_file") -> list[Path]:
     """The files that one path, several, or several in one text with commas between them name; globs too.
+
+    Args:
+        parameter: what gave the paths, named in messages.
 
     Raises:
         DataError: all that name no file.
     """
-    if isinstance(paths, (str, Path)):
-        whole = Path(paths)
-        # A comma may be part of a name.
-        paths = [paths] if isinstance(paths, Path) or whole.is_file() else str(paths).split(",")
     files: list[Path] = []
     problems = []
-    for item in paths:
+    for item in _one_by_one(paths):
         text = str(item).strip()
         if Path(text).is_file():
             found = [text]
         elif glob.has_magic(text):
             found = sorted(name for name in _glob(text) if Path(name).is_file())
             if not found:
-                problems.append(f"train_data_file = {text}: no file fits this pattern")
+                problems.append(f"{parameter} = {text}: no file fits this pattern")
         elif Path(text).is_dir():
-            problems.append(f"train_data_file = {text}: is a folder; name its files, or write {text}/*.jsonl")
+            problems.append(f"{parameter} = {text}: is a folder; name its files, or write {text}/*.jsonl")
             continue
         else:
-            problems.append(f"train_data_file = {text}: cannot be read: No such file or directory")
+            problems.append(f"{parameter} = {text}: there is no such file")
             continue
         # The same file by two patterns is one file.
         files += [Path(name) for name in found if Path(name) not in files]
     if problems or not files:
-        raise DataError(problems or "train_data_file: names no file")
+        raise DataError(problems or f"{parameter}: names no file")
     return files
+
+
+def absolute_paths(paths: str) -> str:
+    """The same files in one text, each by a path that means the same in any folder; globs stay globs."""
+    return ",".join(str(Path(str(item).strip()).expanduser().absolute()) for item in _one_by_one(paths))
+
+
+def _one_by_one(paths: Paths) -> Sequence[str | Path]:
+    if not isinstance(paths, (str, Path)):
+        return paths
+    # A comma may be part of a name.
+    return [paths] if isinstance(paths, Path) or Path(paths).is_file() else str(paths).split(",")
 
 
 def _glob(pattern: str) -> list[str]:
@@ -111,13 +122,13 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         # gzip's own errors are OSErrors without an errno.
-        raise DataError(f"train_data_file = {path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except EOFError:
-        raise DataError(f"train_data_file = {path}: breaks off: the compressed file is not whole") from None
+        raise DataError(f"{path}: breaks off: the compressed file is not whole") from None
     except Exception as error:
         if type(error).__name__ not in ("ZstdError", "error"):
             raise
-        raise DataError(f"train_data_file = {path}: cannot be unpacked: {error}") from None
+        raise DataError(f"{path}: cannot be unpacked: {error}") from None
 
 
 def _zstd_reader(path: Path, file: IO[bytes]) -> Any:
@@ -125,7 +136,7 @@ def _zstd_reader(path: Path, file: IO[bytes]) -> Any:
         import zstandard
     except ModuleNotFoundError:
         raise DataError(
-            f"train_data_file = {path}: .zst needs the package zstandard (pip install zstandard), or unpack the file"
+            f"{path}: .zst needs the package zstandard (pip install zstandard), or unpack the file"
         ) from None
     import io
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from hynb import run_checks, zero
+from hynb import data_read, run_checks, zero
 from hynb.config import Config
 from hynb.config_io import to_yaml
 from hynb.errors import ClusterError, ConfigError, RunError, RunFailedError
@@ -28,10 +28,7 @@ from hynb.run_dir import ProcessId, RunDir, RunReader, RunStatus, read_json, rep
 
 LAUNCH_VARIABLE = "HYNB_LAUNCH_ID"
 _START_SECONDS = 30.0
-_PATHS = (
-    *("model_name_or_path", "tokenizer_name_or_path", "train_data_file", "output_dir", "hostfile"),
-    "resume_from_checkpoint",
-)
+_PATHS = (*("model_name_or_path", "tokenizer_name_or_path", "output_dir", "hostfile", "resume_from_checkpoint"),)
 
 
 class Run:
@@ -252,6 +249,9 @@ def absolute_paths(config: Config) -> Config:
         value = getattr(config, name)
         if value is not None and not (name == "resume_from_checkpoint" and value == "last"):
             changes[name] = str(Path(value).expanduser().absolute())
+    for name in ("train_data_file", "eval_data_file"):
+        if (value := getattr(config, name)) is not None:
+            changes[name] = data_read.absolute_paths(value)
     if config.deepspeed not in zero.PRESETS and Path(config.deepspeed).expanduser().is_file():
         changes["deepspeed"] = str(Path(config.deepspeed).expanduser().absolute())
     return dataclasses.replace(config, **changes)

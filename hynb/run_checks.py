@@ -11,6 +11,7 @@ from typing import Any
 
 from hynb import zero
 from hynb.config import Config
+from hynb.data_read import find_files
 from hynb.errors import ConfigError, HynbError
 from hynb.run_dir import RunDir, check_output_dir, read_json
 
@@ -45,8 +46,9 @@ def check_run(config: Config, *, launched: bool = False) -> None:
         problems += check_tokenizer_folder(config.tokenizer_name_or_path, "tokenizer_name_or_path")
     elif config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
         problems += check_tokenizer_folder(config.model_name_or_path, "model_name_or_path")
-    if config.train_data_file is not None and not Path(config.train_data_file).is_file():
-        problems.append(f"train_data_file = {config.train_data_file}: there is no such file")
+    for parameter in ("train_data_file", "eval_data_file"):
+        if (paths := getattr(config, parameter)) is not None:
+            problems += _missing_files(paths, parameter)
     if config.hostfile is not None and not Path(config.hostfile).is_file():
         problems.append(f"hostfile = {config.hostfile}: there is no such file")
     problems += check_deepspeed(config)
@@ -204,6 +206,14 @@ def base_identity(folder: Path) -> dict[str, Any]:
                 header_bytes = int.from_bytes(file.read(8), "little")
                 digest.update(file.read(min(header_bytes, 64 << 20)))
     return {"path": str(folder), "weight_bytes": total_bytes, "hash": digest.hexdigest()}
+
+
+def _missing_files(paths: str, parameter: str) -> list[str]:
+    try:
+        find_files(paths, parameter)
+    except HynbError as error:
+        return error.problems
+    return []
 
 
 def _no_last_checkpoint(config: Config) -> str:

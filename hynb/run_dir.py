@@ -44,6 +44,7 @@ class RunDir:
         self.launcher_log = self.log / "launcher.log"
         self.tensorboard = self.path / "tensorboard"
         self.rejected = self.path / "rejected.jsonl"
+        self.rejected_evaluation = self.path / "rejected_evaluation.jsonl"
         self.saving = self.path / "saving"
         self.random_base = self.path / "random_base"
 
@@ -79,7 +80,7 @@ class RunDir:
         single = [
             *(self.config, self.ds_config, self.launch, self.exit, self.manifest, self.events),
             *(self.heartbeat, self.status, self.stop_request, self.log, self.tensorboard),
-            *(self.rejected, self.saving, self.random_base),
+            *(self.rejected, self.rejected_evaluation, self.saving, self.random_base),
         ]
         return [item for item in single if item.exists()] + self.checkpoints()
 

@@ -104,16 +104,18 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     for line in early_notes:
         say(line)
     _set_up_process()
+    plan = None
     if rank == 0:
         # Before the ranks meet: a mistake in the data shows in seconds, and no GPU is held meanwhile.
-        _check_data(config)
+        plan = _check_data(config, say)
     import torch
     from transformers import set_seed
 
     _init_distributed(torch.cuda.is_available())
     owned.append(RunDir(config.output_dir))
     world_size = int(os.environ["WORLD_SIZE"])
-    from hynb import data, train_model
+    from hynb import data, train_data, train_model
+    from hynb.moe_health import RouterWatch
     from hynb.train_loop import RunCallback, RunTrainer, check_disk, memory_bytes
 
     ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=not torch.cuda.is_available())
@@ -128,8 +130,10 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
             raise ConfigError(problems)
     base = train_model.find_base(config)
     tokenizer, tokenizer_folder = train_model.load_tokenizer(config, base)
-    dataset = data.ChatDataset(config.train_data_file, tokenizer, config.max_seq_length)
-    say(f"{len(dataset)} training samples from {config.train_data_file}")
+    plan = train_data.share(plan)
+    dataset, evaluation, lengths = train_data.build(config, tokenizer, plan)
+    held_out = f", {len(evaluation)} for evaluation" if evaluation is not None else ""
+    say(f"{len(dataset)} {'packs' if config.packing else 'samples'} for training{held_out}")
     set_seed(config.seed)
     if base is None and config.use_lora:
         # An adapter is worth nothing without its base, and a random one exists nowhere else. Made before the
@@ -138,10 +142,11 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
         if rank == 0:
             train_model.write_random_base(config, tokenizer, tokenizer_folder, base, say)
         torch.distributed.barrier()
-    args = _training_arguments(config, ds_config, say)
+    args = _training_arguments(config, ds_config, say, evaluates=evaluation is not None)
     set_seed(config.seed)
     model = train_model.load_model(config, base, tokenizer, say)
     model.config.use_cache = False
+    model_type = model.config.model_type
     train_model.save_loss_memory(model)
     if config.make_moe_param_leaf_module:
         train_model.mark_moe_leaves(model)
@@ -159,14 +164,18 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     say(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
     if rank == 0:
         check_disk(Path(config.output_dir), model, is_lora=config.use_lora, weight_bytes=weight_bytes)
-        writer.manifest(_manifest(config, ds_config, base, counts, shape, notes))
+        writer.manifest(_manifest(config, ds_config, base, counts | plan.summary, shape, notes))
+    flash = model.config._attn_implementation == "flash_attention_2"
     callback = RunCallback(run_dir=RunDir(config.output_dir), writer=writer, model=model)
     try:
         trainer = RunTrainer(
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=data.Collator(pad_token_id=_pad_token_id(tokenizer)),
+            eval_dataset=evaluation,
+            data_collator=data.Collator(pad_token_id=_pad_token_id(tokenizer), flatten=flash),
+            sampler=train_data.sampler(config, len(dataset), lengths, world_size),
+            routers=RouterWatch(model, model_type, config.router_aux_loss_coef),
             callbacks=[callback],
             base=base,
             tokenizer_folder=tokenizer_folder,
@@ -186,11 +195,11 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     return 0
 
 
-def _check_data(config: Config) -> None:
-    from hynb import data, train_model
+def _check_data(config: Config, say: Any) -> Any:
+    from hynb import train_data, train_model
 
     tokenizer, _ = train_model.load_tokenizer(config, train_model.find_base(config))
-    data.check_lines(config.train_data_file, tokenizer, config.max_seq_length)
+    return train_data.check(config, tokenizer, say)
 
 
 def _finish(trainer: Any, stopped: bool, writer: RunWriter | None) -> None:
@@ -239,8 +248,11 @@ def _init_distributed(on_gpu: bool) -> None:
     deepspeed.init_distributed(dist_backend="gloo")
 
 
-def _training_arguments(config: Config, ds_config: dict[str, Any], say: Any) -> Any:
+def _training_arguments(config: Config, ds_config: dict[str, Any], say: Any, *, evaluates: bool) -> Any:
     """transformers' TrainingArguments of a Config.
+
+    Args:
+        evaluates: there is something to evaluate on.
 
     Raises:
         ConfigError: a further TrainingArguments value that its own class refuses.
@@ -269,6 +281,7 @@ def _training_arguments(config: Config, ds_config: dict[str, Any], say: Any) -> 
         "logging_steps": config.logging_steps,
         "save_strategy": config.save_strategy,
         "save_steps": config.save_steps,
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
         "use_cpu": not torch.cuda.is_available(),
         "report_to": ["tensorboard"],
         "remove_unused_columns": False,
@@ -276,6 +289,8 @@ def _training_arguments(config: Config, ds_config: dict[str, Any], say: Any) -> 
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if evaluates:
+        ours |= {"eval_strategy": "steps", "eval_steps": config.eval_steps or config.save_steps}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(RunDir(config.output_dir).tensorboard)
     try:
         return TrainingArguments(**(ours | config.training_args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 import time
@@ -12,7 +13,9 @@ import psutil
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hynb.data_labels import IGNORED
 from hynb.errors import ModelError, RunError
+from hynb.moe_health import RouterWatch
 from hynb.run_checks import CHECKPOINT_RECORD
 from hynb.run_dir import HEARTBEAT_SECONDS, RunDir, RunWriter, write_json
 from hynb.train_model import carry_over, describe, write_base_identity
@@ -26,6 +29,8 @@ class RunTrainer(Trainer):
         tokenizer_folder: whose files travel into full checkpoints.
         record: what a resume must find unchanged, written beside each checkpoint.
         keep_checkpoints: how many of the newest stay; None for all.
+        sampler: the order of the training set.
+        routers: counts where tokens go, and makes the balancing loss.
     """
 
     def __init__(
@@ -36,6 +41,8 @@ class RunTrainer(Trainer):
         record: dict[str, Any],
         keep_checkpoints: int | None,
         writer: RunWriter | None,
+        sampler: torch.utils.data.Sampler,
+        routers: RouterWatch,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -46,6 +53,8 @@ class RunTrainer(Trainer):
         self._tokenizer_folder = tokenizer_folder
         self._record = record
         self._keep_checkpoints = keep_checkpoints
+        self._sampler = sampler
+        self._routers = routers
         self._saving = False
         self._tokens = 0
         self._tokens_total = 0
@@ -56,7 +65,61 @@ class RunTrainer(Trainer):
         """One micro batch; counts the tokens that are no padding."""
         mask = inputs.get("attention_mask")
         self._tokens += mask.sum() if mask is not None else inputs["input_ids"].numel()
+        self._routers.mask = mask
         return super().training_step(model, inputs, *args)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss, and the routers' balancing loss where one is asked for."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        balancing = self._routers.take_loss()
+        if balancing is None:
+            return result
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # The model's loss is a share of the whole accumulated batch's, so this one must be too.
+            balancing = balancing / self.current_gradient_accumulation_steps
+        return (result[0] + balancing, result[1]) if return_outputs else result + balancing
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Mean loss of a token over the evaluation set, each sample counted once on whatever number of ranks."""
+        started = time.monotonic()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, ranks, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        model = self.model_wrapped
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(dataset), size * ranks):
+            first = start + rank * size
+            samples = [dataset[index] for index in range(first, min(first + size, len(dataset)))]
+            if not samples:
+                # ZeRO-3 gathers weights on all ranks at once: one without samples goes along, uncounted.
+                samples = [{**dataset[0], "labels": [IGNORED] * len(dataset[0]["labels"])}]
+            inputs = self._prepare_inputs(self.data_collator(samples))
+            count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            with self.compute_loss_context_manager():
+                loss = model(**inputs).loss
+            if count:
+                sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+        total, tokens = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+        model.train()
+        mean = total / max(1, tokens)
+        metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": int(tokens)}
+        metrics["seconds"] = round(time.monotonic() - started, 2)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        # The time of an evaluation is no training time.
+        self._last_log_time += time.monotonic() - started
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return self._sampler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Writes a log step to events.jsonl too, with tokens, speed and memory over all ranks."""
@@ -72,9 +135,12 @@ class RunTrainer(Trainer):
             logs["tokens_per_second"] = round(int(tokens) / seconds, 2)
             logs["step_seconds"] = round(seconds / steps, 4)
             logs["memory_bytes"] = memory_bytes()
+            health = self._routers.summary(self.accelerator.reduce)
             if self.run_writer:
                 self.run_writer.event("log", self.state.global_step, epoch=self.state.epoch, **logs)
                 self.run_writer.status("running", global_step=self.state.global_step, max_steps=self.state.max_steps)
+                if health:
+                    self.run_writer.event("moe", self.state.global_step, **health)
         elif self.run_writer and any(name.startswith("eval_") for name in logs):
             self.run_writer.event("eval", self.state.global_step, epoch=self.state.epoch, **logs)
         super().log(logs, start_time)

@@ -176,6 +176,7 @@ def add_adapter(model: PreTrainedModel, config: Config, base: Path | None) -> Pr
             f"lora_target_modules = {','.join(config.lora_target_modules)}: the model has no "
             f"{', '.join(unknown)}; it has {', '.join(sorted(linear))}"
         )
+    parameters = _expert_parameters(model) if config.lora_on_experts else None
     # get_peft_model draws the adapter's first weights: seeded, or each run and rank begins elsewhere.
     torch.manual_seed(config.seed)
     alpha = int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha
@@ -186,12 +187,22 @@ def add_adapter(model: PreTrainedModel, config: Config, base: Path | None) -> Pr
             lora_alpha=alpha,
             lora_dropout=config.lora_dropout,
             target_modules=list(config.lora_target_modules),
+            target_parameters=parameters,
             task_type="CAUSAL_LM",
         ),
     )
     if base is not None:
         adapted.peft_config["default"].base_model_name_or_path = str(base)
     return adapted
+
+
+def _expert_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the fused experts' weights, as PEFT's `target_parameters` takes them."""
+    found = {".".join(name.split(".")[-2:]) for name, _ in model.named_parameters() if ".experts." in name}
+    fused = sorted(name for name in found if name.startswith("experts."))
+    if not fused:
+        raise ModelError("lora_on_experts: this model is dense, it has no experts; leave it off")
+    return fused
 
 
 def freeze_all_but_attention(model: PreTrainedModel) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import time
 
 import pytest
 import torch
@@ -283,7 +282,8 @@ def test_the_conversion_is_made_once_and_cached(shared, tmp_path, monkeypatch):
     third = AutoTokenizer.from_pretrained(shared / "hunyuan-large")
     text = "奥迪q5l最高优惠8.47万 <|extra_0|> 12345"
     assert first.encode(text) == second.encode(text) == third.encode(text)
-    assert made.stat().st_size > 1_000_000 and list((tmp_path / "cache").rglob("*")) == [*made.parents[:2][::-1], made]
+    assert made.stat().st_size > 1_000_000
+    assert [item for item in (tmp_path / "cache").rglob("*") if item.is_file()] == [made]
 
 
 def test_ids_equal_tiktokens_own_merging(tokenizer, shared):

@@ -44,7 +44,10 @@ class HYTokenizer(PreTrainedTokenizerFast):
         if not (saved and Path(saved).is_file()) and vocab_file is not None:
             # As a file where possible: transformers copies an object, which takes longer than reading it.
             cache = convert_cached(Path(vocab_file))
-            kwargs |= {"tokenizer_file": str(cache)} if cache else {"tokenizer_object": convert(Path(vocab_file).read_bytes())}
+            if cache:
+                kwargs["tokenizer_file"] = str(cache)
+            else:
+                kwargs["tokenizer_object"] = convert(Path(vocab_file).read_bytes())
         for name, token in _NAMED_TOKENS.items():
             if kwargs.get(name) is None:
                 kwargs[name] = token
