@@ -166,7 +166,8 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
         check_disk(Path(config.output_dir), model, is_lora=config.use_lora, weight_bytes=weight_bytes)
         writer.manifest(_manifest(config, ds_config, base, counts | plan.summary, shape, notes))
     flash = model.config._attn_implementation == "flash_attention_2"
-    callback = RunCallback(run_dir=RunDir(config.output_dir), writer=writer, model=model)
+    sampler = train_data.sampler(config, len(dataset), lengths, world_size)
+    callback = RunCallback(run_dir=RunDir(config.output_dir), writer=writer, model=model, sampler=sampler)
     try:
         trainer = RunTrainer(
             model=model,
@@ -174,7 +175,7 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
             train_dataset=dataset,
             eval_dataset=evaluation,
             data_collator=data.Collator(pad_token_id=_pad_token_id(tokenizer), flatten=flash),
-            sampler=train_data.sampler(config, len(dataset), lengths, world_size),
+            sampler=sampler,
             routers=RouterWatch(model, model_type, config.router_aux_loss_coef),
             callbacks=[callback],
             base=base,

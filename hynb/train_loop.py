@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hynb.data_labels import IGNORED
+from hynb.data_pack import SeededSampler
 from hynb.errors import ModelError, RunError
 from hynb.moe_health import RouterWatch
 from hynb.run_checks import CHECKPOINT_RECORD
@@ -41,7 +42,7 @@ class RunTrainer(Trainer):
         record: dict[str, Any],
         keep_checkpoints: int | None,
         writer: RunWriter | None,
-        sampler: torch.utils.data.Sampler,
+        sampler: SeededSampler,
         routers: RouterWatch,
         **kwargs: Any,
     ) -> None:
@@ -194,10 +195,13 @@ class RunTrainer(Trainer):
 
 
 class RunCallback(TrainerCallback):
-    """Follows a run: heartbeat, stop file, and whether each adapter weight got a gradient in step 1."""
+    """Follows a run: epoch of the order, heartbeat, stop file, and whether each adapter weight got a gradient."""
 
-    def __init__(self, *, run_dir: RunDir, writer: RunWriter | None, model: torch.nn.Module) -> None:
+    def __init__(
+        self, *, run_dir: RunDir, writer: RunWriter | None, model: torch.nn.Module, sampler: SeededSampler
+    ) -> None:
         self.stopped = False
+        self._sampler = sampler
         self._run_dir = run_dir
         self._writer = writer
         self._model = model
@@ -216,6 +220,10 @@ class RunCallback(TrainerCallback):
             if weight.requires_grad and "lora_" in name:
                 self._awaited.add(name)
                 self._hooks.append(weight.register_hook(lambda _, name=name: self._awaited.discard(name)))
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Sets the order's epoch: accelerate doesn't reach a sampler behind the batches that a resume skips."""
+        self._sampler.set_epoch(math.floor(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Looks for a stop request on rank 0 and lets all ranks follow it at the same step."""

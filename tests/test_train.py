@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from hynb.config import Config
 from hynb.config_io import to_yaml
+from hynb.data_pack import SeededSampler
 from hynb.errors import ConfigError, ModelError, RunError, RunFailedError
 from hynb.launch import LAUNCH_VARIABLE, attach, launch
 from hynb.run_dir import RunDir
@@ -35,7 +36,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
         name: tiny_model(folder / name, name) for name in ("hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense", "hy_v3")
     }
     with_code(made["hunyuan"])
-    return made | {"data": tiny_data(folder / "train.jsonl")}
+    return made | {"data": tiny_data(folder / "train.jsonl"), "few": tiny_data(folder / "few.jsonl", 10)}
 
 
 def config_of(files, family: str, output_dir: Path, **values) -> Config:
@@ -66,11 +67,30 @@ def run_entry(*words: str, cwd: Path | None = None) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
+ON_EXPERTS = {"use_lora": True, "lora_on_experts": True, "lora_dropout": 0.0}
 CASES = {
-    "hunyuan, ZeRO-3, full": ("hunyuan", {"deepspeed": "ds_zero3_no_offload", "gradient_checkpointing": True}),
-    "hunyuan, ZeRO-3 offload, LoRA": ("hunyuan", {"deepspeed": "ds_zero3_offload", "use_lora": True}),
-    "v1_moe, ZeRO-2, full": ("hunyuan_v1_moe", {"gradient_accumulation_steps": 2}),
-    "hy_v3, ZeRO-2, LoRA": ("hy_v3", {"use_lora": True, "gradient_checkpointing": True}),
+    "hunyuan, ZeRO-3, full": (
+        "hunyuan",
+        {"deepspeed": "ds_zero3_no_offload", "gradient_checkpointing": True, "router_aux_loss_coef": 0.01},
+    ),
+    # Five packs, two steps an epoch: the resumed run begins in the middle of the second.
+    "hunyuan, ZeRO-3 offload, LoRA on experts, packing": (
+        "hunyuan",
+        {"deepspeed": "ds_zero3_offload", "packing": True, "data": "few", "eval_split": 0.2, "eval_steps": 2}
+        | ON_EXPERTS,
+    ),
+    "v1_moe, ZeRO-2, full, grouped": (
+        "hunyuan_v1_moe",
+        {"gradient_accumulation_steps": 2, "data": "few", "group_by_length": True},
+    ),
+    "v1_moe, ZeRO-3, LoRA": (
+        "hunyuan_v1_moe",
+        {"deepspeed": "ds_zero3_no_offload", "use_lora": True, "gradient_checkpointing": True, "packing": True},
+    ),
+    "v1_dense, ZeRO-3, full": ("hunyuan_v1_dense", {"deepspeed": "ds_zero3_no_offload", "bf16": True}),
+    "v1_dense, ZeRO-2, LoRA": ("hunyuan_v1_dense", {"use_lora": True, "eval_data_file": "data", "data": "few"}),
+    "hy_v3, ZeRO-3, full": ("hy_v3", {"deepspeed": "ds_zero3_no_offload", "make_moe_param_leaf_module": True}),
+    "hy_v3, ZeRO-2, LoRA on experts": ("hy_v3", {"gradient_checkpointing": True} | ON_EXPERTS),
 }
 
 
@@ -79,6 +99,10 @@ def case(request, files, tmp_path_factory):
     """One uninterrupted run, and one that goes on from its middle in another folder."""
     family, values = CASES[request.param]
     folder = tmp_path_factory.mktemp("runs")
+    values = dict(values)
+    values["train_data_file"] = str(files[values.pop("data", "data")])
+    if "eval_data_file" in values:
+        values["eval_data_file"] = str(files[values["eval_data_file"]])
     whole = launch(config_of(files, family, folder / "whole", **values))
     whole.wait(timeout_seconds=240, check=True)
     # Neither model nor adapter settings are needed: the checkpoint knows its base.
@@ -317,13 +341,13 @@ def test_an_adapter_weight_without_a_gradient_stops_the_run(tmp_path):
 
     model, args = Model(), SimpleNamespace(process_index=0, world_size=1)
     state, control = SimpleNamespace(global_step=0, max_steps=9), SimpleNamespace()
-    callback = RunCallback(run_dir=RunDir(tmp_path), writer=None, model=model)
+    callback = RunCallback(run_dir=RunDir(tmp_path), writer=None, model=model, sampler=SeededSampler(1, 0))
     callback.on_train_begin(args, state, control)
     model(torch.ones(1, 2)).backward()
     with pytest.raises(ModelError, match=r"2 adapter weights got no gradient in the first step.*unused_lora_B"):
         callback.on_step_end(args, state, control)
     del model.unused_lora_B
-    callback = RunCallback(run_dir=RunDir(tmp_path), writer=None, model=model)
+    callback = RunCallback(run_dir=RunDir(tmp_path), writer=None, model=model, sampler=SeededSampler(1, 0))
     callback.on_train_begin(args, state, control)
     model(torch.ones(1, 2)).backward()
     callback.on_step_end(args, state, control)
@@ -337,7 +361,7 @@ def test_what_the_trainer_itself_refuses_is_a_message(files, tmp_path):
     assert "hynb: transformers' Trainer: You have set `args.eval_strategy`" in done.stderr
 
 
-@pytest.mark.parametrize("case", ["v1_moe, ZeRO-2, full"], indirect=True, scope="module")
+@pytest.mark.parametrize("case", ["v1_moe, ZeRO-2, full, grouped"], indirect=True, scope="module")
 def test_another_world_size_is_refused_on_resume(case, tmp_path, files):
     family, values, whole, _ = case
     config = config_of(files, family, tmp_path / "run", **values)

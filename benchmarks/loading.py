@@ -1,0 +1,150 @@
+"""Memory of each rank while ZeRO-3 loads a checkpoint, against its size: `python benchmarks/loading.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import hynb.hunyuan_large  # noqa: F401  registers the model
+from hynb.config import Config
+from hynb.demo_base import write_tokenizer
+from hynb.run_checks import free_port
+
+EXPERTS, HIDDEN, INTERMEDIATE = 16, 1024, 2048
+
+
+def make_model(folder: Path, gigabytes: float) -> int:
+    """Writes a bf16 model, a shard a layer, without holding it; returns its bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = write_tokenizer(folder, vocab_size=700, samples=500)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": 16}
+    sizes |= {"num_key_value_heads": 2, "num_experts": EXPERTS, "moe_topk": 1, "use_cla": True}
+    sizes |= {"cla_share_factor": 2, "use_mixed_mlp_moe": True, "use_qk_norm": True, "tie_word_embeddings": True}
+    layer_bytes = (EXPERTS + 1) * 3 * HIDDEN * INTERMEDIATE * 2
+    layers = max(2, round(gigabytes * 1e9 / layer_bytes))
+    config = AutoConfig.for_model("hunyuan", vocab_size=len(tokenizer), num_hidden_layers=layers, **sizes)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    parts: dict[int, dict[str, torch.Tensor]] = {}
+    for name, weight in model.named_parameters():
+        part = parts.setdefault(int(name.split(".")[2]) if ".layers." in name else layers, {})
+        dtype = torch.float32 if "gate.wg" in name else torch.bfloat16
+        if ".experts." not in name:
+            part[name] = torch.empty(weight.shape, dtype=dtype, device="meta")
+            continue
+        layer = name.split("experts.")[0]
+        for expert in range(EXPERTS):
+            if name.endswith("gate_up_proj"):
+                for half in ("gate", "up"):
+                    part[f"{layer}experts.{expert}.{half}_proj.weight"] = weight[expert][:INTERMEDIATE]
+            else:
+                part[f"{layer}experts.{expert}.down_proj.weight"] = weight[expert]
+    names: dict[str, str] = {}
+    total = 0
+    for number, part in sorted(parts.items()):
+        file = f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
+        made = {name: torch.randn(meta.shape, dtype=torch.float32).mul_(0.02) for name, meta in part.items()}
+        made = {name: tensor.to(part[name].dtype) for name, tensor in made.items()}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(made, file)
+        total += sum(tensor.nbytes for tensor in made.values())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def memory_of_self() -> tuple[int, int]:
+    """Bytes of this process's own memory, and of file pages that it has mapped (the page cache's)."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    own = int(lines["RssAnon"].split()[0]) + int(lines["RssShmem"].split()[0])
+    return own << 10, int(lines["RssFile"].split()[0]) << 10
+
+
+def load(folder: str, preset: str, answers: str) -> None:
+    """What each rank runs: loads as a training run does and writes its peaks."""
+    import deepspeed
+
+    from hynb import train_entry, train_model, zero
+
+    train_entry._set_up_process()
+    train_entry._init_distributed(False)
+    config = Config(model_name_or_path=folder, output_dir=answers, deepspeed=preset, bf16=True, max_steps=1)
+    ds_config = zero.for_machine(zero.load(preset), on_cpu=True)
+    tokenizer, _ = train_model.load_tokenizer(config, Path(folder))
+    # Kept, because ZeRO-3 is in force only as long as they live.
+    args = train_entry._training_arguments(config, ds_config, print, evaluates=False)
+    assert args.hf_deepspeed_config.is_zero3()
+    torch.distributed.barrier()
+    before = memory_of_self()
+    peak, ended = list(before), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            for place, value in enumerate(memory_of_self()):
+                peak[place] = max(peak[place], value)
+
+    threading.Thread(target=watch, daemon=True).start()
+    began = time.monotonic()
+    model = train_model.load_model(config, Path(folder), tokenizer, print)
+    seconds = time.monotonic() - began
+    ended.set()
+    held = sum(weight.ds_tensor.numel() * weight.ds_tensor.element_size() for weight in model.parameters())
+    rank = torch.distributed.get_rank()
+    found = {"own": peak[0] - before[0], "mapped": peak[1] - before[1], "held": held, "seconds": seconds}
+    Path(answers, f"{rank}.json").write_text(json.dumps(found))
+    deepspeed.comm.barrier()
+
+
+def main() -> None:
+    """Prints a line a rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--preset", default="ds_zero3_offload")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "model")
+        folder.mkdir()
+        total = make_model(folder, args.gigabytes)
+        block = (3 * EXPERTS * HIDDEN * INTERMEDIATE) * 2
+        print(
+            f"checkpoint {total / 1e9:.2f} GB, experts of one layer {block / 1e6:.0f} MB; {args.preset}", flush=True
+        )
+        for ranks in args.ranks:
+            answers = Path(name, f"answers-{ranks}")
+            answers.mkdir()
+            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+            command += ["--master_port", str(free_port()), __file__, "--load", str(folder), args.preset, str(answers)]
+            environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            found = [json.loads(Path(answers, f"{rank}.json").read_text()) for rank in range(ranks)]
+            for rank, row in enumerate(found):
+                print(
+                    f"{ranks} ranks, rank {rank}: own memory {row['own'] / 1e9:.2f} GB at its peak = "
+                    f"{row['own'] / total:.2f} of the checkpoint; its share {row['held'] / 1e9:.2f} GB; "
+                    f"file pages mapped {row['mapped'] / 1e9:.2f} GB; {row['seconds']:.1f} s"
+                )
+            own = sum(row["own"] for row in found)
+            print(f"{ranks} ranks together: {own / 1e9:.2f} GB = {own / total:.2f} of the checkpoint", flush=True)
+    print(f"python {sys.version.split()[0]}, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    if "--load" in sys.argv:
+        at = sys.argv.index("--load")
+        load(*sys.argv[at + 1 : at + 4])
+    else:
+        main()
