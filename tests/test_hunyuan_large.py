@@ -160,6 +160,35 @@ def test_equal_to_the_reference_on_random_configurations(tmp_path):
         assert difference.abs().max() < 1e-4 * max(1.0, expected.abs().max()), changes
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_the_references(variant, attention, tmp_path):
+    """Of every tensor on the disk, in a batch whose second row is padded."""
+    model, config = random_model(seed=5, **VARIANTS[variant])
+    weights = {name: tensor.requires_grad_() for name, tensor in on_disk(model, tmp_path).items()}
+    model.set_attn_implementation(attention)
+    rows = [torch.randint(1, 64, (size,), generator=torch.Generator().manual_seed(size)) for size in (21, 13)]
+    loss = sum(
+        torch.nn.functional.cross_entropy(reference_logits(weights, config, row)[:-1], row[1:], reduction="sum")
+        for row in rows
+    ) / sum(len(row) - 1 for row in rows)
+    loss.backward()
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    found = model(input_ids=batch, attention_mask=mask, labels=batch.masked_fill(mask == 0, -100)).loss
+    assert abs(found - loss) < 1e-5
+    found.backward()
+    compared = set()
+    for parameter, weight in model.named_parameters():
+        for name, gradient in by_disk_name(parameter, weight.grad):
+            expected = weights[name].grad
+            # An expert that no token went to has none in the reference.
+            expected = torch.zeros_like(gradient) if expected is None else expected
+            assert (gradient - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
+            compared.add(name)
+    assert compared == weights.keys()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("share", [2, 4])
 def test_gradients_under_checkpointing_equal_those_without(share, reentrant):
@@ -265,6 +294,23 @@ def test_the_tokenizers_special_tokens(tokenizer, shared, tmp_path):
     assert again.encode(text) == tokenizer.encode(text)
     assert again.decode(again.encode(text)) == text
     assert again.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_beside_the_vocabulary_is_not_run(shared, tmp_path, trusted):
+    for path in (shared / "hunyuan-large").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "tokenization_hy.py").write_text("raise SystemExit('run')\n")
+    made = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trusted)
+    assert made.is_fast and made.encode("a<|eos|>")[-1] == 127960
+    # As in a model's folder, where config.json names the code too.
+    names = {
+        "AutoConfig": "configuration_hunyuan.HunYuanConfig",
+        "AutoTokenizer": ["tokenization_hy.HYTokenizer", None],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hunyuan", "auto_map": names}))
+    made = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trusted)
+    assert made.is_fast and len(made) == 128166
 
 
 def test_the_conversion_is_made_once_and_cached(shared, tmp_path, monkeypatch):

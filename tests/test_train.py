@@ -14,6 +14,8 @@ import psutil
 import pytest
 import torch
 from conftest import need
+from peft import PeftModel
+from reference_model import logits as reference_logits
 from safetensors.torch import load_file
 from tiny import tiny_data, tiny_model, with_code
 from transformers import AutoModelForCausalLM
@@ -23,6 +25,7 @@ from hynb.config_io import to_yaml
 from hynb.data_pack import SeededSampler
 from hynb.errors import ConfigError, ModelError, RunError, RunFailedError
 from hynb.launch import LAUNCH_VARIABLE, attach, launch
+from hynb.merge import merge_lora, verify_merge
 from hynb.run_dir import RunDir
 from hynb.train_loop import RunCallback
 
@@ -161,10 +164,37 @@ def test_what_a_checkpoint_holds(case, files):
         assert (last / "modeling_hunyuan.py").read_text() == (files[family] / "modeling_hunyuan.py").read_text()
 
 
+def test_what_was_trained_merges_and_generates(case, files, tmp_path):
+    family, values, whole, _ = case
+    last = whole.checkpoints()[-1]
+    ids = torch.arange(10, 22)[None]
+    mask = torch.ones_like(ids)
+    if values.get("use_lora"):
+        adapted = AutoModelForCausalLM.from_pretrained(files[family], dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(adapted, last).eval()
+        merge_lora(base_model_path=files[family], adapter_model_path=last, output_path=tmp_path / "merged")
+        verify_merge(tmp_path / "merged")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32)
+        if family == "hunyuan":
+            # What the trainer saved, read by the plain model under the original's key names.
+            config = json.loads((last / "config.json").read_text())
+            expected = reference_logits(load_file(last / "model.safetensors"), config, ids[0])
+            with torch.no_grad():
+                torch.testing.assert_close(model(ids).logits[0], expected, rtol=1e-3, atol=1e-3)
+    limits = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    answer = model.generate(ids, **limits)
+    assert answer.shape == (1, 18)
+    assert torch.equal(answer, model.generate(ids, use_cache=False, **limits))
+
+
 @pytest.fixture(scope="module")
 def long_run(files, tmp_path_factory):
     """A run that would go on for hours."""
-    config = config_of(files, "hunyuan_v1_dense", tmp_path_factory.mktemp("long") / "run", max_steps=100_000)
+    config = config_of(files, "hunyuan", tmp_path_factory.mktemp("long") / "run", max_steps=100_000)
     run = launch(config.replace(save_steps=100_000, train_attention_params_only=True))
     deadline = time.monotonic() + 120
     while run.status().global_step < 2 and time.monotonic() < deadline and run.status().live:
@@ -196,7 +226,7 @@ def test_stop_saves_a_checkpoint_and_a_second_launch_is_refused(long_run):
 def test_only_attention_was_trained(long_run, files):
     _, run = long_run
     assert run.status().state == "stopped"
-    before = load_file(files["hunyuan_v1_dense"] / "model.safetensors")
+    before = load_file(files["hunyuan"] / "model.safetensors")
     after = load_file(run.checkpoints()[-1] / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".self_attn." in name for name in changed)

@@ -1,6 +1,6 @@
 """Hunyuan-Large for transformers 5: importing this registers model_type `hunyuan` with the Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -24,7 +24,17 @@ __all__ = [
     "HunYuanLargeModel",
 ]
 
+
+class _TokenizerName(PreTrainedConfig):
+    """A config that no model has: transformers finds HYTokenizer by the name in tokenizer_config.json.
+
+    Registered for HunYuanLargeConfig itself, it would give way to the model folder's own code where that is trusted.
+    """
+
+    model_type = "hunyuan_tokenizer"
+
+
 AutoConfig.register("hunyuan", HunYuanLargeConfig, exist_ok=True)
 AutoModelForCausalLM.register(HunYuanLargeConfig, HunYuanLargeForCausalLM, exist_ok=True)
-AutoTokenizer.register(HunYuanLargeConfig, tokenizer_class=HYTokenizer, exist_ok=True)
+AutoTokenizer.register(_TokenizerName, tokenizer_class=HYTokenizer, exist_ok=True)
 register_checkpoint_conversion_mapping("hunyuan", get_checkpoint_conversion_mapping("hunyuan_v1_moe"), overwrite=True)
