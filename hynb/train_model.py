@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import shutil
@@ -17,11 +18,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 
 import hynb.hunyuan_large  # noqa: F401  registers the model with the Auto classes
 from hynb.config import MODEL_SIZE_NAMES, Config
 from hynb.errors import ModelError
-from hynb.run_checks import BASE_IDENTITY, CHECKPOINT_RECORD, base_identity, resume_checkpoint
+from hynb.hunyuan_large.loss import LanguageModelHead, causal_loss
+from hynb.run_checks import (
+    BASE_IDENTITY,
+    CHECKPOINT_RECORD,
+    NATIVE_MODEL_TYPES,
+    base_identity,
+    resume_checkpoint,
+)
 from hynb.run_dir import read_json, write_json
 
 # The MoE block of each family: the module that ZeRO-3 gathers whole when it is marked as a leaf.
@@ -37,6 +46,8 @@ _REWRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin
 # What a checkpoint that is resumed from holds beside the model: the new checkpoint writes its own.
 _TRAINING_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py", CHECKPOINT_RECORD, BASE_IDENTITY)
 
+# Tokens whose logits are in memory at once: 0.5 GB over a vocabulary of 128k, in float32.
+_LOSS_PIECE_TOKENS = 1024
 Say = Callable[[str], None]
 
 
@@ -137,9 +148,31 @@ def write_random_base(
 
 
 def save_loss_memory(model: PreTrainedModel) -> None:
-    """Lets a model that can do so compute its loss in pieces: the logits of a long sequence would fill a GPU."""
+    """Lets a model compute its loss in pieces: the logits of a long sequence over 128k tokens would fill a GPU.
+
+    Hunyuan-Large does so by itself; transformers' own Hunyuan classes get a forward pass that returns the loss
+    without logits where there are labels.
+    """
     if hasattr(type(model), "loss_piece_tokens"):
-        model.loss_piece_tokens = 1024
+        model.loss_piece_tokens = _LOSS_PIECE_TOKENS
+        return
+    plain = model.forward
+    if model.config.model_type not in NATIVE_MODEL_TYPES or type(model.lm_head) is not torch.nn.Linear:
+        return
+    model.lm_head.__class__ = LanguageModelHead
+
+    # The Trainer reads the signature to see what the model takes.
+    @functools.wraps(plain)
+    def forward(*args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> ModelOutput:
+        # An adapter on the output layer takes its place; it makes logits.
+        if labels is None or args or type(model.lm_head) is not LanguageModelHead:
+            return plain(*args, labels=labels, **kwargs)
+        count = kwargs.pop("num_items_in_batch", None)
+        hidden = model.model(**kwargs).last_hidden_state
+        counted = {"piece": _LOSS_PIECE_TOKENS, "num_items_in_batch": count}
+        return CausalLMOutput(loss=causal_loss(model.lm_head, hidden, labels, **counted))
+
+    model.forward = forward
 
 
 def training_dtype(config: Config) -> torch.dtype:

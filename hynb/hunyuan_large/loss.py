@@ -22,7 +22,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, piece: int
     ) -> torch.Tensor:
         """Sum of the losses of hidden (tokens × width) against targets (tokens), in float32."""
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # Thousands of losses: a float32 sum of them would be off in the sixth digit.
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for begin in range(0, len(hidden), piece):
@@ -30,7 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (part @ weight.T).float()
             chosen = logits.gather(1, wanted[:, None]).squeeze(1)
             normaliser = torch.logsumexp(logits, dim=1)
-            total += (normaliser - chosen).sum()
+            total += (normaliser - chosen).sum(dtype=torch.float64)
             if grad_hidden is None and grad_weight is None:
                 continue
             # softmax - one-hot, in the logits' own memory.
@@ -44,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        return total.float()
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
