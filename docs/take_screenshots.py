@@ -26,7 +26,7 @@ SHOWN_STEP = 60
 
 
 def main() -> None:
-    """Starts the demo's training from the notebook and pictures form, live panel and merge."""
+    """Starts the demo's training from the notebook and pictures form, data, live panel and merge."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "docs", help="where the pictures go")
     parser.add_argument("--dark", action="store_true", help="JupyterLab's dark theme")
@@ -38,6 +38,7 @@ def main() -> None:
     given = demo_config(files, "runs/cars")
     values = {name: getattr(given, name) for name in given.given or _changed(given)}
     values |= {"model_name_or_path": "data/base_model", "train_data_file": "data/train.jsonl", "num_processes": 1}
+    values |= {"eval_data_file": "data/held_out.jsonl", "eval_steps": 20}
     _prepare(notebooks / "02_finetune.ipynb", values)
     _prepare(notebooks / "03_merge_lora.ipynb", {"run_dir": "runs/cars", "question_file": "data/held_out.jsonl"})
     try:
@@ -69,11 +70,13 @@ def _finetune(lab: Lab, folder: Path, run: Run) -> None:
     page.click('.lm-TabBar-tab:has-text("ZeRO")')
     page.wait_for_selector(".widget-tab table.hynb-table")
     _save(page, 'h2:has-text("1. Choose")', folder / "form.png")
+    page.wait_for_selector(".hynb-sample", timeout=60_000)
+    _save(page, 'h2:has-text("2. Check the data")', folder / "data.png")
     page.wait_for_selector("img.hynb-plot", timeout=180_000)
     for status, _ in run.follow(timeout_seconds=600):
         if status.global_step >= SHOWN_STEP:
             break
-    _save(page, 'h2:has-text("5. Train")', folder / "finetune.png")
+    _save(page, 'h2:has-text("6. Train")', folder / "finetune.png")
     run.wait(timeout_seconds=900, check=True)
 
 

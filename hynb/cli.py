@@ -10,7 +10,7 @@ from typing import Any
 
 from hynb.config import GROUPS, Config, parameters
 from hynb.errors import HynbError, RunFailedError
-from hynb.run_dir import progress_line
+from hynb.run_dir import evaluation_line, progress_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,6 +177,8 @@ def _follow(run: Any) -> int:
         for event in events:
             if event["kind"] == "log":
                 print(progress_line(event, status.max_steps), flush=True)
+            elif event["kind"] == "eval":
+                print(evaluation_line(event), flush=True)
             elif event["kind"] == "save":
                 print(f"saved {event['path']} in {event['seconds']} s", flush=True)
     print(status)

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from hynb.data_labels import DEFAULT, IGNORED, LabelOptions, encode
 from hynb.data_read import Conversation
 
+# A page of a million spans would bring the browser to its knees.
+_SHOWN_TOKENS = 4000
 # Blue and grey differ for every kind of colour blindness; the sign below carries the meaning without any.
 _TERMINAL = {"trained": "\x1b[1;34m", "prompt": "\x1b[0m", "cut": "\x1b[9;90m"}
 _STYLE = {
@@ -97,7 +99,7 @@ def as_html(
     trained = sum(len(token.ids) for token in found if token.kind == "trained")
     cut = sum(len(token.ids) for token in found if token.kind == "cut")
     parts, kind = [], "prompt"
-    for token in [*found, None]:
+    for token in [*found[:_SHOWN_TOKENS], None]:
         new = token.kind if token else "prompt"
         if new != kind:
             parts.append(("⟧" if kind == "trained" else "") + ("⟦" if new == "trained" else ""))
@@ -110,5 +112,6 @@ def as_html(
     total = sum(len(token.ids) for token in found)
     note = f"{html.escape(conversation.source)}: {total} tokens, {trained} trained on ⟦ ⟧"
     note += f", {cut} cut at max_seq_length = {max_seq_length} (struck through)" if cut else ""
+    note += f"; the first {_SHOWN_TOKENS:,} are shown" if len(found) > _SHOWN_TOKENS else ""
     body = "".join(parts)
     return f'<div style="font-family:monospace;line-height:1.7"><div>{note}</div><div>{body}</div></div>'

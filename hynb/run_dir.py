@@ -297,6 +297,14 @@ def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
     return f"{step}  " + "  ".join(parts)
 
 
+def evaluation_line(event: dict[str, Any]) -> str:
+    """One evaluation event as a line for a terminal."""
+    return (
+        f"evaluation at step {event['global_step']}: loss {event['eval_loss']:.4f} over {event['eval_tokens']:,} "
+        f"tokens, perplexity {event['eval_perplexity']:.4g}, {event['eval_seconds']:g} s"
+    )
+
+
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool) -> list[str]:
     """Why a new run must not start in this folder, one message a reason; empty when it may."""
     run_dir = RunDir(output_dir)

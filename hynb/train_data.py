@@ -148,20 +148,27 @@ def sampler(config: Config, count: int, lengths: np.ndarray | None, world_size: 
     return SeededSampler(count, config.seed, lengths=lengths, group=group)
 
 
+def check_files(
+    config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, *, uncut: bool = False, **options: Any
+) -> DataReport:
+    """Checks the files of one parameter as a run of this Config would read them.
+
+    Args:
+        parameter: train_data_file or eval_data_file.
+        uncut: count whole samples instead of cutting them at max_seq_length.
+        options: further arguments of `check_data`.
+    """
+    limit = _UNCUT_TOKENS if uncut else config.max_seq_length
+    given = {"options": label_options(config), "on_bad_sample": config.on_bad_sample, "parameter": parameter}
+    return check_data(getattr(config, parameter), tokenizer, limit, **(given | options))
+
+
 def _check(
     config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, rejected_path: Path, say: Say
 ) -> DataReport:
     uncut = config.split_long_samples and parameter == "train_data_file"
-    report = check_data(
-        getattr(config, parameter),
-        tokenizer,
-        _UNCUT_TOKENS if uncut else config.max_seq_length,
-        options=label_options(config),
-        on_bad_sample=config.on_bad_sample,
-        rejected_path=rejected_path,
-        progress=_progress(parameter, say),
-        parameter=parameter,
-    )
+    kept = {"rejected_path": rejected_path, "progress": _progress(parameter, say)}
+    report = check_files(config, tokenizer, parameter, uncut=uncut, **kept)
     say(f"{report.samples} samples, {len(report.rejected)} rejected, in {', '.join(report.files)}")
     if report.rejected:
         say(f"{len(report.rejected)} of {report.lines} lines are left out; they are kept in {rejected_path}")

@@ -28,7 +28,7 @@ def work(act: str, on_progress: Callable[[dict[str, Any]], None] | None = None, 
     """Runs an act in a fresh process, so that the caller's never holds torch, and returns its result.
 
     Args:
-        act: `preview`, `ask`, `merge` or `verify`.
+        act: `preview`, `check_data`, `ask`, `merge` or `verify`.
         on_progress: takes each report while the act goes on.
         arguments: plain values for the act's function.
 
@@ -62,17 +62,62 @@ def work(act: str, on_progress: Callable[[dict[str, Any]], None] | None = None, 
 
 
 def _preview(emit: Emit, config: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
-    from hynb import data, train_model
+    from hynb import train_data, train_model
+    from hynb.config import Config
+    from hynb.data import IGNORED, ChatDataset, encode
+    from hynb.data_preview import as_html, as_text
+    from hynb.errors import DataError
+
+    made = Config(**config)
+    tokenizer, _ = train_model.load_tokenizer(made, train_model.find_base(made))
+    options = train_data.label_options(made)
+    dataset = ChatDataset(made.train_data_file, tokenizer, made.max_seq_length, options=options)
+    shown = 0
+    for index in range(len(dataset)):
+        try:
+            conversation = dataset.conversation(index)
+        except DataError:
+            if made.on_bad_sample == "stop":
+                raise
+            continue
+        encoded = encode(conversation, tokenizer, made.max_seq_length, options)
+        arguments = (conversation, tokenizer, made.max_seq_length)
+        yield {
+            "source": conversation.source,
+            "text": as_text(*arguments, options=options),
+            "html": as_html(*arguments, options=options),
+            "tokens": len(encoded["input_ids"]),
+            "trained_tokens": sum(label != IGNORED for label in encoded["labels"]),
+        }
+        shown += 1
+        if shown == count:
+            return
+
+
+def _check_data(emit: Emit, config: dict[str, Any]) -> list[dict[str, Any]]:
+    from hynb import train_data, train_model
     from hynb.config import Config
 
     made = Config(**config)
     tokenizer, _ = train_model.load_tokenizer(made, train_model.find_base(made))
-    for conversation in itertools.islice(data.read_conversations(made.train_data_file), count):
-        encoded = data.encode(conversation, tokenizer, made.max_seq_length)
-        trained = sum(label != data.IGNORED for label in encoded["labels"])
-        text = data.preview(conversation, tokenizer, made.max_seq_length)
-        tokens = len(encoded["input_ids"])
-        yield {"source": conversation.source, "text": text, "tokens": tokens, "trained_tokens": trained}
+    found = []
+    given = [name for name in ("train_data_file", "eval_data_file") if getattr(made, name) is not None]
+    reported = [0.0]
+    for number, parameter in enumerate(given):
+
+        def report(done: int, total: int, number: int = number, parameter: str = parameter) -> None:
+            if done == total or time.monotonic() - reported[0] > _REPORT_SECONDS:
+                reported[0] = time.monotonic()
+                text = f"{parameter}, {done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+                emit({"done": number + done / total, "total": len(given), "text": text})
+
+        checked = train_data.check_files(made, tokenizer, parameter, on_bad_sample="report", progress=report)
+        batch_size = made.per_device_train_batch_size
+        text = checked.text(batch_size=batch_size)
+        if made.split_long_samples and checked.cut_samples:
+            text += "\nsplit_long_samples: longer samples are divided instead, and nothing is cut"
+        found.append({"text": text, "problems": checked.problems(), "samples": checked.samples})
+    return found
 
 
 def _ask(emit: Emit, folders: list[str], questions: str, count: int, max_new_tokens: int) -> Iterator[dict[str, Any]]:
@@ -133,7 +178,7 @@ def _verify(emit: Emit, output_path: str) -> int:
     return merge.verify_merge(output_path, progress=report)
 
 
-_ACTS = {"preview": _preview, "ask": _ask, "merge": _merge, "verify": _verify}
+_ACTS = {"preview": _preview, "check_data": _check_data, "ask": _ask, "merge": _merge, "verify": _verify}
 
 
 def main(act: str, arguments: str) -> int:

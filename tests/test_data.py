@@ -36,6 +36,15 @@ A13B_STYLE = (
     "{% else %}<|extra_1|>{{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|extra_1|>{% endif %}"
 )
+# The dense models' order of marks: one at the very beginning, one behind the system's text, one before each turn.
+DENSE_STYLE = (
+    "{{ '<|bos|>' }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '<|extra_3|>' }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|extra_5|>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<|extra_1|>' + m['content'] + '<|extra_2|>' }}{% endif %}{% endfor %}"
+)
+# As reasoning models have it: the template itself writes an empty thought before each answer.
+THINKING_STYLE = DENSE_STYLE.replace("'<|extra_1|>' +", "'<|extra_1|><|extra_0|>\\n\\n<|extra_4|>' +")
+STYLES = {"large": None, "a13b": A13B_STYLE, "dense": DENSE_STYLE, "thinking": THINKING_STYLE}
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +75,8 @@ def reference(messages, tokenizer, style):
     def text(content):
         return tokenizer.encode(content, add_special_tokens=False, split_special_tokens=True)
 
+    if style in ("dense", "thinking"):
+        return labelled([(special("<|bos|>"), False), *dense_pieces(messages, text, special, style)])
     pieces = []
     for number, message in enumerate(messages):
         if message["role"] == "system":
@@ -78,19 +89,36 @@ def reference(messages, tokenizer, style):
             if style == "a13b":
                 pieces += [(special("<|extra_1|>"), False)]
             pieces += [(text(message["content"]) + special("<|eos|>"), True)]
+    return labelled(pieces)
+
+
+def dense_pieces(messages, text, special, style):
+    thought = special("<|extra_0|>") + text("\n\n") + special("<|extra_4|>") if style == "thinking" else []
+    for message in messages:
+        content = text(message["content"])
+        if message["role"] == "system":
+            yield content + special("<|extra_3|>"), False
+        elif message["role"] == "user":
+            yield special("<|extra_5|>") + content, False
+        else:
+            yield special("<|extra_1|>") + thought, False
+            yield content + special("<|extra_2|>"), True
+
+
+def labelled(pieces):
+    pieces = list(pieces)
     ids = [token for tokens, _ in pieces for token in tokens]
     labels = [token if trained else IGNORED for tokens, trained in pieces for token in tokens]
     return ids, labels
 
 
-@pytest.mark.parametrize("style", ["large", "a13b"])
+@pytest.mark.parametrize("style", STYLES)
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_labels_equal_the_reference(tokenizer, style, data):
     messages = data.draw(conversations())
     saved = tokenizer.chat_template
-    if style == "a13b":
-        tokenizer.chat_template = A13B_STYLE
+    tokenizer.chat_template = STYLES[style] or saved
     try:
         encoded = encode(Conversation(messages=messages, source="x"), tokenizer, 10_000)
     finally:

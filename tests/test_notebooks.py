@@ -177,7 +177,7 @@ def test_headless_training_ends_with_a_picture_and_a_table(trained):
     assert "step 4/4  loss" in shown
     assert re.search(rf"^LoRA adapter +{trained}/runs/first/checkpoint-4$", shown, re.MULTILINE)
     assert '"zero_optimization"' in shown and "hynb launch" in shown and "deepspeed --" in shown
-    assert "⟦" in shown
+    assert "⟦" in shown and "40 lines = 40 samples + 0 rejected" in shown
 
 
 def test_the_command_that_the_notebook_shows_makes_the_same_config(trained):

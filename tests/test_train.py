@@ -18,10 +18,11 @@ from peft import PeftModel
 from reference_model import logits as reference_logits
 from safetensors.torch import load_file
 from tiny import tiny_data, tiny_model, with_code
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hynb.config import Config
 from hynb.config_io import to_yaml
+from hynb.data import ChatDataset
 from hynb.data_pack import SeededSampler
 from hynb.errors import ConfigError, ModelError, RunError, RunFailedError
 from hynb.launch import LAUNCH_VARIABLE, attach, launch
@@ -39,7 +40,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
         name: tiny_model(folder / name, name) for name in ("hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense", "hy_v3")
     }
     with_code(made["hunyuan"])
-    return made | {"data": tiny_data(folder / "train.jsonl"), "few": tiny_data(folder / "few.jsonl", 10)}
+    few = tiny_data(folder / "few.jsonl", 10)
+    (folder / "broken.jsonl").write_text(few.read_text().replace("\n", '\n{"messages": \n', 1))
+    return made | {"data": tiny_data(folder / "train.jsonl"), "few": few, "broken": folder / "broken.jsonl"}
 
 
 def config_of(files, family: str, output_dir: Path, **values) -> Config:
@@ -91,7 +94,10 @@ CASES = {
         {"deepspeed": "ds_zero3_no_offload", "use_lora": True, "gradient_checkpointing": True, "packing": True},
     ),
     "v1_dense, ZeRO-3, full": ("hunyuan_v1_dense", {"deepspeed": "ds_zero3_no_offload", "bf16": True}),
-    "v1_dense, ZeRO-2, LoRA": ("hunyuan_v1_dense", {"use_lora": True, "eval_data_file": "data", "data": "few"}),
+    "v1_dense, ZeRO-2, LoRA, a broken line": (
+        "hunyuan_v1_dense",
+        {"use_lora": True, "eval_data_file": "data", "data": "broken", "on_bad_sample": "skip"},
+    ),
     "hy_v3, ZeRO-3, full": ("hy_v3", {"deepspeed": "ds_zero3_no_offload", "make_moe_param_leaf_module": True}),
     "hy_v3, ZeRO-2, LoRA on experts": ("hy_v3", {"gradient_checkpointing": True} | ON_EXPERTS),
 }
@@ -139,6 +145,38 @@ def test_the_run_folder_holds_what_a_watcher_needs(case):
     assert len(whole.dir.rank_logs()) == 2
     assert [path.name for path in whole.checkpoints()] == [f"checkpoint-{SAVED}", f"checkpoint-{STEPS}"]
     assert not whole.dir.saving.exists()
+
+
+def test_lines_left_out_are_counted_and_kept(case):
+    _, values, whole, _ = case
+    counts = whole.reader.manifest()
+    assert counts["data_lines"] == counts["data_samples"] + counts["data_rejected"]
+    broken = values.get("on_bad_sample") == "skip"
+    assert counts["data_rejected"] == whole.dir.rejected.exists() == broken
+    if broken:
+        (line,) = map(json.loads, whole.dir.rejected.read_text().splitlines())
+        assert line["source"].endswith("broken.jsonl:2") and line["line"] == '{"messages": '
+
+
+def test_the_evaluation_is_the_mean_loss_of_a_token(case, files):
+    family, values, whole, _ = case
+    evaluations = {event["global_step"]: event for event in whole.events() if event["kind"] == "eval"}
+    if "eval_data_file" not in values:
+        assert list(evaluations) == ([2, 4, 6] if "eval_split" in values else [])
+        return
+    assert list(evaluations) == [SAVED, STEPS]
+    model = AutoModelForCausalLM.from_pretrained(files[family], dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, whole.checkpoints()[-1]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(files[family])
+    total = tokens = 0
+    for sample in ChatDataset(values["eval_data_file"], tokenizer, 256):
+        ids, labels = (torch.tensor([sample[name]]) for name in ("input_ids", "labels"))
+        count = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * count
+        tokens += count
+    assert evaluations[STEPS]["eval_tokens"] == tokens
+    assert evaluations[STEPS]["eval_loss"] == pytest.approx(total / tokens, abs=1e-5)
 
 
 def test_what_a_checkpoint_holds(case, files):

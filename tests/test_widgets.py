@@ -13,15 +13,17 @@ import time
 import ipywidgets
 import pytest
 from PIL import Image
+from tiny import tiny_data, tiny_model
 
 from hynb.config import GROUPS, Config, parameters
 from hynb.config_io import to_yaml
-from hynb.errors import ConfigError, RunError, RunFailedError
+from hynb.errors import ConfigError, DataError, ModelError, RunError, RunFailedError
 from hynb.launch import Run, absolute_paths
 from hynb.run_dir import RunStatus, RunWriter
 from hynb.widgets import session
 from hynb.widgets.form import ConfigForm
 from hynb.widgets.panel import RunPanel
+from hynb.widgets.plan import check_data, sample
 from hynb.widgets.plot import Curve, draw, image_tag, png
 from hynb.widgets.runs import MergeForm, RunChooser, find_runs
 from hynb.widgets.table import Table, duration_text, size_text
@@ -300,6 +302,50 @@ def test_the_picture_has_all_curves_and_holds_a_long_run(tmp_path):
     assert through.getpixel((3, 3))[3] == 0
     assert 'alt="a &quot;b&quot;"' in image_tag(content, 'a "b"')
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_evaluations_stand_in_the_picture_in_words_and_in_lines(tmp_path, start_writer, capsys):
+    events = [{"kind": "log", "global_step": step, "loss": 1 / step} for step in range(1, 7)]
+    numbers = {"eval_tokens": 1234, "eval_perplexity": 2.0, "eval_seconds": 0.5}
+    evaluations = [
+        {"kind": "eval", "global_step": step, "eval_loss": loss} | numbers
+        for step, loss in ((2, 0.7), (4, 0.5), (6, 0.6))
+    ]
+    curve = Curve.of([*events, *evaluations])
+    line = next(line for line in draw(curve, 6).axes[0].lines if line.get_label() == "evaluation")
+    assert line.get_xydata().tolist() == [[2, 0.7], [4, 0.5], [6, 0.6]]
+    assert line.get_linestyle() == "--" and line.get_marker() == "D", "not told apart by colour alone"
+    status = RunStatus(state="running", max_steps=6)
+    assert ("evaluation loss", "0.6000 at step 6 (lowest 0.5000 at step 4)") in curve.facts(status)
+    assert "evaluation loss 0.6000 at step 6" in curve.alt_text(status)
+    run = start_writer(tmp_path, steps=2)
+    RunWriter(tmp_path).event("eval", 2, eval_loss=0.5, **numbers)
+    asyncio.run(session.finished(run))
+    assert "evaluation at step 2: loss 0.5000 over 1,234 tokens, perplexity 2" in capsys.readouterr().out
+
+
+def test_checking_the_data_shows_the_report_and_refuses_broken_lines(tmp_path, capsys):
+    model, data = tiny_model(tmp_path / "model"), tiny_data(tmp_path / "data.jsonl", 6)
+    held_out = tiny_data(tmp_path / "held_out.jsonl", 4)
+    given = config(model_name_or_path=str(model), train_data_file=str(data), eval_data_file=str(held_out))
+    shown = check_data(given)
+    assert "6 lines = 6 samples + 0 rejected" in repr(shown) and "4 lines = 4 samples" in repr(shown)
+    assert "length in tokens" in shown._repr_html_()
+    assert "checking the data: 100%, eval_data_file" in capsys.readouterr().out
+    data.write_text(data.read_text() + "broken\n")
+    with pytest.raises(DataError, match=r"data\.jsonl:7:1: no valid JSON"):
+        check_data(given)
+    assert "6 samples + 1 rejected" in repr(check_data(given.replace(on_bad_sample="skip")))
+    # The preview passes over what a run leaves out, and marks by signs what colours mark.
+    page = sample(given.replace(on_bad_sample="skip", max_seq_length=12), count=9)
+    assert repr(page).count("data.jsonl:") == 6 and "⟦" in repr(page)
+    assert page._repr_html_().count('class="hynb-sample"') == 6
+    assert "line-through" in page._repr_html_() and 'title="' in page._repr_html_()
+    data.write_text("broken\n")
+    with pytest.raises(DataError, match="no sample is left"):
+        check_data(given.replace(on_bad_sample="skip"))
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
+        check_data(given.replace(tokenizer_name_or_path=str(tmp_path)))
 
 
 def test_sizes_and_times_are_read_by_people():

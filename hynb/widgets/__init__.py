@@ -6,7 +6,7 @@ from hynb.widgets.form import ConfigForm
 from hynb.widgets.machine import machine_table, versions_table, write_local_hostfile
 from hynb.widgets.merge_view import ask_all, check, merge
 from hynb.widgets.panel import RunPanel
-from hynb.widgets.plan import deepspeed_plan, sample
+from hynb.widgets.plan import check_data, deepspeed_plan, sample
 from hynb.widgets.runs import MergeForm, RunChooser, runs_table
 from hynb.widgets.session import (
     check_names,
@@ -25,6 +25,7 @@ __all__ = [
     "ask_all",
     "attach",
     "check",
+    "check_data",
     "check_names",
     "deepspeed_plan",
     "finished",

@@ -7,11 +7,15 @@ import json
 import shlex
 from typing import Any
 
+from IPython.display import display
+
 from hynb import zero
 from hynb.config import Config, parameters, value_text
+from hynb.errors import DataError, HynbError
 from hynb.launch import absolute_paths, command_text, gpu_count
 from hynb.run_checks import check_run
 from hynb.run_dir import RunReader
+from hynb.widgets.progress import ProgressBar
 from hynb.widgets.table import STYLE, block
 from hynb.worker import work
 
@@ -30,8 +34,34 @@ class Shown:
         return f'{STYLE}<div class="hynb">{self._markup}</div>'
 
 
-def sample(config: Config, count: int = 1) -> Shown:
-    """The first conversations of the training data as the model sees them, the trained part marked.
+def check_data(config: Config) -> Shown:
+    """Every line of the training and evaluation data, before a GPU is touched: broken lines, lengths, what is cut.
+
+    The result is kept by content, and the run that follows takes it from there.
+
+    Raises:
+        DataError: broken lines, each with file:line, unless `on_bad_sample` is skip.
+        ModelError: there is no tokenizer.
+    """
+    progress = ProgressBar("checking the data")
+    display(progress.box)
+    try:
+        found = work("check_data", on_progress=progress.report, config=_arguments(config))
+    except HynbError as error:
+        progress.end(False, html.escape(error.problems[0]))
+        raise
+    text = "\n\n".join(item["text"] for item in found)
+    broken = [problem for item in found for problem in item["problems"]]
+    empty = any(not item["samples"] for item in found)
+    if empty or (broken and config.on_bad_sample == "stop"):
+        progress.end(False, "The data cannot be trained on; the lines below say why.")
+        raise DataError([*broken, *(["no sample is left to train on"] if empty else [])])
+    progress.end(True, "The data can be trained on.")
+    return Shown(text, block(text))
+
+
+def sample(config: Config, count: int = 3) -> Shown:
+    """The first conversations of the training data as the model sees them: trained tokens marked, ids on hover.
 
     Tokenizing needs transformers, which runs in a process of its own.
 
@@ -39,15 +69,17 @@ def sample(config: Config, count: int = 1) -> Shown:
         DataError: a line that is no conversation, with file:line.
         ModelError: there is no tokenizer.
     """
-    config = absolute_paths(config)
-    arguments = config.values() | {"training_args": config.training_args}
     texts, markup = [], ""
-    for item in work("preview", config=arguments, count=count):
+    for item in work("preview", config=_arguments(config), count=count):
         head = f"{item['source']}: {item['tokens']} tokens, {item['trained_tokens']} of them trained on"
         texts.append(f"{head} (between ⟦ and ⟧)\n{item['text']}")
-        marked = block(item["text"]).replace("⟦", "<mark>").replace("⟧", "</mark>")
-        markup += f"<b>{html.escape(head)}</b> (marked){marked}"
-    return Shown("\n".join(texts), markup)
+        markup += f'<div class="hynb-sample">{item["html"]}</div>'
+    return Shown("\n\n".join(texts), markup)
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    config = absolute_paths(config)
+    return config.values() | {"training_args": config.training_args}
 
 
 def deepspeed_plan(config: Config) -> Shown:

@@ -38,6 +38,8 @@ class Curve:
     memory_bytes: float = math.nan
     tokens: int = 0
     saves: list[int] = field(default_factory=list)
+    eval_steps: list[int] = field(default_factory=list)
+    eval_loss: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, events: Sequence[dict[str, Any]]) -> Curve:
@@ -46,6 +48,9 @@ class Curve:
         for event in events:
             if event["kind"] == "save":
                 curve.saves.append(event["global_step"])
+            if event["kind"] == "eval":
+                curve.eval_steps.append(event["global_step"])
+                curve.eval_loss.append(_number(event.get("eval_loss")))
             if event["kind"] != "log":
                 continue
             curve.steps.append(event["global_step"])
@@ -91,7 +96,14 @@ class Curve:
             ("tokens so far", f"{self.tokens:,}"),
             ("memory", size_text(self.memory_bytes)),
         ]
+        if self.eval_steps:
+            found.insert(1, ("evaluation loss", self._evaluation_text()))
         return [(name, text) for name, text in found if "nan" not in text]
+
+    def _evaluation_text(self) -> str:
+        lowest, at = min(zip(self.eval_loss, self.eval_steps, strict=True))
+        text = f"{self.eval_loss[-1]:.4f} at step {self.eval_steps[-1]}"
+        return text if at == self.eval_steps[-1] else f"{text} (lowest {lowest:.4f} at step {at})"
 
     def alt_text(self, status: RunStatus) -> str:
         """The picture in words."""
@@ -99,9 +111,10 @@ class Curve:
             return f"No loss yet; the run is {status.state}."
         seconds = self.seconds_left(status.max_steps)
         left = f", about {duration_text(seconds)} left" if status.live and seconds is not None else ""
+        evaluated = f"; evaluation loss {self._evaluation_text()}" if self.eval_steps else ""
         return (
             f"Training loss by step: {self.loss[0]:.4f} at step {self.steps[0]}, "
-            f"{self.loss[-1]:.4f} at step {self.steps[-1]}; the run is {status}{left}. "
+            f"{self.loss[-1]:.4f} at step {self.steps[-1]}{evaluated}; the run is {status}{left}. "
             "Below it learning rate and tokens per second."
         )
 
@@ -122,11 +135,15 @@ def draw(curve: Curve, max_steps: int | None) -> Figure:
     loss.plot(steps, curve.loss[thinned], color="#1f6feb", alpha=0.45, linewidth=1, marker=mark, label="each step")
     label = f"mean over about {curve.span} log steps"
     loss.plot(steps, curve.smoothed()[thinned], color="#1f6feb", linewidth=2, label=label)
+    if curve.eval_steps:
+        # Told from the training loss by shape and dashes too, not by its colour alone.
+        look = {"color": "#bc4c00", "linestyle": "--", "marker": "D", "markersize": 4}
+        loss.plot(curve.eval_steps, curve.eval_loss, linewidth=1.5, label="evaluation", **look)
     for index, step in enumerate(curve.saves):
         name = "checkpoint" if index == 0 else None
         loss.axvline(step, color="#1a7f37", linewidth=1, linestyle=(0, (2, 3)), label=name)
     if curve.steps:
-        loss.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3, frameon=False, fontsize=9)
+        loss.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=4, frameon=False, fontsize=9)
     loss.set_ylabel("loss")
     rate.plot(steps, curve.learning_rate[thinned], color="#8250df", linewidth=1.5, marker=mark)
     rate.set_ylabel("learning rate")

@@ -13,7 +13,7 @@ from hynb.config import GROUPS, Config, nearest, parameters
 from hynb.config_io import load_yaml, read_mapping
 from hynb.errors import ConfigError, RunFailedError
 from hynb.launch import Run, absolute_paths, attach, launch
-from hynb.run_dir import RunReader, RunStatus, progress_line
+from hynb.run_dir import RunReader, RunStatus, evaluation_line, progress_line
 from hynb.widgets.panel import RunPanel
 from hynb.widgets.plot import Curve, png
 from hynb.widgets.table import Table, duration_text, path_text
@@ -158,6 +158,8 @@ async def finished(run: Run) -> RunStatus:
         for event in reader.new_events():
             if event["kind"] == "save":
                 print(f"saved {event['path']} in {event['seconds']} s", flush=True)
+            if event["kind"] == "eval":
+                print(evaluation_line(event), flush=True)
             if event["kind"] != "log":
                 continue
             last = event

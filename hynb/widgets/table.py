@@ -26,7 +26,7 @@ STYLE = """<style>
 .hynb pre.hynb-log { max-height: 300px; overflow: auto; }
 .hynb .hynb-wait { max-width: 900px; aspect-ratio: 9 / 4.6; display: flex; align-items: center;
   justify-content: center; border: 1px dashed var(--jp-border-color2, #ccc); }
-.hynb mark { background: rgba(255, 193, 7, 0.35); color: inherit; }
+.hynb .hynb-sample { margin: 4px 0 14px 0; max-height: 420px; overflow: auto; }
 .jupyter-widgets.hynb-form > .lm-TabBar .lm-TabBar-tab { flex: 0 1 auto !important; max-width: none; }
 </style>"""
 
