@@ -71,7 +71,7 @@ def _finetune(lab: Lab, folder: Path, run: Run) -> None:
     page.wait_for_selector(".widget-tab table.hynb-table")
     _save(page, 'h2:has-text("1. Choose")', folder / "form.png")
     page.wait_for_selector(".hynb-sample", timeout=60_000)
-    _save(page, 'h2:has-text("2. Check the data")', folder / "data.png")
+    _save(page, 'h2:has-text("3. Look at what")', folder / "preview.png")
     page.wait_for_selector("img.hynb-plot", timeout=180_000)
     for status, _ in run.follow(timeout_seconds=600):
         if status.global_step >= SHOWN_STEP:

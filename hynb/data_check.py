@@ -127,9 +127,8 @@ def _check(
         done += part.size_bytes
         if progress:
             progress(done, total_bytes)
-    arrays = {name: np.concatenate(parts or [np.zeros(0, np.uint32)]) for name, parts in columns.items()}
-    for name in _COUNTERS:
-        arrays[name] = arrays[name].astype(np.int64)
+    # Taken out one by one: a column's parts are let go before the next is joined.
+    arrays = {name: np.concatenate(columns.pop(name) or [np.zeros(0, np.uint32)]) for name in list(columns)}
     duplicates, duplicate_count = _duplicates(arrays.pop("hashes"), arrays["lines_of"], dataset)
     spelled = arrays["lines_of"][np.flatnonzero(arrays["spelled"])[:_SHOWN_PLACES]]
     report = DataReport(
@@ -283,8 +282,9 @@ def _rejected(index: int, place: str, error: DataError, line: bytes) -> Rejected
 
 def _duplicates(hashes: np.ndarray, lines_of: np.ndarray, dataset: ChatDataset) -> tuple[list[tuple[str, str]], int]:
     """The first few places that repeat an earlier sample, and how many do."""
-    order = np.argsort(hashes, kind="stable")
-    same = hashes[order][1:] == hashes[order][:-1]
+    order = np.argsort(hashes, kind="stable").astype(np.uint32)
+    in_order = hashes[order]
+    same = in_order[1:] == in_order[:-1]
     repeated = np.flatnonzero(same) + 1
     pairs = []
     for position in repeated[:_SHOWN_PLACES].tolist():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _SHOWN_PROBLEMS = 20
+_ENOUGH_SAMPLES = 100_000
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -66,18 +67,27 @@ class DataReport:
 
     def padding_waste(self, batch_size: int, *, seed: int = 0) -> float:
         """The share of places that are padding when batches are made at random."""
-        order = self.kept[np.random.default_rng(seed).permutation(self.samples)]
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        places = sum(int(batch.max()) * len(batch) for batch in batches)
-        return 1 - float(order.sum()) / places if places else 0.0
+        if not self.samples:
+            return 0.0
+        order = np.random.default_rng(seed).permutation(self.kept)
+        starts = np.arange(0, self.samples, batch_size)
+        sizes = np.diff(np.append(starts, self.samples))
+        places = int((np.maximum.reduceat(order, starts) * sizes).sum())
+        return 1 - float(order.sum()) / places
 
     def packing_gain(self, batch_size: int, *, seed: int = 0) -> float:
-        """How many times fewer places packed batches have than padded ones for the same tokens."""
+        """How many times fewer places packed batches have than padded ones for the same tokens.
+
+        Told from 100,000 samples where there are more: the next ones would change it in no digit that is shown.
+        """
         from hynb.data_pack import best_fit
 
         assert self.max_seq_length is not None
-        packs = len(best_fit(self.kept, self.max_seq_length, seed=seed))
-        padded = float(self.kept.sum()) / (1 - self.padding_waste(batch_size, seed=seed))
+        lengths = self.kept
+        if len(lengths) > _ENOUGH_SAMPLES:
+            lengths = np.random.default_rng(seed).choice(lengths, _ENOUGH_SAMPLES, replace=False)
+        packs = len(best_fit(lengths, self.max_seq_length, seed=seed))
+        padded = float(lengths.sum()) / (1 - self.padding_waste(batch_size, seed=seed))
         return padded / (packs * self.max_seq_length) if packs else 1.0
 
     def problems(self) -> list[str]:
