@@ -11,15 +11,21 @@ from pathlib import Path
 from hynb.errors import ClusterError
 from hynb.run_dir import replace_text
 
+_FILTER = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<name>[^:\[\]\s]+))(?::(?P<slots>\d{1,6}(?:,\d{1,6})*))?")
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
 @dataclass(kw_only=True, frozen=True)
 class Host:
-    """A machine and how many ranks it takes."""
+    """A machine and how many ranks it takes.
+
+    Args:
+        slot_ids: which of its GPUs, where include or exclude chose some; None for the first `slots`.
+    """
 
     name: str
     slots: int
+    slot_ids: tuple[int, ...] | None = None
 
 
 def parse(text: str, *, source: str = "hostfile") -> list[Host]:
@@ -79,6 +85,67 @@ def write(path: str | Path, hosts: Sequence[Host]) -> None:
 def local(slots: int) -> list[Host]:
     """This machine alone."""
     return [Host(name="localhost", slots=slots)]
+
+
+def ssh_config_of(path: str | Path) -> Path | None:
+    """The OpenSSH configuration that belongs to a hostfile: `ssh_config` beside it, if there is one."""
+    beside = Path(path).expanduser().absolute().with_name("ssh_config")
+    return beside if beside.is_file() else None
+
+
+def select(hosts: Sequence[Host], *, include: str | None = None, exclude: str | None = None) -> list[Host]:
+    """The hosts and slots that a filter leaves, in the order of the hosts.
+
+    Args:
+        include: `worker-0:0,2@worker-1`: these hosts, of the first two slots alone; an IPv6 address in brackets.
+        exclude: in the same form; give one of the two.
+
+    Raises:
+        ClusterError: every word that names no host or slot of these, at once; both given; nothing left.
+    """
+    if include and exclude:
+        raise ClusterError(f"include = {include} and exclude = {exclude}: give one of the two")
+    if not include and not exclude:
+        return list(hosts)
+    parameter, text = ("include", include) if include else ("exclude", exclude)
+    named, problems = _filter(hosts, parameter, text)
+    if problems:
+        raise ClusterError(problems)
+    left = []
+    for host in hosts:
+        all_slots = set(range(host.slots))
+        if parameter == "include":
+            kept = all_slots & named.get(host.name, set())
+        else:
+            kept = all_slots - named.get(host.name, set())
+        if kept:
+            ids = None if kept == all_slots else tuple(sorted(kept))
+            left.append(Host(name=host.name, slots=len(kept), slot_ids=ids))
+    if not left:
+        raise ClusterError(f"{parameter} = {text}: no slot of any host is left")
+    return left
+
+
+def _filter(hosts: Sequence[Host], parameter: str, text: str) -> tuple[dict[str, set[int]], list[str]]:
+    """Slots by host's name as a filter names them, and what is wrong with it."""
+    slots_of = {host.name: host.slots for host in hosts}
+    named: dict[str, set[int]] = {}
+    problems = []
+    for word in filter(None, (part.strip() for part in text.split("@"))):
+        match = _FILTER.fullmatch(word)
+        if match is None:
+            problems.append(f"{parameter} = {text}: {word!r} is no host with slots; write `worker-0:0,2@worker-1`")
+            continue
+        name = match["bracketed"] or match["name"]
+        if name not in slots_of:
+            problems.append(f"{parameter} = {text}: no host {name}; there are {', '.join(slots_of)}")
+            continue
+        ids = {int(number) for number in match["slots"].split(",")} if match["slots"] else set(range(slots_of[name]))
+        if beyond := sorted(number for number in ids if number >= slots_of[name]):
+            last = slots_of[name] - 1
+            problems.append(f"{parameter} = {text}: {name} has slots 0 to {last}, no {', '.join(map(str, beyond))}")
+        named.setdefault(name, set()).update(ids)
+    return named, problems
 
 
 def _entries(text: str) -> Iterator[tuple[int, str]]:

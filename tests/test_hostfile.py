@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hynb.errors import ClusterError
-from hynb.hostfile import Host, local, parse, read, to_text, write
+from hynb.hostfile import Host, local, parse, read, select, ssh_config_of, to_text, write
 
 names = st.from_regex(r"[a-z0-9]([a-z0-9.-]{0,20}[a-z0-9])?", fullmatch=True) | st.ip_addresses().map(str)
 
@@ -52,3 +52,53 @@ def test_a_file_without_hosts_is_refused(text):
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(ClusterError, match="cannot be read"):
         read(tmp_path / "no")
+
+
+HOSTS = [Host(name="a", slots=12), Host(name="b-1.lab", slots=2), Host(name="fd00::7", slots=4)]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "left"),
+    [
+        (None, None, {"a": None, "b-1.lab": None, "fd00::7": None}),
+        ("a", None, {"a": None}),
+        ("b-1.lab:1@a:0,11", None, {"a": (0, 11), "b-1.lab": (1,)}),
+        ("[fd00::7]:0,3@a", None, {"a": None, "fd00::7": (0, 3)}),
+        (None, "a@b-1.lab:0", {"b-1.lab": (1,), "fd00::7": None}),
+        ("a:0@a:1", None, {"a": (0, 1)}),
+        ("b-1.lab:0,1", None, {"b-1.lab": None}),
+    ],
+)
+def test_hosts_and_slots_are_included_and_excluded(include, exclude, left):
+    found = select(HOSTS, include=include, exclude=exclude)
+    assert {host.name: host.slot_ids for host in found} == left
+    for host in found:
+        assert host.slots == (len(host.slot_ids) if host.slot_ids else {h.name: h.slots for h in HOSTS}[host.name])
+
+
+@given(st.sets(st.tuples(st.sampled_from(["a", "b-1.lab", "fd00::7"]), st.integers(0, 1)), min_size=1))
+def test_what_is_included_is_what_is_not_excluded(chosen):
+    text = "@".join(f"[{name}]:{slot}" if ":" in name else f"{name}:{slot}" for name, slot in sorted(chosen))
+
+    def slots(hosts):
+        return {(host.name, slot) for host in hosts for slot in (host.slot_ids or range(host.slots))}
+
+    assert slots(select(HOSTS, include=text)) == chosen
+    assert slots(select(HOSTS, exclude=text)) == slots(HOSTS) - chosen
+
+
+def test_a_filter_names_every_wrong_word():
+    with pytest.raises(ClusterError) as caught:
+        select(HOSTS, include="c@a:12@b-1.lab:x@fd00::7")
+    said = caught.value.problems
+    assert len(said) == 4 and "no host c; there are a, b-1.lab" in said[0] and "slots 0 to 11, no 12" in said[1]
+    with pytest.raises(ClusterError, match="no slot of any host is left"):
+        select(HOSTS[:1], exclude="a")
+    with pytest.raises(ClusterError, match="give one of the two"):
+        select(HOSTS, include="a", exclude="a")
+
+
+def test_the_ssh_config_beside_a_hostfile(tmp_path):
+    assert ssh_config_of(tmp_path / "hostfile") is None
+    (tmp_path / "ssh_config").write_text("")
+    assert ssh_config_of(tmp_path / "hostfile") == tmp_path / "ssh_config"

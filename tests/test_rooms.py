@@ -11,13 +11,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "hynb"
 TORCH_FREE = [
     *("errors", "config", "config_io", "run_dir", "hostfile", "zero", "memory", "run_checks", "data_read"),
-    *("launch", "cluster", "cli", "widgets"),
+    *("launch", "cluster", "ssh", "cli", "widgets"),
 ]
 # Rooms by level: an import goes to a lower level, or to a neighbour on the same one.
 LEVELS = {
     1: {"errors", "config", "config_io", "run_dir", "hostfile"},
     2: {"zero", "memory", "run_checks", "data_read"},
-    4: {"launch", "cluster"},
+    4: {"launch", "cluster", "ssh"},
 }
 
 

@@ -1,0 +1,181 @@
+"""Commands on other hosts through OpenSSH's own program, each with a deadline and a cause in words when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_CONNECT_SECONDS = 8
+
+
+@dataclass(kw_only=True, frozen=True)
+class Answer:
+    """What came of a command on a host.
+
+    Args:
+        code: its exit code; None when it did not run to its end.
+        problem: why it did not run to its end, with what to do; empty when it did.
+    """
+
+    code: int | None
+    out: str
+    err: str
+    problem: str = ""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Ssh:
+    """How hosts are reached.
+
+    Args:
+        config: an OpenSSH configuration file; None for the user's own settings.
+    """
+
+    config: Path | None = None
+
+    def options(self) -> list[str]:
+        """What `ssh` is given before the host's name; nothing that is asked for can be answered here."""
+        chosen = ["-F", str(self.config)] if self.config else []
+        return [*chosen, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
+
+    def command(self, host: str, argv: Sequence[str]) -> list[str]:
+        """The words that run a command on a host, which is this machine or another one."""
+        if is_local(host):
+            return list(argv)
+        return ["ssh", *self.options(), "--", host, shlex.join(argv)]
+
+    def run(
+        self, host: str, argv: Sequence[str], *, deadline_seconds: float = 20.0, input: str | None = None
+    ) -> Answer:
+        """Runs a command and waits for it; a host that is down is an answer, not an exception.
+
+        Args:
+            deadline_seconds: after this the connection is ended; what it had begun there may go on.
+            input: text for the command's standard input; None for none.
+        """
+        process = subprocess.Popen(
+            self.command(host, argv),
+            stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(input, timeout=deadline_seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            what = f"no answer within {deadline_seconds:g} s to {shlex.join(argv)[:80]}"
+            problem = f"{host}: {what}: the host hangs, or the network drops its packets. Try `{self.shown(host)}`"
+            return Answer(code=None, out=out, err=err, problem=problem)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        # 255 is ssh's own code; a command that ends with it has written nothing of ssh's.
+        problem = self._cause(host, err) if process.returncode == 255 and not is_local(host) else ""
+        return Answer(code=None if problem else process.returncode, out=out, err=err, problem=problem)
+
+    def settings(self, host: str) -> dict[str, list[str]]:
+        """What ssh makes of a host's name: hostname, port, user, identityfile, userknownhostsfile and more."""
+        chosen = ["-F", str(self.config)] if self.config else []
+        asked = subprocess.run(["ssh", *chosen, "-G", "--", host], capture_output=True, text=True, check=False)
+        found: dict[str, list[str]] = {}
+        for line in asked.stdout.splitlines():
+            name, _, value = line.partition(" ")
+            found.setdefault(name, []).append(value)
+        return found
+
+    def address(self, host: str) -> tuple[str, int]:
+        """Name or address, and port, at which a host's sshd is looked for."""
+        found = self.settings(host)
+        return found.get("hostname", [host])[0], int(found.get("port", ["22"])[0])
+
+    def shown(self, host: str) -> str:
+        """The command that a person types to try a host."""
+        return shlex.join(["ssh", *(["-F", str(self.config)] if self.config else []), host, "true"])
+
+    def _cause(self, host: str, err: str) -> str:
+        """ssh's own words in ours, with what to do."""
+        name, port = self.address(host)
+        said = [line.strip() for line in err.splitlines() if line.strip()]
+        last = said[-1] if said else "ssh said nothing"
+        for pattern, text in _CAUSES:
+            if re.search(pattern, err, re.IGNORECASE):
+                known = shlex.quote(self._known_hosts(host))
+                words = {"host": host, "name": name, "port": port, "known": known, "place": known_name(name, port)}
+                words["folder"] = f" --folder {shlex.quote(str(self.config.parent))}" if self.config else ""
+                return f"{host}: " + text.format(**words)
+        return f"{host}: ssh failed: {last}. Try `{self.shown(host)}`"
+
+    def _known_hosts(self, host: str) -> str:
+        return self.settings(host).get("userknownhostsfile", ["~/.ssh/known_hosts"])[0].split()[0]
+
+
+# In this order: a changed key also ends in `verification failed`.
+_CAUSES = (
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED|Offending .* key",
+        "its host key is another one than the one that is known: the host was set up anew, or something else "
+        "answers in its place. Ask its administrator; when the change is right: `ssh-keygen -R '{place}' -f {known}` "
+        "and `hynb hosts trust {host}{folder}`",
+    ),
+    (
+        "Host key verification failed|host key is known",
+        "its host key isn't known here. Look at its fingerprint and keep it: `hynb hosts trust {host}{folder}`",
+    ),
+    (
+        "Permission denied|Too many authentication failures",
+        "accepts none of our keys. Install ours there: `hynb hosts install-key {host}{folder}`, or paste the line "
+        "that `hynb hosts show{folder}` prints into its ~/.ssh/authorized_keys",
+    ),
+    (
+        "Connection refused",
+        "nothing listens on port {port} of {name}. Start sshd there: `/usr/sbin/sshd -p {port}`, or correct the port "
+        "in the ssh_config",
+    ),
+    (
+        "timed out|No route to host|Network is unreachable",
+        "{name} port {port} doesn't answer: the machine is off, hangs, or a firewall drops the packets. "
+        "Try `ping {name}`",
+    ),
+    (
+        "Could not resolve|Name or service not known|Temporary failure in name resolution",
+        "the name {name} can't be resolved here: add its address to /etc/hosts, or list the address itself",
+    ),
+    (
+        "bad permissions|UNPROTECTED PRIVATE KEY",
+        "ssh refuses the private key because others can read it: `chmod 600` the key file that it names",
+    ),
+)
+
+
+def known_name(name: str, port: int) -> str:
+    """A host as known_hosts files write it."""
+    return name if port == 22 else f"[{name}]:{port}"
+
+
+def is_local(host: str) -> bool:
+    """Whether a name or address is this machine's own, so that it needs no ssh."""
+    if host in ("localhost", socket.gethostname()):
+        return True
+    try:
+        found = {item[4][0].partition("%")[0] for item in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        # A name that ssh_config alone knows belongs to another machine.
+        return False
+    own = {item.address.partition("%")[0] for items in psutil.net_if_addrs().values() for item in items}
+    return bool(found & own) or all(address.startswith("127.") or address == "::1" for address in found)

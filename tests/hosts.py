@@ -1,0 +1,337 @@
+"""Two hosts on this machine, for tests: namespaces of their own, joined by a cable, each with a real sshd.
+
+Each host has its own network, processes, host name, home, /etc/hosts, /etc/passwd, /dev/shm and host key, and a
+folder `disk` at the same path on both, which is the same folder or one of their own. Interpreter and code are
+this checkout's. Everything ends with the test's process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conftest import need
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PORT = 36005
+ADDRESSES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
+PROGRAMS = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "/usr/sbin/sshd")
+PASSWORD = "let me in, 1 time"
+_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+# The first process of a host: sets up its mounts, then reaps what is left to it.
+_INIT = """
+import os, signal, subprocess, sys
+name, root, home, disk, shm = sys.argv[1:]
+def mount(*words):
+    subprocess.run(["mount", *words], check=True)
+mount("--make-rprivate", "/")
+mount("-t", "proc", "proc", "/proc")
+mount("-t", "sysfs", "sysfs", "/sys")
+mount("-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", "/run")
+mount("-t", "tmpfs", "-o", "size=" + shm, "tmpfs", "/dev/shm")
+os.makedirs("/run/sshd", mode=0o755)
+mount("--bind", root + "/home", home)
+if os.path.isdir(root + "/disk"):
+    mount("--bind", root + "/disk", disk)
+for file in ("hosts", "passwd", "shadow"):
+    mount("--bind", root + "/etc/" + file, "/etc/" + file)
+subprocess.run(["hostname", name], check=True)
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+# Children that others left behind are reaped by the kernel itself.
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+open(root + "/ready", "w").close()
+while True:
+    signal.pause()
+"""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Process:
+    """A process of a host: its pid out here, its words and its environment."""
+
+    pid: int
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+@dataclass(kw_only=True)
+class TestHost:
+    """One host; commands run inside all of its namespaces.
+
+    home, disk: paths as the host sees them; `path` gives the way to them from out here.
+    """
+
+    __test__ = False
+
+    name: str
+    address: str
+    root: Path
+    home: Path
+    disk: Path
+    pid: int
+    shared: bool
+    _holder: subprocess.Popen
+    _sshd: subprocess.Popen | None = None
+    _environment: dict[str, str] = field(default_factory=dict)
+
+    def path(self, inside: str | Path) -> Path:
+        """A file of the host's home or disk as it is reached from outside."""
+        inside = Path(inside)
+        for seen, real in ((self.home, self.root / "home"), (self.disk, self.root / "disk")):
+            if inside.is_relative_to(seen) and real.is_dir():
+                return real / inside.relative_to(seen)
+        return inside
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """What a login on this host would have, with the checkout's programs first."""
+        programs = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        values = {"HOME": str(self.home), "PATH": programs, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "USER": "root"}
+        return values | {"PYTHONDONTWRITEBYTECODE": "1"} | self._environment | more
+
+    def popen(
+        self, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options
+    ) -> subprocess.Popen:
+        """Starts a command on the host, in its disk folder."""
+        enter = ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--pid"]
+        folder = shlex.quote(str(options.pop("cwd", self.disk)))
+        line = f"cd {folder} && exec {shlex.join(map(str, argv))}"
+        return subprocess.Popen([*enter, "sh", "-c", line], env=self.environment(**(env or {})), **options)
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+        input: str | None = None,
+        timeout: float = 120,
+        cwd: str | Path | None = None,
+    ) -> subprocess.CompletedProcess:
+        """Runs a command on the host to its end."""
+        streams = {"stdin": subprocess.PIPE if input is not None else subprocess.DEVNULL}
+        streams |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = self.popen(argv, env=env, cwd=cwd or self.disk, **streams)
+        try:
+            out, err = process.communicate(input, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"{self.name}: {shlex.join(map(str, argv))} took too long\n{out}\n{err}") from None
+        assert not check or process.returncode == 0, f"{self.name}: {argv}: {process.returncode}\n{out}\n{err}"
+        return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+    def processes(self) -> list[Process]:
+        """Every process of the host but its first one, zombies left out."""
+        space = Path(f"/proc/{self.pid}/ns/pid").readlink()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == self.pid:
+                continue
+            with contextlib.suppress(OSError):
+                if (entry / "ns" / "pid").readlink() != space:
+                    continue
+                argv = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+                pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                if argv:
+                    values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+                    found.append(Process(pid=int(entry.name), argv=tuple(argv), environment=values))
+        return found
+
+    def start_sshd(self, port: int = PORT, *, clock_shift_seconds: int = 0) -> None:
+        """Starts sshd; what it starts may see a clock that is off."""
+        settings = [
+            *(f"Port {port}", f"HostKey {self.root}/etc/host_key", "PidFile none", "UsePAM no"),
+            *("PermitRootLogin yes", "PasswordAuthentication yes", "StrictModes yes", "PrintMotd no"),
+            *("AuthorizedKeysFile .ssh/authorized_keys", "MaxStartups 100:30:200", "LogLevel VERBOSE"),
+        ]
+        if clock_shift_seconds:
+            need(_FAKETIME.is_file(), "libfaketime is not installed")
+            settings.append(f"SetEnv LD_PRELOAD={_FAKETIME} FAKETIME={clock_shift_seconds:+d}s FAKETIME_DONT_RESET=1")
+        file = self.root / "etc" / "sshd_config"
+        file.write_text("\n".join(settings) + "\n")
+        with (self.root / "sshd.log").open("ab") as log:
+            command = ["/usr/sbin/sshd", "-D", "-e", "-f", file]
+            self._sshd = self.popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
+        deadline = time.monotonic() + 10
+        while self.run(["ss", "-Htln", f"sport = :{port}"]).stdout == "":
+            assert time.monotonic() < deadline and self._sshd.poll() is None, (self.root / "sshd.log").read_text()
+            time.sleep(0.05)
+
+    def stop_sshd(self) -> None:
+        """Ends sshd and every connection that it serves."""
+        for process in self.processes():
+            if "sshd" in process.argv[0]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+        if self._sshd is not None:
+            self._sshd.wait()
+            self._sshd = None
+
+    def new_host_key(self) -> None:
+        """Another host key, as after the machine was set up anew; sshd takes it at its next start."""
+        for name in ("host_key", "host_key.pub"):
+            (self.root / "etc" / name).unlink(missing_ok=True)
+        _keygen(self.root / "etc" / "host_key", self.name)
+
+    def freeze(self) -> None:
+        """Stops every process of the host, as if it hung; the kernel still answers."""
+        for _ in range(5):
+            for process in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets them go on."""
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
+
+    def link(self, *, up: bool) -> None:
+        """Plugs the cable in, or pulls it."""
+        self.run(["ip", "link", "set", "cable", "up" if up else "down"])
+
+
+@dataclass(kw_only=True, frozen=True)
+class TestHosts:
+    """The two hosts of a test, and the ssh port of both."""
+
+    __test__ = False
+
+    alpha: TestHost
+    beta: TestHost
+    port: int = PORT
+
+    def __iter__(self) -> Iterator[TestHost]:
+        return iter((self.alpha, self.beta))
+
+
+@contextlib.contextmanager
+def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m") -> Iterator[TestHosts]:
+    """Two hosts, alpha and beta, whose files lie in a folder.
+
+    Args:
+        shared: `disk` is the same folder on both, as on a cluster with a network disk.
+        sshd: start one on each.
+        shm: size of each /dev/shm.
+    """
+    need(os.geteuid() == 0, "only root can make network namespaces")
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    need(not missing, f"programs are missing: {', '.join(missing)}")
+    need(subprocess.run(["unshare", "--net", "--pid", "--fork", "true"]).returncode == 0, "no namespaces here")
+    home, disk = folder / "home", folder / "disk"
+    for path in (home, disk):
+        path.mkdir(parents=True)
+    made: list[TestHost] = []
+    try:
+        for name in ADDRESSES:
+            made.append(_start(name, folder / name, home, disk, shared, shm))
+        alpha, beta = made
+        # The cable's ends come into being inside the two hosts: this machine's own network is not touched.
+        inside = ["nsenter", "--target", str(alpha.pid), "--net"]
+        peer = ["peer", "name", "cable", "netns", str(beta.pid)]
+        subprocess.run([*inside, "ip", "link", "add", "cable", "type", "veth", *peer], check=True)
+        for host in made:
+            host.run(["ip", "addr", "add", f"{host.address}/24", "dev", "cable"])
+            host.run(["ip", "link", "set", "cable", "up"])
+            if sshd:
+                host.start_sshd()
+        yield TestHosts(alpha=alpha, beta=beta)
+    finally:
+        for host in made:
+            # The end of a namespace's first process is the end of all others in it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(host.pid, signal.SIGKILL)
+            host._holder.kill()
+            host._holder.wait()
+
+
+def trusting(hosts: TestHosts) -> Path:
+    """Keys, known_hosts and ssh_config such that alpha may log in on beta and the other way round.
+
+    Returns:
+        the folder of the cluster, on both disks: hostfile (1 slot each), ssh_config, known_hosts.
+    """
+    cluster = hosts.alpha.disk / "cluster"
+    known = ""
+    for host in hosts:
+        ssh = host.path(host.home) / ".ssh"
+        ssh.mkdir(mode=0o700, exist_ok=True)
+        if not (ssh / "id_ed25519").exists():
+            _keygen(ssh / "id_ed25519", f"root@{host.name}")
+        key = (host.root / "etc" / "host_key.pub").read_text().split()
+        known += "".join(f"[{name}]:{hosts.port} {key[0]} {key[1]}\n" for name in (host.name, host.address))
+    public = "".join((host.path(host.home) / ".ssh" / "id_ed25519.pub").read_text() for host in hosts)
+    config = ""
+    for host in hosts:
+        config += f"Host {host.name} {host.address}\n  HostName {host.address}\n  Port {hosts.port}\n"
+        config += f"  IdentityFile {host.home}/.ssh/id_ed25519\n  UserKnownHostsFile {cluster}/known_hosts\n"
+        config += "  StrictHostKeyChecking yes\n  BatchMode yes\n"
+    for host in hosts:
+        authorized = host.path(host.home) / ".ssh" / "authorized_keys"
+        authorized.write_text(public)
+        authorized.chmod(0o600)
+        place = host.path(cluster)
+        place.mkdir(exist_ok=True)
+        (place / "hostfile").write_text("".join(f"{item.name} slots=1\n" for item in hosts))
+        (place / "ssh_config").write_text(config)
+        (place / "known_hosts").write_text(known)
+    return cluster
+
+
+def _start(name: str, root: Path, home: Path, disk: Path, shared: bool, shm: str) -> TestHost:
+    for path in (root / "home", root / "etc", *(() if shared else (root / "disk",))):
+        path.mkdir(parents=True)
+    (root / "home").chmod(0o700)
+    names = "".join(f"{address} {item}\n" for item, address in ADDRESSES.items())
+    (root / "etc" / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{names}")
+    users = Path("/etc/passwd").read_text().splitlines()
+    users = [f"root:x:0:0:root:{home}:/bin/bash" if user.startswith("root:") else user for user in users]
+    (root / "etc" / "passwd").write_text("\n".join(users) + "\n")
+    asked = subprocess.run(
+        ["openssl", "passwd", "-6", "-stdin"], input=PASSWORD, capture_output=True, text=True, check=True
+    )
+    (root / "etc" / "shadow").write_text(f"root:{asked.stdout.strip()}:20000:0:99999:7:::\nsshd:!:20000::::::\n")
+    (root / "etc" / "shadow").chmod(0o600)
+    _keygen(root / "etc" / "host_key", name)
+    arguments = [name, str(root), str(home), str(disk), shm]
+    spaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child"]
+    holder = subprocess.Popen(
+        ["unshare", *spaces, sys.executable, "-c", _INIT, *arguments],
+        stdin=subprocess.DEVNULL,
+        preexec_fn=_die_with_parent,
+    )
+    deadline = time.monotonic() + 20
+    while not (root / "ready").exists():
+        assert time.monotonic() < deadline and holder.poll() is None, f"{name} did not start"
+        time.sleep(0.02)
+    children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()
+    return TestHost(
+        name=name,
+        address=ADDRESSES[name],
+        root=root,
+        home=home,
+        disk=disk,
+        pid=int(children[0]),
+        shared=shared,
+        _holder=holder,
+    )
+
+
+def _die_with_parent() -> None:
+    """A test that is killed leaves no host behind."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _keygen(path: Path, comment: str) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", path], check=True)
