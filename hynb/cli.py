@@ -100,6 +100,8 @@ def _launch(args: argparse.Namespace) -> int:
     print(f"started: {run.output_dir}")
     print(f"watch:   hynb attach {run.output_dir}")
     print(f"stop:    hynb stop {run.output_dir}")
+    if lines := run.paste_lines():
+        print(f"paste on the other hosts, of which each joins then:\n{lines}", end="")
     return _follow(run) if args.follow else 0
 
 
@@ -181,10 +183,11 @@ def _follow(run: Any) -> int:
                 print(evaluation_line(event), flush=True)
             elif event["kind"] == "save":
                 print(f"saved {event['path']} in {event['seconds']} s", flush=True)
+    # The processes take a moment to go, and of several hosts the last word comes then.
+    status = run.wait()
     print(status)
     if status.state == "failed":
         raise RunFailedError(f"{run.output_dir}: {status}\nThe end of its log:\n{run.reader.log_tail()}")
-    run.wait()
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,15 +21,19 @@ from typing import Any
 
 import psutil
 
-from hynb import data_read, run_checks, zero
+from hynb import data_read, hostfile, launch_hosts, run_checks, zero
 from hynb.config import Config
 from hynb.config_io import to_yaml
 from hynb.errors import ClusterError, ConfigError, RunError, RunFailedError
+from hynb.node_guard import LAUNCH_VARIABLE, processes_of
 from hynb.run_dir import ProcessId, RunDir, RunReader, RunStatus, read_json, replace_text, write_json
 
-LAUNCH_VARIABLE = "HYNB_LAUNCH_ID"
 _START_SECONDS = 30.0
-_PATHS = (*("model_name_or_path", "tokenizer_name_or_path", "output_dir", "hostfile", "resume_from_checkpoint"),)
+_KILL_SECONDS = 5.0
+_PATHS = (
+    *("model_name_or_path", "tokenizer_name_or_path", "output_dir", "hostfile", "ssh_config"),
+    "resume_from_checkpoint",
+)
 
 
 class Run:
@@ -117,9 +122,11 @@ class Run:
         if launch is None or launcher is None:
             raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
         live = self.status().live
+        if "membership" in launch:
+            launch_hosts.kill(self.dir, launch, supervisor_alive=launcher.alive() is not False, seconds=_KILL_SECONDS)
         if launcher.alive():
             os.killpg(launcher.pid, signal.SIGKILL)
-        left = _processes_of(launch["id"])
+        left = processes_of(launch["id"])
         for process in left:
             process.kill()
         psutil.wait_procs(left, timeout=5)
@@ -136,6 +143,10 @@ class Run:
                 time.sleep(0.02)
         return self.status()
 
+    def paste_lines(self) -> str:
+        """What a person pastes on the other hosts, where launcher is no_ssh and they have not joined; else empty."""
+        return launch_hosts.paste_lines(self.dir)
+
     def _launcher(self) -> ProcessId | None:
         launch = read_json(self.dir.launch)
         return ProcessId(**launch["process"]) if launch else None
@@ -148,6 +159,7 @@ def launch(config: Config) -> Run:
 
     Raises:
         ConfigError: every mistake in the config, at once; nothing was started or overwritten.
+        ClusterError: what keeps a run over several hosts from starting, with the host.
         RunError: another launch into the same folder is under way, or the job did not start.
     """
     config = absolute_paths(config)
@@ -155,27 +167,42 @@ def launch(config: Config) -> Run:
         raise ConfigError(problems)
     run_dir = RunDir(config.output_dir)
     run_checks.check_run(config)
+    plan = launch_hosts.make_plan(config) if launch_hosts.over_hosts(config) else None
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with _launch_lock(run_dir):
         # Again under the lock: two launches at the same moment must not both go on.
         run_checks.check_run(config)
         run_checks.clear_run_folder(config)
-        config = config.replace(overwrite_output_dir=False)
-        replace_text(run_dir.config, to_yaml(config))
+        replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
         run_dir.log.mkdir(exist_ok=True)
         launch_id = uuid.uuid4().hex
-        command = deepspeed_command(config, run_dir)
-        start = {"id": launch_id, "argv": command, "cwd": str(Path.cwd())}
+        ours = _environment(config)
+        environment = os.environ | ours
+        listeners: list[socket.socket] = []
+        if config.hostfile is not None:
+            hostfile.write(run_dir.hostfile, launch_hosts.whole_hosts(launch_hosts.chosen_hosts(config)))
+        if plan is None:
+            start = {"id": launch_id, "argv": deepspeed_command(config, run_dir), "cwd": str(Path.cwd())}
+            environment |= {LAUNCH_VARIABLE: launch_id}
+        else:
+            # The supervisor carries no mark of the launch: it is the one that outlives its processes.
+            environment.pop(LAUNCH_VARIABLE, None)
+            start = {"id": launch_id} | launch_hosts.prepare(plan, config, run_dir, launch_id, ours)
+            listeners = start.pop("listeners")
+            start["fds"] = [listener.fileno() for listener in listeners]
         with run_dir.launcher_log.open("ab") as log:
             subprocess.run(
                 [sys.executable, "-m", "hynb.launch", str(run_dir.path), json.dumps(start)],
-                env=os.environ | _environment(config) | {LAUNCH_VARIABLE: launch_id},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                pass_fds=[listener.fileno() for listener in listeners],
                 check=False,
             )
+        for listener in listeners:
+            listener.close()
         deadline = time.monotonic() + _START_SECONDS
         while not run_dir.launch.exists():
             if time.monotonic() > deadline:
@@ -205,25 +232,39 @@ def deepspeed_command(config: Config, run_dir: RunDir) -> list[str]:
         command += ["--hostfile", str(run_dir.path / "no_hostfile"), "--num_gpus", str(rank_count(config))]
         command += ["--master_addr", "127.0.0.1"]
     else:
-        command += ["--hostfile", config.hostfile]
+        # One host, which is this one: `launch` writes it down in DeepSpeed's form.
+        (host,) = launch_hosts.chosen_hosts(config)
+        command += ["--hostfile", str(run_dir.hostfile), "--no_ssh_check", "--master_addr", "127.0.0.1"]
+        if host.slot_ids is not None:
+            command += ["--include", launch_hosts.filter_text(host)]
     command += ["--master_port", str(config.master_port or run_checks.free_port())]
     command += ["--enable_each_rank_log", str(run_dir.log)]
     return [*command, "--module", "hynb.train_entry", str(run_dir.config)]
 
 
 def command_text(config: Config) -> str:
-    """The command in one line, with `deepspeed` by its short name."""
-    command = deepspeed_command(config, RunDir(config.output_dir))
+    """The command in one line, with `deepspeed` by its short name.
+
+    Raises:
+        ClusterError: what keeps a run over several hosts from starting, with the host.
+    """
+    run_dir = RunDir(config.output_dir)
+    if launch_hosts.over_hosts(config):
+        command = launch_hosts.command(launch_hosts.make_plan(config), run_dir)
+    else:
+        command = deepspeed_command(config, run_dir)
     return shlex.join(["deepspeed", *command[3:]])
 
 
 def rank_count(config: Config) -> int:
-    """Ranks on this machine: as many as asked for, else one a GPU, else one on the CPU.
+    """Ranks on this machine: its slots, or as many as asked for, else one a GPU, else one on the CPU.
 
     Raises:
         ClusterError: more ranks than GPUs.
     """
     gpus = gpu_count()
+    if config.hostfile is not None:
+        return launch_hosts.chosen_hosts(config)[0].slots
     if config.num_processes is None:
         return gpus or 1
     if gpus and config.num_processes > gpus:
@@ -281,18 +322,6 @@ def _launch_lock(run_dir: RunDir) -> Iterator[None]:
         os.close(folder)
 
 
-def _processes_of(launch_id: str) -> list[psutil.Process]:
-    """Processes that carry a launch's id in their environment, whatever became of their parents."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(LAUNCH_VARIABLE) == launch_id and process.pid != os.getpid():
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
 def _supervise(output_dir: str, start: dict[str, Any]) -> None:
     """Runs the launcher as the leader of its own session and records how it ended."""
     # The caller gets its process back at once and no zombie later.
@@ -303,6 +332,10 @@ def _supervise(output_dir: str, start: dict[str, Any]) -> None:
     run_dir = RunDir(output_dir)
     process = vars(ProcessId.of(os.getpid()))
     write_json(run_dir.launch, start | {"process": process, "started_at": time.time()})
+    if "membership" in start:
+        record = launch_hosts.supervise(run_dir, start)
+        write_json(run_dir.exit, record | {"ended_at": time.time()})
+        return
     ended = subprocess.run(start["argv"], check=False, stdin=subprocess.DEVNULL)
     reason = ""
     if ended.returncode:

@@ -47,6 +47,24 @@ class RunDir:
         self.rejected_evaluation = self.path / "rejected_evaluation.jsonl"
         self.saving = self.path / "saving"
         self.random_base = self.path / "random_base"
+        self.hosts = self.path / "hosts.json"
+        self.hostfile = self.path / "hostfile"
+        self.deepspeed_env = self.path / "deepspeed_env"
+        self.kill_request = self.path / "kill_request"
+        self.paste = self.path / "paste_on_hosts.txt"
+        self.led_from = self.path / "led_from"
+
+    def secret(self, launch_id: str) -> Path:
+        """What the processes of a run over several hosts prove to each other."""
+        return self.log / f".secret-{launch_id}"
+
+    def shared_token(self, launch_id: str) -> Path:
+        """A file that a host sees only where it shares this folder with the launching host."""
+        return self.log / f".shared-{launch_id}"
+
+    def rank_log(self, rank: int) -> Path | None:
+        """The newest output file of one rank."""
+        return max(self.log.glob(f"*_rank{rank}.log"), default=None)
 
     def checkpoint(self, global_step: int) -> Path:
         """The folder of one checkpoint, complete or absent."""
@@ -81,6 +99,7 @@ class RunDir:
             *(self.config, self.ds_config, self.launch, self.exit, self.manifest, self.events),
             *(self.heartbeat, self.status, self.stop_request, self.log, self.tensorboard),
             *(self.rejected, self.rejected_evaluation, self.saving, self.random_base),
+            *(self.hosts, self.hostfile, self.deepspeed_env, self.kill_request, self.paste, self.led_from),
         ]
         return [item for item in single if item.exists()] + self.checkpoints()
 
@@ -113,13 +132,20 @@ class ProcessId:
 
 @dataclass(kw_only=True, frozen=True)
 class RunStatus:
-    """What a watcher knows of a run, derived from its files alone."""
+    """What a watcher knows of a run, derived from its files alone.
+
+    Args:
+        host: the host of a run over several that failed, by its name in the hostfile.
+        rank: the rank that failed, where it was one.
+    """
 
     state: State
     global_step: int = 0
     max_steps: int | None = None
     exit_code: int | None = None
     reason: str = ""
+    host: str | None = None
+    rank: int | None = None
     updated_at: float | None = None
 
     @property
@@ -166,9 +192,14 @@ class RunWriter:
         max_steps: int | None = None,
         exit_code: int | None = None,
         reason: str = "",
+        **where: Any,
     ) -> None:
-        """Replaces status.json; what is not given stays as it was."""
-        changed = {"state": state, "exit_code": exit_code, "reason": reason, "updated_at": time.time()}
+        """Replaces status.json; what is not given stays as it was.
+
+        Args:
+            where: host and rank of a failure.
+        """
+        changed = {"state": state, "exit_code": exit_code, "reason": reason, "updated_at": time.time()} | where
         kept = {"global_step": global_step, "max_steps": max_steps}
         self._status |= changed | {name: value for name, value in kept.items() if value is not None}
         write_json(self.dir.status, self._status | {"process": vars(self._process)})
@@ -212,16 +243,23 @@ class RunReader:
         launch = read_json(self.dir.launch)
         ended = read_json(self.dir.exit)
         if record is None and launch is None:
-            return RunStatus(state="absent", reason=f"no run was started in {self.dir.path}")
-        record = record or {"state": "starting"}
+            reason = f"no run was started in {self.dir.path}"
+            with contextlib.suppress(OSError):
+                leader = self.dir.led_from.read_text().strip()
+                reason = f"{self.dir.path} is this host's part of a run that is led from {leader}: look there"
+            return RunStatus(state="absent", reason=reason)
+        record = record or {"state": "starting", "reason": self._waiting_for()}
         known = {
             "global_step": max(record.get("global_step") or 0, self._heartbeat_step()),
             "max_steps": record.get("max_steps"),
             "exit_code": record.get("exit_code"),
             "reason": record.get("reason", ""),
+            "host": record.get("host"),
+            "rank": record.get("rank"),
             "updated_at": record.get("updated_at"),
         }
-        if record["state"] == "failed":
+        # In a run over several hosts the supervisor has weighed what each of them said.
+        if record["state"] == "failed" and "host" not in record:
             known["reason"] = self._failure() or known["reason"]
         if record["state"] not in LIVE_STATES:
             return RunStatus(state=record["state"], **known)
@@ -230,8 +268,9 @@ class RunReader:
             return RunStatus(state="stopping" if asked else record["state"], **known)
         ended = ended or {}
         reason = ended.get("reason") or "its processes are gone and left no record: killed, or out of memory"
-        reason = self._failure() or reason
+        reason = reason if "host" in ended else self._failure() or reason
         known |= {"exit_code": ended.get("exit_code"), "reason": reason}
+        known |= {"host": ended.get("host"), "rank": ended.get("rank")}
         return RunStatus(state=ended.get("state", "failed"), **known)
 
     def log_tail(self, lines: int = 30) -> str:
@@ -256,6 +295,14 @@ class RunReader:
         silent = set(range(self.manifest().get("world_size", 0))) - {failure["rank"] for failure in failures}
         who = f"rank {', '.join(map(str, sorted(silent)))}" if silent else "another rank"
         return f"{who} ended without a word (killed, or out of memory), and the others lost their connection to it"
+
+    def _waiting_for(self) -> str:
+        hosts = (read_json(self.dir.hosts) or {}).get("hosts", [])
+        waiting = [host["name"] for host in hosts if host["state"] == "waiting"]
+        if not waiting:
+            return ""
+        lines = f"; the lines to paste there are in {self.dir.paste}" if self.dir.paste.exists() else ""
+        return f"waiting for {', '.join(waiting)} to join{lines}"
 
     def _heartbeat_step(self) -> int:
         try:

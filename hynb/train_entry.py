@@ -18,16 +18,22 @@ from typing import Any
 if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 
-from hynb import run_checks, zero
+from hynb import node_guard, run_checks, zero
 from hynb.config import SCHEDULERS_WITH_MIN_LR, Config
 from hynb.config_io import Reading, read_flags, read_yaml, to_yaml
 from hynb.errors import ConfigError, HynbError
+from hynb.node_guard import LAUNCH_VARIABLE, Joined, Membership
 from hynb.run_dir import RunDir, RunReader, RunWriter, read_json, replace_text, write_json
 
-# Set by `launch`, so that a rank knows the run folder was prepared for it.
-LAUNCH_VARIABLE = "HYNB_LAUNCH_ID"
 # Time that the other ranks leave rank 0 to say what is wrong before the launcher ends it.
 _GRACE_SECONDS = 5.0
+# What MPI's and Slurm's launchers say of a rank, under the names that torch reads.
+_RANK_VARIABLES = {
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
+    "LOCAL_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +41,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A mistake of the user's ends in its message and code 2, anything else in a traceback and code 1.
     """
+    membership = Membership.from_environment()
+    if membership is not None:
+        return _main_of_many(membership, argv)
+    return _main(argv, None)
+
+
+def _main_of_many(membership: Membership, argv: Sequence[str] | None) -> int:
+    """A rank of a run over several hosts: its host's guard knows when it comes, and how it ends."""
+    for name, given in _RANK_VARIABLES.items():
+        found = [os.environ[variable] for variable in given if variable in os.environ]
+        if found:
+            os.environ.setdefault(name, found[0])
+    rank = int(os.environ["RANK"])
+    code = 1
+    try:
+        joined = node_guard.join(membership, rank)
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            # Else a rank may offer the others an address that means another machine there.
+            if joined.interface:
+                os.environ.setdefault(name, joined.interface)
+        os.environ.setdefault("MASTER_ADDR", joined.master_address)
+        os.environ.setdefault("LOCAL_RANK", str(rank - membership.ranks_of(membership.node_of(rank))[0]))
+        code = _main(argv, joined)
+    except HynbError as error:
+        print(f"hynb: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    finally:
+        node_guard.leave(membership, rank, code)
+    return code
+
+
+def _main(argv: Sequence[str] | None, joined: Joined | None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     # A line is there for a watcher as soon as it is printed, and a character that a log can't hold is shown.
     for stream in (sys.stdout, sys.stderr):
@@ -44,15 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         reading = _read(sys.argv[1:] if argv is None else list(argv))
         config = reading.config("parameters")
-        if _launched(config):
+        if joined or _launched(config):
             owned.append(RunDir(config.output_dir))
         if rank == 0:
-            _prepare_run_folder(config)
+            _prepare_run_folder(config, launched=joined is not None or _launched(config))
             owned.append(RunDir(config.output_dir))
-        return _run(config, rank, reading.notes, owned)
+        elif joined and joined.first:
+            # A model or a file that is missing on this host alone.
+            run_checks.check_run(config, launched=True)
+        return _run(config, rank, reading.notes, owned, joined)
     except HynbError as error:
         lines = [f"hynb: {problem}" for problem in error.problems]
-        return _report(rank, owned, str(error), lines, error.exit_code)
+        return _report(rank, owned, str(error), lines, error.exit_code, alone=joined is not None)
     except Exception as error:
         hint = _hint(error)
         lines = [*traceback.format_exc().splitlines(), *([f"hynb: {hint}"] if hint else [])]
@@ -73,9 +114,8 @@ def _read(argv: list[str]) -> Reading:
     return read_flags(words)
 
 
-def _prepare_run_folder(config: Config) -> None:
+def _prepare_run_folder(config: Config, *, launched: bool) -> None:
     """Checks everything on the disk and clears an earlier run's files, if that was asked for."""
-    launched = _launched(config)
     run_checks.check_run(config, launched=launched)
     if not launched:
         run_checks.clear_run_folder(config)
@@ -89,7 +129,7 @@ def _launched(config: Config) -> bool:
     return launch is not None and launch["id"] == os.environ.get(LAUNCH_VARIABLE)
 
 
-def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir]) -> int:
+def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir], joined: Joined | None) -> int:
     notes: list[str] = []
     writer = RunWriter(config.output_dir) if rank == 0 else None
     if writer:
@@ -103,6 +143,13 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
 
     for line in early_notes:
         say(line)
+    membership = Membership.from_environment()
+    if joined:
+        names = ", ".join(f"{name} ({ranks} ranks)" for name, ranks in membership.hosts)
+        folder = "one folder, shared by all hosts" if joined.shared else "a folder of its own on each host"
+        say(f"hosts: {names}; output_dir is {folder}")
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or joined.interface
+        say(f"network interface: {interface}, by which {joined.host} reaches the others")
     _set_up_process()
     plan = None
     if rank == 0:
@@ -111,14 +158,26 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     import torch
     from transformers import set_seed
 
+    if joined:
+        node_guard.mark(membership, rank, "meeting")
     _init_distributed(torch.cuda.is_available())
+    if joined:
+        node_guard.mark(membership, rank, "met")
     owned.append(RunDir(config.output_dir))
     world_size = int(os.environ["WORLD_SIZE"])
     from hynb import data, train_data, train_model
     from hynb.moe_health import RouterWatch
+    from hynb.own_folders import OwnFolders
     from hynb.train_loop import RunCallback, RunTrainer, check_disk, memory_bytes
 
+    folders = None
+    if joined and not joined.shared:
+        folders = OwnFolders(membership, rank)
+        config = config.replace(resume_from_checkpoint=folders.agree_on(run_checks.resume_checkpoint(config)))
     ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=not torch.cuda.is_available())
+    if folders:
+        # Each host's first rank makes the folders that its ranks write their parts into.
+        ds_config["checkpoint"] = ds_config.get("checkpoint", {}) | {"use_node_local_storage": True}
     if rank == 0:
         write_json(RunDir(config.output_dir).ds_config, ds_config)
     resume = run_checks.resume_checkpoint(config)
@@ -142,6 +201,8 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
         if rank == 0:
             train_model.write_random_base(config, tokenizer, tokenizer_folder, base, say)
         torch.distributed.barrier()
+        if folders:
+            folders.hand_out(base)
     args = _training_arguments(config, ds_config, say, evaluates=evaluation is not None)
     set_seed(config.seed)
     model = train_model.load_model(config, base, tokenizer, say)
@@ -162,9 +223,12 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
     weight_bytes = train_model.training_dtype(config).itemsize
     counts = train_model.describe(model)
     say(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
-    if rank == 0:
+    if rank == 0 or (folders and folders.first_here):
         check_disk(Path(config.output_dir), model, is_lora=config.use_lora, weight_bytes=weight_bytes)
-        writer.manifest(_manifest(config, ds_config, base, counts | plan.summary, shape, notes))
+    if rank == 0:
+        hosts = [name for name, _ in membership.hosts] if joined else [socket.gethostname()]
+        more = shape | ({"output_dir_shared": joined.shared} if joined else {})
+        writer.manifest(_manifest(config, ds_config, base, counts | plan.summary, more, notes, hosts))
     flash = model.config._attn_implementation == "flash_attention_2"
     sampler = train_data.sampler(config, len(dataset), lengths, world_size)
     callback = RunCallback(run_dir=RunDir(config.output_dir), writer=writer, model=model, sampler=sampler)
@@ -183,6 +247,7 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir])
             record=shape,
             keep_checkpoints=config.save_total_limit,
             writer=writer,
+            folders=folders,
         )
     except ValueError as error:
         # What the Trainer itself refuses: TrainingArguments that contradict each other or need more than is given.
@@ -328,6 +393,7 @@ def _manifest(
     counts: dict[str, int],
     shape: dict[str, Any],
     notes: list[str],
+    hosts: list[str],
 ) -> dict[str, Any]:
     from hynb import data
 
@@ -337,7 +403,7 @@ def _manifest(
         "config": config.values() | {"training_args": config.training_args},
         "ds_config": ds_config,
         "argv": sys.argv,
-        "hosts": [socket.gethostname()],
+        "hosts": hosts,
         "started_at": time.time(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
@@ -349,9 +415,22 @@ def _manifest(
     }
 
 
-def _report(rank: int, owned: list[RunDir], reason: str, lines: list[str], code: int, *, lost: bool = False) -> int:
-    """Says what is wrong, once for all ranks where all found the same, and records it in the run folder."""
-    if rank != 0 and code == 2:
+def _report(
+    rank: int,
+    owned: list[RunDir],
+    reason: str,
+    lines: list[str],
+    code: int,
+    *,
+    lost: bool = False,
+    alone: bool = False,
+) -> int:
+    """Says what is wrong, once for all ranks where all found the same, and records it in the run folder.
+
+    Args:
+        alone: this rank may be the only one that found it: its host is another than rank 0's.
+    """
+    if rank != 0 and code == 2 and not alone:
         time.sleep(_GRACE_SECONDS)
         return code
     print("\n".join(lines), file=sys.stderr, flush=True)

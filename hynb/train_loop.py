@@ -17,6 +17,7 @@ from hynb.data_labels import IGNORED
 from hynb.data_pack import SeededSampler
 from hynb.errors import ModelError, RunError
 from hynb.moe_health import RouterWatch
+from hynb.own_folders import OwnFolders
 from hynb.run_checks import CHECKPOINT_RECORD
 from hynb.run_dir import HEARTBEAT_SECONDS, RunDir, RunWriter, write_json
 from hynb.train_model import carry_over, describe, write_base_identity
@@ -32,6 +33,7 @@ class RunTrainer(Trainer):
         keep_checkpoints: how many of the newest stay; None for all.
         sampler: the order of the training set.
         routers: counts where tokens go, and makes the balancing loss.
+        folders: the run folders of several hosts that share none; None where there is one.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class RunTrainer(Trainer):
         writer: RunWriter | None,
         sampler: SeededSampler,
         routers: RouterWatch,
+        folders: OwnFolders | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -56,6 +59,7 @@ class RunTrainer(Trainer):
         self._keep_checkpoints = keep_checkpoints
         self._sampler = sampler
         self._routers = routers
+        self._folders = folders
         self._saving = False
         self._tokens = 0
         self._tokens_total = 0
@@ -163,8 +167,10 @@ class RunTrainer(Trainer):
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            finished = self.run_dir.saving / target.name
+        finished = self.run_dir.saving / target.name
+        if self._folders:
+            self._folders.hand_out(finished)
+        if self._folders.first_here if self._folders else self.args.should_save:
             write_json(finished / CHECKPOINT_RECORD, self._record)
             shutil.rmtree(target, ignore_errors=True)
             finished.replace(target)

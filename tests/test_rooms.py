@@ -10,14 +10,25 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hynb"
 TORCH_FREE = [
-    *("errors", "config", "config_io", "run_dir", "hostfile", "zero", "memory", "run_checks", "data_read"),
-    *("launch", "cluster", "ssh", "cli", "widgets"),
+    *("errors", "config", "config_rules", "config_io", "run_dir", "hostfile", "zero", "memory", "run_checks"),
+    *(
+        "data_read",
+        "host_link",
+        "node_guard",
+        "supervisor",
+        "launch_hosts",
+        "launch",
+        "cluster",
+        "ssh",
+        "cli",
+        "widgets",
+    ),
 ]
 # Rooms by level: an import goes to a lower level, or to a neighbour on the same one.
 LEVELS = {
-    1: {"errors", "config", "config_io", "run_dir", "hostfile"},
-    2: {"zero", "memory", "run_checks", "data_read"},
-    4: {"launch", "cluster", "ssh"},
+    1: {"errors", "config", "config_rules", "config_io", "run_dir", "hostfile", "host_link"},
+    2: {"zero", "memory", "run_checks", "data_read", "node_guard"},
+    4: {"supervisor", "launch_hosts", "launch", "cluster", "ssh"},
 }
 
 
