@@ -1,4 +1,4 @@
-"""Hosts and their slots: a hostfile's lines or the guide's NODE_IP_LIST, read, checked and written."""
+"""Hosts and their slots: a hostfile's lines or the guide's NODE_IP_LIST, read, checked, filtered and written."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ class Host:
     name: str
     slots: int
     slot_ids: tuple[int, ...] | None = None
+
+
+class ClusterDir:
+    """Names of the files in a cluster's folder; makes nothing."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder).expanduser().absolute()
+        self.hostfile = self.path / "hostfile"
+        self.ssh_config = self.path / "ssh_config"
+        self.known_hosts = self.path / "known_hosts"
+        self.preflight = self.path / "preflight.json"
 
 
 def parse(text: str, *, source: str = "hostfile") -> list[Host]:
@@ -89,7 +100,7 @@ def local(slots: int) -> list[Host]:
 
 def ssh_config_of(path: str | Path) -> Path | None:
     """The OpenSSH configuration that belongs to a hostfile: `ssh_config` beside it, if there is one."""
-    beside = Path(path).expanduser().absolute().with_name("ssh_config")
+    beside = ClusterDir(Path(path).expanduser().absolute().parent).ssh_config
     return beside if beside.is_file() else None
 
 

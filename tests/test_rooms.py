@@ -9,27 +9,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hynb"
-TORCH_FREE = [
-    *("errors", "config", "config_rules", "config_io", "run_dir", "hostfile", "zero", "memory", "run_checks"),
-    *(
-        "data_read",
-        "host_link",
-        "node_guard",
-        "supervisor",
-        "launch_hosts",
-        "launch",
-        "cluster",
-        "ssh",
-        "cli",
-        "widgets",
-    ),
-]
 # Rooms by level: an import goes to a lower level, or to a neighbour on the same one.
 LEVELS = {
     1: {"errors", "config", "config_rules", "config_io", "run_dir", "hostfile", "host_link"},
     2: {"zero", "memory", "run_checks", "data_read", "node_guard"},
-    4: {"supervisor", "launch_hosts", "launch", "cluster", "ssh"},
+    4: {"supervisor", "launch_hosts", "launch", "cluster", "ssh", "ssh_setup"},
 }
+TORCH_FREE = [*(room for level in LEVELS.values() for room in sorted(level)), "cli", "widgets"]
 
 
 def imported_by(module: str) -> set[str]:

@@ -1,0 +1,197 @@
+"""Passwordless ssh from nothing, between two hosts with real sshd: keys, host keys, a password given once."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+from hosts import CHECKOUT, PASSWORD, PORT, two_hosts
+
+FOLDER = "cluster"
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    with two_hosts(tmp_path_factory.mktemp("setup"), shared=False) as made:
+        yield made
+
+
+def hynb(host, *words, check=False, **options):
+    command = [sys.executable, "-m", "hynb.cli", "hosts", *map(str, words)]
+    return host.run(command, check=check, env={"PYTHONPATH": str(CHECKOUT)}, **options)
+
+
+def typed(host, *words, answers):
+    """The command at a terminal, at which a person answers questions as they come."""
+    main, side = pty.openpty()
+    command = [sys.executable, "-m", "hynb.cli", "hosts", *map(str, words)]
+    process = host.popen(
+        command, env={"PYTHONPATH": str(CHECKOUT)}, stdin=side, stdout=side, stderr=side, start_new_session=True
+    )
+    os.close(side)
+    seen, waiting = "", list(answers)
+    while True:
+        try:
+            data = os.read(main, 4096).decode()
+        except OSError:
+            break
+        seen += data
+        if waiting and waiting[0][0] in seen:
+            os.write(main, (waiting.pop(0)[1] + "\n").encode())
+    os.close(main)
+    return process.wait(timeout=60), seen
+
+
+def fingerprint(host) -> str:
+    asked = subprocess.run(["ssh-keygen", "-lf", host.root / "etc" / "host_key.pub"], capture_output=True, text=True)
+    return asked.stdout.split()[1]
+
+
+def test_from_nothing_to_a_login_with_a_password_given_once(hosts):
+    alpha, beta = hosts
+    setup = ["setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER]
+    # Without a terminal nobody can confirm a host key: its fingerprint is said, and nothing is trusted.
+    first = hynb(alpha, *setup)
+    assert first.returncode == 2 and fingerprint(beta) in first.stderr and "--accept" in first.stderr
+    key = alpha.path(alpha.home / ".ssh" / "id_ed25519")
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert not alpha.path(alpha.disk / FOLDER / "known_hosts").exists()
+    content = key.read_bytes()
+    # The key is not accepted yet: the message says what to type, on which host.
+    second = hynb(alpha, *setup, "--accept", fingerprint(beta))
+    assert second.returncode == 2 and "beta: accepts none of our keys" in second.stderr
+    shown = hynb(alpha, "show", "--folder", FOLDER, check=True).stdout
+    assert "# on beta" in shown and f"/usr/sbin/sshd -p {PORT}" in shown
+    code, seen = typed(alpha, *setup, "--password", answers=[("password on the hosts", "wrong")])
+    assert code == 2 and "the password was refused" in seen
+    code, seen = typed(alpha, *setup, "--password", answers=[("password on the hosts", PASSWORD)])
+    assert code == 0, seen
+    assert "beta: host key known, key installed" in seen and PASSWORD not in seen
+    again = hynb(alpha, *setup, check=True)
+    assert "beta: host key known, key accepted" in again.stdout and "alpha: this machine" in again.stdout
+    assert key.read_bytes() == content
+    assert beta.path(beta.home / ".ssh" / "authorized_keys").read_text().count("ssh-ed25519") == 1
+    config = alpha.disk / FOLDER / "ssh_config"
+    assert alpha.run(["ssh", "-F", config, "beta", "hostname"]).stdout == "beta\n"
+    assert (alpha.path(alpha.disk / FOLDER / "hostfile")).read_text() == "alpha slots=1\nbeta slots=1\n"
+    assert not alpha.path(alpha.home / ".ssh" / "config").exists(), "nothing without consent"
+
+
+def test_the_lines_that_are_shown_do_it_too(hosts):
+    alpha, beta = hosts
+    authorized = beta.path(beta.home / ".ssh" / "authorized_keys")
+    authorized.write_text("# somebody else's, without an end of line")
+    beta.stop_sshd()
+    refused = hynb(alpha, "setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER)
+    assert refused.returncode == 2 and f"nothing listens on port {PORT}" in refused.stderr
+    beta.start_sshd()
+    shown = hynb(alpha, "show", "--folder", FOLDER, check=True).stdout
+    lines = [line for line in shown.splitlines() if line and not line.startswith("#") and "sshd" not in line]
+    for _ in range(2):
+        for line in lines:
+            beta.run(["sh", "-c", line])
+    assert hynb(alpha, "setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER).returncode == 0
+    authorized.write_text("# somebody else's, without an end of line")
+    code, seen = typed(alpha, "install-key", "beta", "--folder", FOLDER, answers=[("password of beta", PASSWORD)])
+    assert code == 0, seen
+    assert authorized.read_text().splitlines()[0] == "# somebody else's, without an end of line"
+    assert authorized.read_text().count("ssh-ed25519") == 1
+
+
+def test_the_password_is_in_no_command_line_environment_or_file(hosts):
+    """Looked for while ssh holds it: in every process of the host, and in all that was written."""
+    alpha, beta = hosts
+    beta.path(beta.home / ".ssh" / "authorized_keys").write_text("")
+    main, side = pty.openpty()
+    command = [sys.executable, "-m", "hynb.cli", "hosts", "install-key", "beta", "--folder", FOLDER]
+    process = alpha.popen(
+        command, env={"PYTHONPATH": str(CHECKOUT)}, stdin=side, stdout=side, stderr=side, start_new_session=True
+    )
+    os.close(side)
+    while "password of beta" not in (seen := os.read(main, 4096).decode()):
+        assert seen
+    os.write(main, (PASSWORD + "\n").encode())
+    looks = 0
+    while process.poll() is None:
+        for item in alpha.processes():
+            looks += any("ssh" in word for word in item.argv)
+            assert PASSWORD not in " ".join(item.argv) and PASSWORD not in " ".join(item.environment.values())
+        time.sleep(0.01)
+    os.close(main)
+    assert process.returncode == 0 and looks
+    found = subprocess.run(
+        ["grep", "-rlF", PASSWORD, alpha.root, alpha.path(alpha.disk)], capture_output=True, text=True
+    )
+    assert found.stdout == ""
+
+
+def test_a_changed_host_key_is_an_error_until_it_is_confirmed(hosts):
+    alpha, beta = hosts
+    before = alpha.path(alpha.disk / FOLDER / "known_hosts").read_text()
+    beta.stop_sshd()
+    beta.new_host_key()
+    beta.start_sshd()
+    setup = ["setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER]
+    refused = hynb(alpha, *setup, "--accept", fingerprint(beta))
+    assert refused.returncode == 2
+    assert "beta: its host key has changed" in refused.stderr and fingerprint(beta) in refused.stderr
+    assert alpha.path(alpha.disk / FOLDER / "known_hosts").read_text() == before
+    # What the message says to type, typed.
+    forget = refused.stderr.split("`")[1]
+    assert forget.startswith("ssh-keygen -R")
+    alpha.run(shlex.split(forget))
+    code, seen = typed(alpha, "trust", "beta", "--folder", FOLDER, answers=[("Keep them", "n")])
+    assert code == 2 and fingerprint(beta) in seen
+    code, seen = typed(alpha, "trust", "beta", "--folder", FOLDER, answers=[("Keep them", "y")])
+    assert code == 0, seen
+    assert hynb(alpha, *setup).returncode == 0
+
+
+def test_every_host_to_every_other(hosts):
+    alpha, beta = hosts
+    hynb(alpha, "exchange", "--folder", FOLDER, check=True)
+    hynb(alpha, "exchange", "--folder", FOLDER, check=True)
+    config = alpha.disk / FOLDER / "ssh_config"
+    for here, there in ((alpha, "beta"), (beta, "alpha")):
+        assert here.run(["ssh", "-F", config, "-o", "BatchMode=yes", there, "hostname"]).stdout == f"{there}\n"
+    assert hynb(alpha, "setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER).returncode == 0
+
+
+def test_an_include_is_added_once_and_taken_back(hosts):
+    alpha, _ = hosts
+    mine = alpha.path(alpha.home / ".ssh" / "config")
+    mine.write_text("Host other\n  Port 77\n")
+    for _ in range(2):
+        hynb(alpha, "include", "--folder", FOLDER, check=True)
+    assert mine.read_text().count("Include") == 1 and mine.read_text().endswith("Host other\n  Port 77\n")
+    assert alpha.run(["ssh", "-o", "BatchMode=yes", "beta", "hostname"]).stdout == "beta\n"
+    hynb(alpha, "include", "--folder", FOLDER, "--remove", check=True)
+    assert mine.read_text() == "Host other\n  Port 77\n"
+    mine.unlink()
+
+
+def test_mistakes_are_named(hosts):
+    alpha, _ = hosts
+    key = alpha.path(alpha.home / ".ssh" / "id_ed25519")
+    key.chmod(0o644)
+    said = hynb(alpha, "setup", "beta:1", "--port", PORT, "--folder", FOLDER).stderr
+    key.chmod(0o600)
+    assert "others can read this private key" in said and "chmod 600" in said
+    alpha.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", alpha.disk / "locked"])
+    said = hynb(alpha, "setup", "beta:1", "--folder", FOLDER, "--key", alpha.disk / "locked").stderr
+    assert "has a passphrase" in said and "--key" in said
+    assert "port = 99999" in hynb(alpha, "setup", "beta:1", "--port", 99999, "--folder", FOLDER).stderr
+    assert "hosts:1: 'beta' names no slots" in hynb(alpha, "setup", "beta", "--folder", FOLDER).stderr
+    alpha.run(["mkdir", "other"])
+    alpha.path(alpha.disk / "other" / "ssh_config").write_text("Host mine\n")
+    said = hynb(alpha, "setup", "beta:1", "--folder", "other").stderr
+    assert "wasn't written by hynb" in said
+    assert alpha.path(alpha.disk / "other" / "ssh_config").read_text() == "Host mine\n"
+    assert "hynb hosts setup" in hynb(alpha, "trust", "beta", "--folder", "none").stderr
+    said = hynb(alpha, "setup", "alpha:1,beta:1", "--port", 36006, "--folder", "third").stderr
+    assert "beta: nothing listens on port 36006" in said and "Traceback" not in said
