@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, module, help_text in (
         ("merge", "hynb.merge", "merge a LoRA adapter into its base model"),
         ("check-data", "hynb.data_check", "check training data before a GPU is touched"),
+        ("preflight", "hynb.preflight", "check every host of a run before it starts"),
         ("hosts", "hynb.ssh_setup", "set up passwordless ssh to the hosts of a cluster"),
         ("demo", "hynb.demo", "run the whole job with a small model on this machine"),
     ):

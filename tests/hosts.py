@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pty
 import shlex
 import shutil
 import signal
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from conftest import need
 
@@ -43,8 +45,8 @@ os.makedirs("/run/sshd", mode=0o755)
 mount("--bind", root + "/home", home)
 if os.path.isdir(root + "/disk"):
     mount("--bind", root + "/disk", disk)
-for file in ("hosts", "passwd", "shadow"):
-    mount("--bind", root + "/etc/" + file, "/etc/" + file)
+for name_of_file in ("hosts", "passwd", "shadow", "ssh"):
+    mount("--bind", root + "/etc/" + name_of_file, "/etc/" + name_of_file)
 subprocess.run(["hostname", name], check=True)
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 # Children that others left behind are reaped by the kernel itself.
@@ -130,6 +132,32 @@ class TestHost:
         assert not check or process.returncode == 0, f"{self.name}: {argv}: {process.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
+    def hynb(self, *words: object, check: bool = False, **options: Any) -> subprocess.CompletedProcess:
+        """The `hynb` command of this checkout on the host."""
+        command = [sys.executable, "-m", "hynb.cli", *map(str, words)]
+        return self.run(command, check=check, env={"PYTHONPATH": str(CHECKOUT)}, **options)
+
+    def typed(self, command: Sequence[object], answers: Sequence[tuple[str, str]]) -> tuple[int, str]:
+        """A command at a terminal, at which a person answers: each answer once its question is seen."""
+        main, side = pty.openpty()
+        process = self.popen(
+            command,
+            env={"PYTHONPATH": str(CHECKOUT)},
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            start_new_session=True,
+        )
+        os.close(side)
+        seen, waiting = "", list(answers)
+        with contextlib.suppress(OSError):
+            while data := os.read(main, 4096).decode():
+                seen += data
+                if waiting and waiting[0][0] in seen:
+                    os.write(main, (waiting.pop(0)[1] + "\n").encode())
+        os.close(main)
+        return process.wait(timeout=60), seen
+
     def processes(self) -> list[Process]:
         """Every process of the host but its first one, zombies left out."""
         space = Path(f"/proc/{self.pid}/ns/pid").readlink()
@@ -147,20 +175,30 @@ class TestHost:
                     found.append(Process(pid=int(entry.name), argv=tuple(argv), environment=values))
         return found
 
+    @property
+    def host_key(self) -> Path:
+        """The public key that sshd proves itself with."""
+        return self.root / "etc" / "ssh" / "ssh_host_ed25519_key.pub"
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the host key."""
+        asked = subprocess.run(["ssh-keygen", "-lf", self.host_key], capture_output=True, text=True, check=True)
+        return asked.stdout.split()[1]
+
     def start_sshd(self, port: int = PORT, *, clock_shift_seconds: int = 0) -> None:
-        """Starts sshd; what it starts may see a clock that is off."""
+        """Starts sshd with the host's own /etc/ssh; what it starts may see a clock that is off."""
         settings = [
-            *(f"Port {port}", f"HostKey {self.root}/etc/host_key", "PidFile none", "UsePAM no"),
+            *("HostKey /etc/ssh/ssh_host_ed25519_key", "PidFile none", "UsePAM no", "LogLevel VERBOSE"),
             *("PermitRootLogin yes", "PasswordAuthentication yes", "StrictModes yes", "PrintMotd no"),
-            *("AuthorizedKeysFile .ssh/authorized_keys", "MaxStartups 100:30:200", "LogLevel VERBOSE"),
+            *("AuthorizedKeysFile .ssh/authorized_keys", "MaxStartups 100:30:200"),
         ]
         if clock_shift_seconds:
             need(_FAKETIME.is_file(), "libfaketime is not installed")
             settings.append(f"SetEnv LD_PRELOAD={_FAKETIME} FAKETIME={clock_shift_seconds:+d}s FAKETIME_DONT_RESET=1")
-        file = self.root / "etc" / "sshd_config"
-        file.write_text("\n".join(settings) + "\n")
+        (self.root / "etc" / "ssh" / "sshd_config").write_text("\n".join(settings) + "\n")
         with (self.root / "sshd.log").open("ab") as log:
-            command = ["/usr/sbin/sshd", "-D", "-e", "-f", file]
+            command = ["/usr/sbin/sshd", "-D", "-e", "-p", str(port)]
             self._sshd = self.popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
         deadline = time.monotonic() + 10
         while self.run(["ss", "-Htln", f"sport = :{port}"]).stdout == "":
@@ -179,9 +217,9 @@ class TestHost:
 
     def new_host_key(self) -> None:
         """Another host key, as after the machine was set up anew; sshd takes it at its next start."""
-        for name in ("host_key", "host_key.pub"):
-            (self.root / "etc" / name).unlink(missing_ok=True)
-        _keygen(self.root / "etc" / "host_key", self.name)
+        self.host_key.unlink()
+        self.host_key.with_suffix("").unlink()
+        _keygen(self.host_key.with_suffix(""), self.name)
 
     def freeze(self) -> None:
         """Stops every process of the host, as if it hung; the kernel still answers."""
@@ -268,7 +306,7 @@ def trusting(hosts: TestHosts) -> Path:
         ssh.mkdir(mode=0o700, exist_ok=True)
         if not (ssh / "id_ed25519").exists():
             _keygen(ssh / "id_ed25519", f"root@{host.name}")
-        key = (host.root / "etc" / "host_key.pub").read_text().split()
+        key = host.host_key.read_text().split()
         known += "".join(f"[{name}]:{hosts.port} {key[0]} {key[1]}\n" for name in (host.name, host.address))
     public = "".join((host.path(host.home) / ".ssh" / "id_ed25519.pub").read_text() for host in hosts)
     config = ""
@@ -289,7 +327,7 @@ def trusting(hosts: TestHosts) -> Path:
 
 
 def _start(name: str, root: Path, home: Path, disk: Path, shared: bool, shm: str) -> TestHost:
-    for path in (root / "home", root / "etc", *(() if shared else (root / "disk",))):
+    for path in (root / "home", root / "etc" / "ssh", *(() if shared else (root / "disk",))):
         path.mkdir(parents=True)
     (root / "home").chmod(0o700)
     names = "".join(f"{address} {item}\n" for item, address in ADDRESSES.items())
@@ -302,7 +340,7 @@ def _start(name: str, root: Path, home: Path, disk: Path, shared: bool, shm: str
     )
     (root / "etc" / "shadow").write_text(f"root:{asked.stdout.strip()}:20000:0:99999:7:::\nsshd:!:20000::::::\n")
     (root / "etc" / "shadow").chmod(0o600)
-    _keygen(root / "etc" / "host_key", name)
+    _keygen(root / "etc" / "ssh" / "ssh_host_ed25519_key", name)
     arguments = [name, str(root), str(home), str(disk), shm]
     spaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child"]
     holder = subprocess.Popen(

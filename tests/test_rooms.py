@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "hynb"
 # Rooms by level: an import goes to a lower level, or to a neighbour on the same one.
 LEVELS = {
-    1: {"errors", "config", "config_rules", "config_io", "run_dir", "hostfile", "host_link"},
+    1: {"errors", "config", "config_rules", "config_io", "run_dir", "hostfile", "host_link", "host_facts"},
     2: {"zero", "memory", "run_checks", "data_read", "node_guard"},
-    4: {"supervisor", "launch_hosts", "launch", "cluster", "ssh", "ssh_setup"},
+    4: {"supervisor", "launch_hosts", "launch", "cluster", "ssh", "ssh_setup"} | {"preflight", "preflight_checks"},
 }
 TORCH_FREE = [*(room for level in LEVELS.values() for room in sorted(level)), "cli", "widgets"]
 

@@ -21,35 +21,12 @@ def hosts(tmp_path_factory):
         yield made
 
 
-def hynb(host, *words, check=False, **options):
-    command = [sys.executable, "-m", "hynb.cli", "hosts", *map(str, words)]
-    return host.run(command, check=check, env={"PYTHONPATH": str(CHECKOUT)}, **options)
+def hynb(host, *words, **options):
+    return host.hynb("hosts", *words, **options)
 
 
 def typed(host, *words, answers):
-    """The command at a terminal, at which a person answers questions as they come."""
-    main, side = pty.openpty()
-    command = [sys.executable, "-m", "hynb.cli", "hosts", *map(str, words)]
-    process = host.popen(
-        command, env={"PYTHONPATH": str(CHECKOUT)}, stdin=side, stdout=side, stderr=side, start_new_session=True
-    )
-    os.close(side)
-    seen, waiting = "", list(answers)
-    while True:
-        try:
-            data = os.read(main, 4096).decode()
-        except OSError:
-            break
-        seen += data
-        if waiting and waiting[0][0] in seen:
-            os.write(main, (waiting.pop(0)[1] + "\n").encode())
-    os.close(main)
-    return process.wait(timeout=60), seen
-
-
-def fingerprint(host) -> str:
-    asked = subprocess.run(["ssh-keygen", "-lf", host.root / "etc" / "host_key.pub"], capture_output=True, text=True)
-    return asked.stdout.split()[1]
+    return host.typed([sys.executable, "-m", "hynb.cli", "hosts", *words], answers)
 
 
 def test_from_nothing_to_a_login_with_a_password_given_once(hosts):
@@ -57,13 +34,13 @@ def test_from_nothing_to_a_login_with_a_password_given_once(hosts):
     setup = ["setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER]
     # Without a terminal nobody can confirm a host key: its fingerprint is said, and nothing is trusted.
     first = hynb(alpha, *setup)
-    assert first.returncode == 2 and fingerprint(beta) in first.stderr and "--accept" in first.stderr
+    assert first.returncode == 2 and beta.fingerprint in first.stderr and "--accept" in first.stderr
     key = alpha.path(alpha.home / ".ssh" / "id_ed25519")
     assert key.stat().st_mode & 0o777 == 0o600
     assert not alpha.path(alpha.disk / FOLDER / "known_hosts").exists()
     content = key.read_bytes()
     # The key is not accepted yet: the message says what to type, on which host.
-    second = hynb(alpha, *setup, "--accept", fingerprint(beta))
+    second = hynb(alpha, *setup, "--accept", beta.fingerprint)
     assert second.returncode == 2 and "beta: accepts none of our keys" in second.stderr
     shown = hynb(alpha, "show", "--folder", FOLDER, check=True).stdout
     assert "# on beta" in shown and f"/usr/sbin/sshd -p {PORT}" in shown
@@ -137,16 +114,16 @@ def test_a_changed_host_key_is_an_error_until_it_is_confirmed(hosts):
     beta.new_host_key()
     beta.start_sshd()
     setup = ["setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER]
-    refused = hynb(alpha, *setup, "--accept", fingerprint(beta))
+    refused = hynb(alpha, *setup, "--accept", beta.fingerprint)
     assert refused.returncode == 2
-    assert "beta: its host key has changed" in refused.stderr and fingerprint(beta) in refused.stderr
+    assert "beta: its host key has changed" in refused.stderr and beta.fingerprint in refused.stderr
     assert alpha.path(alpha.disk / FOLDER / "known_hosts").read_text() == before
     # What the message says to type, typed.
     forget = refused.stderr.split("`")[1]
     assert forget.startswith("ssh-keygen -R")
     alpha.run(shlex.split(forget))
     code, seen = typed(alpha, "trust", "beta", "--folder", FOLDER, answers=[("Keep them", "n")])
-    assert code == 2 and fingerprint(beta) in seen
+    assert code == 2 and beta.fingerprint in seen
     code, seen = typed(alpha, "trust", "beta", "--folder", FOLDER, answers=[("Keep them", "y")])
     assert code == 0, seen
     assert hynb(alpha, *setup).returncode == 0

@@ -1,0 +1,199 @@
+"""What one host has, as JSON: sent to a host and run there, so that it imports the standard library alone."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Bytes of a large data file that are compared whole; beyond, blocks spread over the file stand for it.
+WHOLE_BYTES = 2 << 30
+_BLOCKS, _BLOCK_BYTES = 256, 1 << 20
+_CONNECT_SECONDS = 5.0
+_HEADER_BYTES = 64 << 20
+
+
+def main(request: dict) -> None:
+    """Prints the facts that were asked for, in one line behind a mark."""
+    facts = {
+        "hostname": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in request["packages"]},
+        "cuda": cuda_of_torch(),
+        "gpus": gpu_table(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        **memory(),
+        "shm": disk("/dev/shm"),
+        "output_disk": disk(request["output_dir"]),
+        "cache_disk": disk(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")),
+        "code": code_hash(Path(request["code"])),
+        "model": folder_hash(Path(request["model"])) if request["model"] else None,
+        "data": {path: file_identity(Path(path)) for path in request["data"]},
+        "sees_token": request["token"] is not None and Path(request["token"]).exists(),
+        "interfaces": interfaces(),
+        "route": {address: source_address(address) for address in request["addresses"]},
+        "connects": {},
+        "logins": {},
+    }
+    for name, (address, port) in request["connect"].items():
+        facts["connects"][name] = try_connection(address, port)
+    for name, command in request["login"].items():
+        facts["logins"][name] = try_login(command)
+    # The clock is read last, right before it is sent.
+    facts["time"] = time.time()
+    print("hynb-facts " + json.dumps(facts), flush=True)
+
+
+def version(package: str) -> str:
+    """A package's version; "not installed" where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cuda_of_torch() -> dict[str, str]:
+    """CUDA and NCCL that torch was built for, read from its files: importing it would take seconds."""
+    found = {"cuda": "", "nccl": ""}
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.submodule_search_locations:
+        try:
+            text = (Path(spec.submodule_search_locations[0]) / "version.py").read_text()
+            match = re.search(r"^cuda\b[^=\n]*= '([^']+)'", text, re.MULTILINE)
+            found["cuda"] = match[1] if match else "none"
+        except OSError:
+            pass
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"] or ""
+        if name.startswith("nvidia-nccl-"):
+            found["nccl"] = distribution.version
+    return found
+
+
+def gpu_table() -> str:
+    """nvidia-smi's table: index, uuid, name, MiB in all, MiB free, driver; empty without GPUs."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    fields = "index,uuid,name,memory.total,memory.free,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def memory() -> dict[str, int]:
+    """Bytes of host memory in all, and free for new work."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    sizes = {name: int(lines[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable")}
+    return {"memory_bytes": sizes["MemTotal"], "memory_free_bytes": sizes["MemAvailable"]}
+
+
+def disk(path: str) -> dict:
+    """Bytes of the disk that a path lies on or would lie on, and whether it can be written."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    usage = shutil.disk_usage(place)
+    return {"total": usage.total, "free": usage.free, "writable": os.access(place, os.W_OK), "place": str(place)}
+
+
+def code_hash(folder: Path) -> str | None:
+    """A hash of the package's Python files, by name and content; None where there is no such folder."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def folder_hash(folder: Path) -> str | None:
+    """A hash of a model folder: names, sizes, small files whole, headers of safetensors; None without config.json.
+
+    777 GB of values are not read.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name}:{size_bytes}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix == ".safetensors":
+                digest.update(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)))
+            elif size_bytes < _HEADER_BYTES:
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def file_identity(path: Path) -> str | None:
+    """A hash of a file's size and content, of blocks spread over it where it is huge; None where there is none."""
+    if not path.is_file():
+        return None
+    size_bytes = path.stat().st_size
+    digest = hashlib.sha256(f"{size_bytes}\n".encode())
+    with path.open("rb") as file:
+        if size_bytes <= WHOLE_BYTES:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        else:
+            for number in range(_BLOCKS):
+                file.seek((size_bytes - _BLOCK_BYTES) * number // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def interfaces() -> dict[str, list[str]]:
+    """Addresses by network interface, those that are up."""
+    asked = subprocess.run(["ip", "-j", "addr", "show", "up"], capture_output=True, text=True, check=False)
+    try:
+        listed = json.loads(asked.stdout or "[]")
+    except ValueError:
+        return {}
+    # Interfaces that are down are listed as empty objects.
+    return {item["ifname"]: [entry["local"] for entry in item.get("addr_info", [])] for item in listed if item}
+
+
+def source_address(address: str) -> str | None:
+    """The address of this host's from which another is reached; None where no way leads there."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            # Sends nothing: the system only says which way it would take.
+            probe.connect((address, 9))
+            return probe.getsockname()[0]
+        except OSError:
+            return None
+
+
+def try_connection(address: str, port: int) -> str:
+    """Connects to a port; empty when that works, else why not."""
+    try:
+        with socket.create_connection((address, port), timeout=_CONNECT_SECONDS):
+            return ""
+    except OSError as error:
+        return str(error.strerror or error)
+
+
+def try_login(command: list[str]) -> str:
+    """Runs an ssh command that does nothing; empty when that works, else ssh's last word."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=15)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        return str(error)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["refused"])[-1]
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,434 @@
+"""Looks at every host of a run before it starts, all at once, and says what mends what is wrong: `hynb preflight`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hynb import collective_check, host_facts, hostfile, preflight_checks
+from hynb.cluster import PACKAGES
+from hynb.config import Config
+from hynb.config_io import Reading, read_settings, read_yaml
+from hynb.data_read import find_files
+from hynb.errors import ClusterError, ConfigError, HynbError
+from hynb.hostfile import ClusterDir, Host
+from hynb.launch import absolute_paths, rank_count
+from hynb.launch_hosts import CODE, chosen_hosts, ssh_config
+from hynb.preflight_checks import CHECKS, Cell
+from hynb.run_dir import write_json
+from hynb.ssh import Ssh, is_local
+
+_FACTS_SECONDS = 40.0
+_HASHED_BYTES_PER_SECOND = 100e6
+_COLLECTIVE_SECONDS = 90
+_PROBE_SECONDS = 6.0
+
+
+@dataclass(kw_only=True)
+class Target:
+    """One host with all that is known of it.
+
+    Args:
+        address: by which the others reach it; empty when its name can't be resolved.
+        asked, answered: time here before and after its facts were asked for.
+    """
+
+    host: Host
+    local: bool
+    address: str
+    port: int
+    facts: dict[str, Any] | None = None
+    asked: float = 0.0
+    answered: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a preflight found.
+
+    Args:
+        collective: ranks, bytes_per_second of the all-reduce, and pairs of hosts with latency_seconds and
+            bytes_per_second; None when it was not run.
+    """
+
+    hosts: list[str]
+    cells: list[Cell]
+    collective: dict[str, Any] | None
+    seconds: float
+    made_at: float = field(default_factory=time.time)
+
+    @property
+    def bad(self) -> list[Cell]:
+        """What keeps a run from starting."""
+        return [cell for cell in self.cells if cell.state == "bad"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.bad
+
+    def cell(self, host: str, check: str) -> Cell:
+        """One host's result of one check."""
+        return next(item for item in self.cells if (item.host, item.check) == (host, check))
+
+    def rows(self) -> list[list[Cell]]:
+        """A row a check, a cell a host."""
+        checks = [check for check in CHECKS if any(cell.check == check for cell in self.cells)]
+        return [[self.cell(host, check) for host in self.hosts] for check in checks]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it in plain values."""
+        cells = [vars(cell) for cell in self.cells]
+        known = {"v": 1, "ok": self.ok, "hosts": self.hosts, "made_at": self.made_at, "seconds": self.seconds}
+        return known | {"cells": cells, "collective": self.collective}
+
+    def pair_lines(self) -> list[str]:
+        """The measured speed between hosts, a line a pair."""
+        if self.collective is None:
+            return []
+        found = self.collective
+        lines = [f"all-reduce over {found['ranks']} ranks: {found['bytes_per_second'] / 1e9:.3g} GB/s"]
+        for pair in found["pairs"]:
+            names = " – ".join(self.hosts[node] for node in pair["nodes"])
+            latency = pair["latency_seconds"] * 1e6
+            lines.append(f"{names}: {pair['bytes_per_second'] / 1e9:.3g} GB/s, {latency:,.0f} µs one way")
+        return lines
+
+
+def preflight(config: Config, *, collective: bool = True, progress: Callable[[str], None] = lambda _: None) -> Report:
+    """Checks every host of a Config; changes nothing on any of them.
+
+    Args:
+        collective: start a process a rank for a small all-reduce, where all else is well.
+        progress: told what is being done.
+
+    Raises:
+        ClusterError: a hostfile that can't be read.
+    """
+    began = time.monotonic()
+    local_slots = rank_count(config) if config.hostfile is None else 0
+    hosts = chosen_hosts(config) if config.hostfile else hostfile.local(local_slots)
+    ssh = Ssh(config=ssh_config(config) if config.hostfile else None)
+    targets = [_target(host, ssh) for host in hosts]
+    here = next((target for target in targets if target.local), None)
+    if here is not None:
+        here.address = _own_address(config, targets)
+    problems, data = _data_files(config)
+    token = _make_token(config.output_dir)
+    listener, port, taken = _listen(here, config)
+    try:
+        request = _request(config, targets, here, token, port, data, ssh)
+        progress(f"asking {len(targets)} hosts")
+        with ThreadPoolExecutor(len(targets)) as pool:
+            first = list(pool.map(lambda target: _ask(target, ssh, request, _deadline_seconds(data)), targets))
+    finally:
+        if listener is not None:
+            listener.close()
+        Path(token).unlink(missing_ok=True)
+    reference = here.facts if here is not None and here.facts else _facts_here(request)
+    shared = preflight_checks.Known(
+        config=config, targets=targets, reference=reference, ssh=ssh, port=port, port_taken=taken, data=data
+    )
+    cells = [cell for found in first for cell in found]
+    for target in targets:
+        cells += preflight_checks.compare(target, shared)
+    cells += [Cell(host=targets[0].host.name, check="data", state="bad", text=text) for text in problems]
+    measured = None
+    if collective and not any(cell.state == "bad" for cell in cells):
+        progress(f"all-reduce over {sum(host.slots for host in hosts)} ranks")
+        measured, found = _measure(targets, ssh, config)
+        cells += found
+    names = [target.host.name for target in targets]
+    report = Report(hosts=names, cells=_one_each(cells, names), collective=measured, seconds=0.0)
+    report.seconds = round(time.monotonic() - began, 2)
+    return report
+
+
+def _target(host: Host, ssh: Ssh) -> Target:
+    if is_local(host.name):
+        return Target(host=host, local=True, address="127.0.0.1", port=0)
+    name, port = ssh.address(host.name)
+    try:
+        address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        address = ""
+    return Target(host=host, local=False, address=address, port=port)
+
+
+def _own_address(config: Config, targets: Sequence[Target]) -> str:
+    """The address by which the others reach this machine."""
+    if config.network_interface is not None:
+        for item in psutil.net_if_addrs().get(config.network_interface, []):
+            if item.family == socket.AF_INET:
+                return item.address
+    others = [target.address for target in targets if not target.local and target.address]
+    return (host_facts.source_address(others[0]) if others else None) or "127.0.0.1"
+
+
+def _listen(here: Target | None, config: Config) -> tuple[socket.socket | None, int, str]:
+    """A socket where the ranks will meet, its port, and who has taken the port, if somebody has."""
+    if here is None:
+        return None, config.master_port or 0, ""
+    family = socket.AF_INET6 if ":" in here.address else socket.AF_INET
+    try:
+        listener = socket.create_server((here.address, config.master_port or 0), family=family, backlog=64)
+        return listener, listener.getsockname()[1], ""
+    except OSError as error:
+        return None, config.master_port or 0, _owner_of(config.master_port) or str(error.strerror)
+
+
+def _owner_of(port: int | None) -> str:
+    for item in psutil.net_connections("tcp"):
+        if item.status == psutil.CONN_LISTEN and item.laddr.port == port and item.pid:
+            try:
+                return f"process {item.pid}, {shlex.join(psutil.Process(item.pid).cmdline())[:60]}"
+            except psutil.Error:
+                return f"process {item.pid}"
+    return ""
+
+
+def _make_token(output_dir: str) -> str:
+    """A file beside or in output_dir, which only a host that shares its disk can see."""
+    place = Path(output_dir).expanduser().absolute()
+    while not place.is_dir():
+        place = place.parent
+    token = place / f".hynb-{uuid.uuid4().hex}"
+    try:
+        token.touch()
+    except OSError:
+        # Said by the check of the disk.
+        return str(token)
+    return str(token)
+
+
+def _data_files(config: Config) -> tuple[list[str], list[str]]:
+    """What is wrong with the data parameters, and the files that they name."""
+    problems: list[str] = []
+    files: list[str] = []
+    for parameter in ("train_data_file", "eval_data_file"):
+        if (paths := getattr(config, parameter)) is not None:
+            try:
+                files += [str(path.absolute()) for path in find_files(paths, parameter)]
+            except HynbError as error:
+                problems += error.problems
+    return problems, files
+
+
+def _deadline_seconds(data: Sequence[str]) -> float:
+    sizes = sum(min(Path(path).stat().st_size, host_facts.WHOLE_BYTES) for path in data)
+    return _FACTS_SECONDS + sizes / _HASHED_BYTES_PER_SECOND
+
+
+def _request(
+    config: Config,
+    targets: Sequence[Target],
+    here: Target | None,
+    token: str,
+    port: int,
+    data: list[str],
+    ssh: Ssh,
+) -> dict[str, Any]:
+    model = Path(config.model_name_or_path).expanduser().absolute() if config.model_name_or_path else None
+    logins = {}
+    if config.launcher in ("openmpi", "mpich"):
+        # Their launchers hand the work on from host to host.
+        options = shlex.join(ssh.options())
+        logins = {t.host.name: ["sh", "-c", f"ssh {options} {shlex.quote(t.host.name)} true"] for t in targets}
+    return {
+        "packages": list(PACKAGES),
+        "code": str(CODE / "hynb"),
+        "output_dir": str(Path(config.output_dir).expanduser().absolute()),
+        "model": str(model) if model else None,
+        "data": data,
+        "token": token,
+        "addresses": [target.address for target in targets if target.address],
+        "connect": {"master": [here.address, port]} if here is not None and len(targets) > 1 else {},
+        "login": logins,
+    }
+
+
+def _ask(target: Target, ssh: Ssh, request: dict[str, Any], deadline_seconds: float) -> list[Cell]:
+    """Asks a host for its facts and says how far the way to it is open."""
+    own = {"login": {name: words for name, words in request["login"].items() if name != target.host.name}}
+    script = Path(host_facts.__file__).read_text(encoding="utf-8")
+    target.asked = time.time()
+    words = [sys.executable, "-", json.dumps(request | own)]
+    answer = ssh.run(target.host.name, words, deadline_seconds=deadline_seconds, input=script)
+    target.answered = time.time()
+    line = next((line for line in answer.out.splitlines() if line.startswith("hynb-facts ")), None)
+    if line is not None:
+        target.facts = json.loads(line.removeprefix("hynb-facts "))
+        return preflight_checks.way_open(target)
+    if answer.problem and not target.local:
+        return preflight_checks.way_closed(target, answer.problem, ssh, _probe(target))
+    said = (answer.err.strip().splitlines() or [f"exit code {answer.code}"])[-1]
+    return preflight_checks.no_python(target, said, sys.executable)
+
+
+def _probe(target: Target) -> str:
+    """Why the port can't be reached; empty when it can."""
+    if not target.address:
+        return "the name can't be resolved"
+    try:
+        with socket.create_connection((target.address, target.port), timeout=_PROBE_SECONDS):
+            return ""
+    except OSError as error:
+        return str(error.strerror or error)
+
+
+def _facts_here(request: dict[str, Any]) -> dict[str, Any]:
+    """This machine's facts, where it is none of the hosts: what the others are compared with."""
+    script = Path(host_facts.__file__).read_text(encoding="utf-8")
+    words = [sys.executable, "-", json.dumps(request | {"connect": {}, "login": {}})]
+    answer = Ssh().run("localhost", words, deadline_seconds=_FACTS_SECONDS, input=script)
+    if answer.code:
+        raise ClusterError(f"{socket.gethostname()}: this machine can't be looked at: {answer.err.strip()[-300:]}")
+    return json.loads(answer.out.rpartition("hynb-facts ")[2])
+
+
+def _measure(targets: Sequence[Target], ssh: Ssh, config: Config) -> tuple[dict[str, Any] | None, list[Cell]]:
+    """Starts the ranks of the small all-reduce on all hosts."""
+    address = targets[0].address
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    port = config.master_port
+    if port is None and targets[0].local:
+        with socket.create_server((address, 0), family=family) as probe:
+            port = probe.getsockname()[1]
+    port = port or 29500
+    common = {"slots": [target.host.slots for target in targets], "address": address, "port": port}
+    common |= {"deadline_seconds": _COLLECTIVE_SECONDS}
+
+    def start(node: int) -> Any:
+        target = targets[node]
+        request = common | {"node": node, "interface": preflight_checks.interface_of(target, config)}
+        words = [sys.executable, "-m", "hynb.collective_check", json.dumps(request)]
+        on_cpu = "" if target.facts and target.facts["gpus"] else "CUDA_VISIBLE_DEVICES= "
+        script = f"cd {shlex.quote(str(CODE))} && {on_cpu}exec {shlex.join(words)}"
+        return ssh.run(target.host.name, ["sh", "-c", script], deadline_seconds=_COLLECTIVE_SECONDS + 10)
+
+    with ThreadPoolExecutor(len(targets)) as pool:
+        answers = list(pool.map(start, range(len(targets))))
+    line = next((line for line in answers[0].out.splitlines() if line.startswith(collective_check.MARK)), None)
+    measured = json.loads(line.removeprefix(collective_check.MARK)) if line else None
+    cells = []
+    for target, answer in zip(targets, answers, strict=True):
+        failed = answer.problem or (answer.code and ((answer.err.strip().splitlines() or ["no word"])[-1]))
+        cells.append(preflight_checks.collective_cell(target.host.name, measured, str(failed or "")))
+    return measured, cells
+
+
+def _one_each(cells: Sequence[Cell], names: Sequence[str]) -> list[Cell]:
+    """One cell a host and check, the worst of several; what was not reached is unknown."""
+    order = {"bad": 0, "ok": 1, "unknown": 2}
+    found: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        key = (cell.host, cell.check)
+        if key not in found or order[cell.state] < order[found[key].state]:
+            found[key] = cell
+    checks = [check for check in CHECKS if any(key[1] == check for key in found)]
+    unknown = {"state": "unknown", "text": "not reached"}
+    return [found.get((name, check)) or Cell(host=name, check=check, **unknown) for check in checks for name in names]
+
+
+def fix(report: Report, progress: Callable[[str], None], *, model: bool = False) -> list[str]:
+    """Copies code and data to hosts that lack them, by the commands that the report shows; returns what failed.
+
+    Args:
+        model: copy the model folder too, which may take hours.
+    """
+    problems = []
+    for cell in report.bad:
+        if cell.check not in ("code", "data", *(("model",) if model else ())) or not cell.mend.startswith("rsync"):
+            continue
+        progress(cell.mend)
+        # rsync's progress goes where messages go: what is printed stays the report.
+        copying = subprocess.run(["sh", "-c", cell.mend], stdin=subprocess.DEVNULL, stdout=2, check=False)
+        code = copying.returncode
+        if code:
+            problems.append(f"{cell.host}: {cell.check}: `{cell.mend}` ended with exit code {code}")
+    return problems
+
+
+def write_report(report: Report, config: Config) -> Path | None:
+    """Keeps the report beside the hostfile; None for a run on this machine alone."""
+    if config.hostfile is None:
+        return None
+    path = ClusterDir(Path(config.hostfile).expanduser().absolute().parent).preflight
+    write_json(path, report.to_json())
+    return path
+
+
+def text(report: Report, *, colour: bool = False) -> str:
+    """The table for a terminal, and under it what mends each red cell."""
+    marks = {"ok": "\x1b[32m✓\x1b[0m", "bad": "\x1b[31m✗\x1b[0m", "unknown": "–"}
+    if not colour:
+        marks = {"ok": "✓", "bad": "✗", "unknown": "–"}
+    width = max(24, (100 - 15) // len(report.hosts))
+    lines = [" " * 15 + "  ".join(f"{name:{width}}" for name in report.hosts)]
+    for row in report.rows():
+        texts = [f"{cell.text[: width - 3]:{width - 2}}" for cell in row]
+        marked = (f"{marks[cell.state]} {shown}" for cell, shown in zip(row, texts, strict=True))
+        lines.append(f"{row[0].check:15}" + "  ".join(marked).rstrip())
+    lines += ["", *report.pair_lines()]
+    for cell in report.bad:
+        lines += ["", f"{marks['bad']} {cell.host}, {cell.check}: {cell.text}"]
+        if cell.mend:
+            lines += [f"  on {cell.mend_on or 'this machine'}:", f"    {cell.mend}"]
+    verdict = "all is well" if report.ok else f"{len(report.bad)} problems"
+    return "\n".join([*lines, "", f"{verdict}, {len(report.hosts)} hosts, {report.seconds:.1f} s"]).lstrip("\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hynb preflight`."""
+    parser.description = "Check every host of a run before it starts."
+    parser.add_argument("--hostfile", help="hosts and slots [that of --config; else this machine alone]")
+    parser.add_argument(
+        "--config", help="YAML file of the run: its model, data, output_dir and launcher are looked at"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one parameter on top")
+    parser.add_argument("--no_collective", action="store_true", help="leave out the all-reduce over all ranks")
+    parser.add_argument(
+        "--fix", action="store_true", help="copy code and data to hosts that lack them, then look again"
+    )
+    parser.add_argument("--fix_model", action="store_true", help="copy the model folder too")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 2 when a cell is red.
+
+    Raises:
+        HynbError: a config or hostfile that can't be read.
+    """
+    settings = [*([f"hostfile={args.hostfile}"] if args.hostfile else []), *args.set]
+    reading = read_settings(read_yaml(args.config) if args.config else Reading(), settings)
+    if reading.problems:
+        raise ConfigError(reading.problems)
+    # Not its whole check: hosts are looked at before there is a model or data.
+    config = absolute_paths(Config(**reading.values, training_args=reading.training_args))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    report = preflight(config, collective=not args.no_collective, progress=say)
+    if (args.fix or args.fix_model) and not report.ok:
+        problems = fix(report, say, model=args.fix_model)
+        if problems:
+            raise ClusterError(problems)
+        report = preflight(config, collective=not args.no_collective, progress=say)
+    write_report(report, config)
+    print(json.dumps(report.to_json(), ensure_ascii=False) if args.json else text(report, colour=sys.stdout.isatty()))
+    return 0 if report.ok else 2

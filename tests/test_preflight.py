@@ -1,0 +1,268 @@
+"""Preflight over two hosts with real sshd: green, then one fault after the other, each mended by what is printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hosts import CHECKOUT, PASSWORD, PORT, two_hosts
+from tiny import tiny_data, tiny_model
+
+from hynb import host_facts
+from hynb.config import Config
+from hynb.preflight import preflight, text
+
+FOLDER = "cluster"
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """Two hosts that trust each other by what `hynb hosts` does; model and data are on alpha alone."""
+    with two_hosts(tmp_path_factory.mktemp("preflight"), shared=False) as made:
+        setup = ["setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER, "--password"]
+        command = [sys.executable, "-m", "hynb.cli", "hosts", *setup, "--accept", made.beta.fingerprint]
+        code, seen = made.alpha.typed(command, [("password on the hosts", PASSWORD)])
+        assert code == 0, seen
+        tiny_model(made.alpha.path(made.alpha.disk) / "model")
+        tiny_data(made.alpha.path(made.alpha.disk) / "train.jsonl")
+        values = {"model_name_or_path": "model", "train_data_file": "train.jsonl", "output_dir": "runs/first"}
+        values |= {"hostfile": f"{FOLDER}/hostfile", "use_lora": True}
+        lines = "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
+        made.alpha.path(made.alpha.disk / "run.yaml").write_text(lines)
+        yield made
+
+
+def look(hosts, *words, collective=False) -> tuple[dict, set[tuple[str, str]]]:
+    """The report, and host and check of each red cell."""
+    more = [] if collective else ["--no_collective"]
+    done = hosts.alpha.hynb("preflight", "--config", "run.yaml", "--json", *more, *words)
+    assert done.stdout.startswith("{"), done.stderr
+    report = json.loads(done.stdout)
+    assert (done.returncode == 0) is report["ok"] and done.returncode in (0, 2)
+    return report, {(cell["host"], cell["check"]) for cell in report["cells"] if cell["state"] == "bad"}
+
+
+def mend(hosts, report) -> None:
+    """Types each red cell's command where the report says."""
+    for cell in report["cells"]:
+        if cell["state"] != "bad":
+            continue
+        host = hosts.beta if cell["mend_on"] == "beta" else hosts.alpha
+        command = cell["mend"].replace("hynb hosts", f"{sys.executable} -m hynb.cli hosts")
+        answers = [("password of", PASSWORD), ("Keep them", "y")]
+        asked = [item for item in answers if ("install-key" in command) == ("password" in item[0])]
+        code, seen = host.typed(["sh", "-c", command], asked)
+        assert code == 0, (cell, seen)
+
+
+def green(hosts, *words) -> None:
+    report, red = look(hosts, *words)
+    assert not red, [cell for cell in report["cells"] if cell["state"] == "bad"]
+
+
+def test_what_is_missing_is_copied_and_then_all_is_green(hosts):
+    report, red = look(hosts)
+    assert red == {("beta", "model"), ("beta", "data")}
+    assert all(cell["mend"].startswith("rsync") for cell in report["cells"] if cell["state"] == "bad")
+    done = hosts.alpha.hynb("preflight", "--config", "run.yaml", "--no_collective", "--fix")
+    assert done.returncode == 2 and "beta, model" in done.stdout and "beta, data" not in done.stdout
+    report, red = look(hosts, "--fix_model", collective=True)
+    assert not red
+    copied = hosts.beta.path(hosts.beta.disk) / "model" / "model.safetensors"
+    assert copied.read_bytes() == (hosts.alpha.path(hosts.alpha.disk) / "model" / "model.safetensors").read_bytes()
+    (pair,) = report["collective"]["pairs"]
+    assert report["collective"]["right"] and report["collective"]["ranks"] == 2
+    assert pair["nodes"] == [0, 1] and pair["bytes_per_second"] > 1e6 and 0 < pair["latency_seconds"] < 1
+    texts = {(cell["host"], cell["check"]): cell["text"] for cell in report["cells"]}
+    assert texts["beta", "output_dir"] == "a folder of its own"
+    assert texts["beta", "network"] == "cable 10.77.0.2" and texts["alpha", "network"] == "cable 10.77.0.1"
+    assert texts["beta", "master port"] == "reached"
+    kept = json.loads(hosts.alpha.path(hosts.alpha.disk / FOLDER / "preflight.json").read_text())
+    assert kept["cells"] == report["cells"]
+    shown = hosts.alpha.hynb("preflight", "--config", "run.yaml", check=True).stdout
+    assert "alpha – beta: " in shown and "µs one way" in shown and "all is well, 2 hosts" in shown
+    assert not list(hosts.alpha.path(hosts.alpha.disk).rglob(".hynb-*")), "nothing is left behind"
+
+
+def test_the_way_to_a_host(hosts):
+    """sshd down, another port, the key gone, the host key changed: each is mended by its own command."""
+    alpha, beta = hosts
+    beta.stop_sshd()
+    report, red = look(hosts)
+    assert red == {("beta", "port")}
+    mend(hosts, report)
+    green(hosts)
+
+    beta.path(beta.home / ".ssh" / "authorized_keys").unlink()
+    report, red = look(hosts)
+    assert red == {("beta", "login")}
+    mend(hosts, report)
+    green(hosts)
+
+    beta.stop_sshd()
+    beta.new_host_key()
+    beta.start_sshd()
+    report, red = look(hosts)
+    assert red == {("beta", "host key")}
+    mend(hosts, report)
+    green(hosts)
+
+    config = alpha.path(alpha.disk / FOLDER / "ssh_config")
+    config.write_text(config.read_text().replace(str(PORT), "36006"))
+    report, red = look(hosts)
+    assert red == {("beta", "port")}
+    mend(hosts, report)
+    # On another port it is another entry of known_hosts.
+    report, red = look(hosts)
+    assert red == {("beta", "host key")}
+    mend(hosts, report)
+    green(hosts)
+    config.write_text(config.read_text().replace("36006", str(PORT)))
+
+
+def test_files_that_differ(hosts):
+    alpha, beta = hosts
+    shutil.rmtree(beta.path(beta.disk / "model"))
+    data = beta.path(beta.disk / "train.jsonl")
+    data.write_text(data.read_text().replace("e", "E", 1))
+    report, red = look(hosts)
+    assert red == {("beta", "model"), ("beta", "data")}
+    mend(hosts, report)
+    green(hosts)
+    config = beta.path(beta.disk / "model" / "config.json")
+    config.write_text(config.read_text() + " ")
+    assert look(hosts)[1] == {("beta", "model")}
+    mend(hosts, look(hosts)[0])
+    green(hosts)
+    # A copy of the code of its own, in place of the checkout's.
+    own = beta.root / "code"
+    shutil.copytree(CHECKOUT / "hynb", own, ignore=shutil.ignore_patterns("__pycache__"))
+    (own / "data.py").write_text("# another version\n")
+    beta.run(["mount", "--bind", own, CHECKOUT / "hynb"])
+    try:
+        report, red = look(hosts)
+        assert red == {("beta", "code")}
+        done = alpha.hynb("preflight", "--config", "run.yaml", "--no_collective", "--fix", check=True)
+        assert "all is well" in done.stdout and "rsync" in done.stderr
+        assert (own / "data.py").read_bytes() == (CHECKOUT / "hynb" / "data.py").read_bytes()
+    finally:
+        beta.run(["umount", CHECKOUT / "hynb"])
+
+
+def test_software_clock_slots_disk_port_and_interface(hosts):
+    alpha, beta = hosts
+    metadata = next(Path(path) for path in sys.path for path in Path(path).glob("peft-*.dist-info/METADATA"))
+    version = next(line.split()[1] for line in metadata.read_text().splitlines() if line.startswith("Version:"))
+    other = beta.root / "METADATA"
+    other.write_text(metadata.read_text().replace(f"Version: {version}", "Version: 0.1.0"))
+    beta.run(["mount", "--bind", other, metadata])
+    report, red = look(hosts)
+    beta.run(["umount", metadata])
+    assert red == {("beta", "versions")}
+    (cell,) = (cell for cell in report["cells"] if cell["state"] == "bad")
+    # Not typed: the two hosts share this checkout's environment, which pip would change.
+    assert cell["mend"] == shlex.join([sys.executable, "-m", "pip", "install", f"peft=={version}"])
+    assert cell["text"] == f"peft 0.1.0, and {version} here" and cell["mend_on"] == "beta"
+
+    beta.stop_sshd()
+    beta.start_sshd(clock_shift_seconds=-90)
+    report, red = look(hosts)
+    assert red == {("beta", "clock")}
+    assert next(cell for cell in report["cells"] if cell["state"] == "bad")["text"].startswith("-")
+    beta.stop_sshd()
+    beta.start_sshd()
+
+    hostfile = alpha.path(alpha.disk / FOLDER / "hostfile")
+    hostfile.write_text("alpha slots=1\nbeta slots=512\n")
+    report, red = look(hosts)
+    assert red == {("beta", "GPUs")}
+    mend(hosts, report)
+    assert hostfile.read_text().splitlines()[1] != "beta slots=512"
+    green(hosts)
+    hostfile.write_text("alpha slots=1\nbeta slots=1\n")
+
+    (beta.path(beta.disk) / "runs").mkdir()
+    beta.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", beta.disk / "runs"])
+    report, red = look(hosts)
+    assert red == {("beta", "disk")}
+    mend(hosts, report)
+    beta.run(["umount", beta.disk / "runs"])
+    green(hosts)
+
+    listening = (
+        "import socket, time; s = socket.create_server(('10.77.0.1', 29555)); print(1, flush=True); time.sleep(60)"
+    )
+    taken = alpha.popen([sys.executable, "-c", listening], stdout=subprocess.PIPE)
+    taken.stdout.readline()
+    report, red = look(hosts, "--set", "master_port=29555")
+    assert red == {("alpha", "master port")}
+    (cell,) = (cell for cell in report["cells"] if cell["state"] == "bad")
+    assert "29555 is taken: process" in cell["text"]
+    green(hosts, *cell["mend"].split())
+    taken.kill()
+    taken.wait()
+
+    report, red = look(hosts, "--set", "network_interface=eth9")
+    assert red == {("alpha", "network"), ("beta", "network")}
+    (words,) = {cell["mend"] for cell in report["cells"] if cell["state"] == "bad"}
+    assert words == "--set network_interface=cable"
+    green(hosts, *words.split())
+
+
+def test_a_host_that_hangs_or_is_cut_off_ends_in_time(hosts):
+    began = time.monotonic()
+    hosts.beta.freeze()
+    report, red = look(hosts)
+    hosts.beta.thaw()
+    assert red == {("beta", "login")} and time.monotonic() - began < 40
+    assert (
+        next(cell for cell in report["cells"] if cell["host"] == "beta" and cell["check"] == "data")["state"]
+        == "unknown"
+    )
+    began = time.monotonic()
+    hosts.beta.link(up=False)
+    report, red = look(hosts)
+    hosts.beta.link(up=True)
+    assert ("beta", "port") in red and time.monotonic() - began < 40
+    green(hosts)
+
+
+def test_a_shared_folder_is_seen(tmp_path):
+    with two_hosts(tmp_path / "shared", shared=True) as made:
+        from hosts import trusting
+
+        trusting(made)
+        config = made.alpha.path(made.alpha.disk / "run.yaml")
+        config.write_text(f"hostfile: {FOLDER}/hostfile\noutput_dir: runs/first\n")
+        report, red = look(made)
+        assert not red
+        texts = {cell["host"]: cell["text"] for cell in report["cells"] if cell["check"] == "output_dir"}
+        assert texts == dict.fromkeys(("alpha", "beta"), "shared with this host")
+
+
+def test_this_machine_alone(tmp_path):
+    report = preflight(Config(output_dir=str(tmp_path / "run"), num_processes=1))
+    assert report.ok, text(report)
+    assert report.hosts == ["localhost"] and report.seconds < 30
+    assert "all is well, 1 hosts" in text(report)
+    coloured = text(preflight(Config(output_dir=str(tmp_path), num_processes=999), collective=False), colour=True)
+    assert "\x1b[31m✗" in coloured and "999 slots" in coloured and "1 problem" in coloured
+
+
+def test_identities(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(range(256)) * 40_000)
+    whole = host_facts.file_identity(path)
+    monkeypatch.setattr(host_facts, "WHOLE_BYTES", 1000)
+    sampled = host_facts.file_identity(path)
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert sampled != whole and host_facts.file_identity(path) != sampled
+    assert host_facts.file_identity(tmp_path / "none") is None and host_facts.folder_hash(tmp_path) is None
