@@ -242,14 +242,9 @@ def command(plan: Plan, run_dir: RunDir) -> list[str]:
     if plan.launcher == "pdsh":
         if any(host.slot_ids is not None for host in plan.hosts):
             words += ["--include", "@".join(filter_text(host) for host in plan.hosts)]
-        return [
-            *words,
-            "--enable_each_rank_log",
-            str(run_dir.log),
-            "--module",
-            "hynb.train_entry",
-            str(run_dir.config),
-        ]
+        # The other hosts' shells read this word, and DeepSpeed doesn't quote it for them.
+        words += ["--enable_each_rank_log", shlex.quote(str(run_dir.log))]
+        return [*words, "--module", "hynb.train_entry", str(run_dir.config)]
     if plan.launcher == "slurm":
         # DeepSpeed gives srun no -m, and names the nodes only where a filter is given.
         words += ["--include", "@".join(host.name for host in plan.hosts)]
@@ -312,6 +307,10 @@ def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
         problems.append(
             f"launcher = pdsh: takes no IPv6 address ({with_colon[0]}): give the host a name in /etc/hosts or in the "
             "ssh_config, or choose launcher: no_ssh"
+        )
+    if config.launcher == "pdsh" and (words := [word for word in (sys.executable, str(CODE)) if " " in word]):
+        problems.append(
+            f"launcher = pdsh: takes no path with a space: {words[0]}; move it, or choose launcher: no_ssh"
         )
     if config.launcher in ("openmpi", "mpich", "slurm"):
         chosen = [host for host in hosts if host.slot_ids not in (None, tuple(range(host.slots)))]

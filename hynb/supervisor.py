@@ -182,8 +182,8 @@ class Supervisor:
 
     def _look_at_start(self, now: float, waiting: list[Node]) -> None:
         for node in waiting:
-            if said := self._launcher_says(node.name, r"ssh exited with exit code \d+"):
-                self._fail(f"{node.name}: did not join: {said}", node, weight=3, grace_seconds=0)
+            if self._launcher_says(node.name, r"ssh exited with exit code \d+"):
+                self._fail(f"{node.name}: did not join: {self._ask(node)}", node, weight=3, grace_seconds=0)
                 return
         names = ", ".join(node.name for node in waiting)
         if self._runner.poll() is not None and self._runner.returncode:
@@ -206,8 +206,8 @@ class Supervisor:
         answer = self._reach.run(node.name, ["sh", "-c", script], deadline_seconds=8)
         if answer.problem:
             return answer.problem
-        told = [line for line in (answer.out.strip(), said) if line]
-        return "it answers ssh; " + ("; ".join(told) if told else "no rank of it has written a line yet")
+        told = [line for line in (said, answer.out.strip()) if line]
+        return "it answers ssh; " + ("\n".join(told) if told else "no rank of it has written a line yet")
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
