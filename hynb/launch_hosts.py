@@ -169,6 +169,9 @@ def prepare(
     # Slurm hands the environment itself on, and no ssh took a file to its hosts.
     secret_file = None if plan.launcher == "slurm" else run_dir.secret(launch_id)
     variables = rank_environment(config, environment) | membership.variables(secret_file=secret_file)
+    if plan.launcher in ("openmpi", "mpich", "slurm"):
+        # Where rank 0 is, the supervisor knows when it has joined.
+        variables["MASTER_PORT"] = str(plan.master_port)
     exported = {name: value for name, value in variables.items() if name != "HYNB_SECRET"}
     replace_text(run_dir.deepspeed_env, "".join(f"{name}={value}\n" for name, value in exported.items()))
     if plan.launcher == "no_ssh":
@@ -181,7 +184,7 @@ def prepare(
         "membership": described,
         "argv": command(plan, run_dir),
         "cwd": str(CODE),
-        "environment": {name: value for name, value in variables.items() if name != "HYNB_SECRET"},
+        "environment": exported,
         "needs_secret": secret_file is None,
         "launcher_environment": _launcher_environment(plan, run_dir),
         "ssh": None if plan.reach is None else str(plan.reach.config or ""),
@@ -229,7 +232,7 @@ def kill(run_dir: RunDir, start: dict[str, Any], *, supervisor_alive: bool, seco
     reach = reach_of(start)
     if reach is not None and not run_dir.exit.exists():
         others = [name for name, _ in start["membership"]["hosts"] if not is_local(name)]
-        kill_over_ssh(reach, others, start["id"])
+        kill_over_ssh(reach, others, start["id"], seconds=seconds)
 
 
 def command(plan: Plan, run_dir: RunDir) -> list[str]:

@@ -12,7 +12,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ GRACE_SECONDS = 3.0
 _TURN_SECONDS = 0.1
 # A guard ends its host's processes within this time, or they are ended over ssh.
 _KILL_SECONDS = 2.0
-_SSH_KILL_SECONDS = 4.0
 # The launcher's own processes end after the ranks.
 _LAUNCHER_END_SECONDS = 30.0
 _QUOTED_LINES = 8
@@ -129,10 +127,11 @@ class Supervisor:
                 return {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": self._killed_reason()}
             if self._failed_at is None:
                 self._look(now)
-            if self._failed_at is not None and now >= self._failed_at:
+            done = all(node.state == "done" for node in self._nodes)
+            if self._failed_at is not None and (done or now >= self._failed_at):
                 self._end_everywhere()
                 return self._failure_record()
-            if all(node.state == "done" for node in self._nodes):
+            if done:
                 for node in self._nodes:
                     self._tell(node, {"kind": "bye"})
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -382,20 +381,25 @@ class Supervisor:
     def _end_everywhere(self) -> None:
         """Ends all processes of the run on all hosts, and nothing else there."""
         self._ending = True
-        linked = [node for node in self._nodes if node.link is not None]
-        for node in linked:
+        now = time.monotonic()
+        told = [node for node in self._nodes if node.link is not None and now - node.heard_at < SILENCE_SECONDS]
+        for node in self._nodes:
             threading.Thread(target=self._tell, args=(node, {"kind": "kill"}), daemon=True).start()
         # Never with a signal that it can handle: the pdsh runner would end every DeepSpeed job on all hosts.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._runner.pid, signal.SIGKILL)
         self._runner.wait()
+        untold = [node.name for node in self._nodes if node not in told and node.state != "done"]
+        self._kill_over_ssh(untold, _KILL_SECONDS)
         deadline = time.monotonic() + _KILL_SECONDS
-        while any(node.link is not None for node in linked) and time.monotonic() < deadline:
+        while any(node.link is not None for node in told) and time.monotonic() < deadline:
             self._read_inbox(_TURN_SECONDS)
-        left = [node.name for node in self._nodes if node.link is not None or node not in linked]
-        if self._reach is not None and left:
-            kill_over_ssh(self._reach, left, self._membership.launch_id)
+        self._kill_over_ssh([node.name for node in told if node.link is not None], _KILL_SECONDS)
         kill_processes(self._membership.launch_id)
+
+    def _kill_over_ssh(self, hosts: Sequence[str], seconds: float) -> None:
+        if self._reach is not None:
+            kill_over_ssh(self._reach, hosts, self._membership.launch_id, seconds=seconds)
 
     def _tell(self, node: Node, message: dict[str, Any]) -> None:
         # A connection that is gone shows where messages are received.
@@ -424,13 +428,20 @@ class Supervisor:
         write_json(self._dir.hosts, {"hosts": hosts})
 
 
-def kill_over_ssh(reach: Ssh, hosts: Sequence[str], launch_id: str) -> None:
-    """Ends the processes of one launch on hosts whose guard can't be told."""
+def kill_over_ssh(reach: Ssh, hosts: Sequence[str], launch_id: str, *, seconds: float) -> None:
+    """Ends the processes of one launch on hosts whose guard can't be told.
+
+    Args:
+        seconds: the longest wait; a host that answers later does it later.
+    """
     # Whole variables are compared, so that no other job is touched; needs no Python on the host.
     script = (
         f"for i in 1 2 3; do p=$(grep -lzxF HYNB_LAUNCH_ID={launch_id} /proc/[0-9]*/environ 2>/dev/null "
         '| cut -d/ -f3); [ -z "$p" ] && exit 0; kill -9 $p 2>/dev/null; sleep 0.2; done'
     )
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        for host in hosts:
-            pool.submit(reach.run, host, ["sh", "-c", script], deadline_seconds=_SSH_KILL_SECONDS)
+    threads = [threading.Thread(target=reach.run, args=(host, ["sh", "-c", script]), daemon=True) for host in hosts]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))

@@ -122,10 +122,11 @@ class Job:
 
     def rank(self, number: int) -> Process:
         """The process of one rank."""
+        names = ("RANK", "OMPI_COMM_WORLD_RANK")
         (found,) = (
             item
             for item in self.left()
-            if "hynb.train_entry" in item.argv[:4] and item.environment.get("RANK") == str(number)
+            if "hynb.train_entry" in item.argv and str(number) in map(item.environment.get, names)
         )
         return found
 
