@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -155,16 +156,44 @@ def trained(headless) -> Path:
     return folder
 
 
-def test_setting_up_shows_the_machine_and_writes_a_hostfile_once(tmp_path):
-    code, said = run_headless("01_setup_cluster", tmp_path, {"hostfile": "my/hostfile", "slots": 3})
+def test_setting_up_shows_the_machine_checks_it_and_writes_a_hostfile_once(tmp_path):
+    slots = min(2, len(os.sched_getaffinity(0)))
+    code, said = run_headless("01_setup_cluster", tmp_path, {"hostfile": "my/hostfile", "slots": slots})
     assert code == 0, said
-    assert (tmp_path / "my" / "hostfile").read_text() == "localhost slots=3\n"
+    assert (tmp_path / "my" / "hostfile").read_text() == f"localhost slots={slots}\n"
     shown = text_of(tmp_path / "out.ipynb")
-    assert "CPU cores" in shown and "deepspeed" in shown and "localhost slots=3" in shown
+    assert "CPU cores" in shown and "deepspeed" in shown and f"localhost slots={slots}" in shown
+    assert f"all-reduce over {slots} ranks" in shown and "all is well, 1 hosts" in shown and "✓" in shown
     (tmp_path / "my" / "hostfile").write_text("other slots=8\n")
     code, said = run_headless("01_setup_cluster", tmp_path, {"hostfile": "my/hostfile"})
     assert code != 0 and "overwrite_hostfile" in said
     assert (tmp_path / "my" / "hostfile").read_text() == "other slots=8\n"
+
+
+def test_setting_up_two_hosts_fails_on_a_red_cell_and_passes_when_it_is_mended(tmp_path):
+    from hosts import PORT, two_hosts
+
+    with two_hosts(tmp_path / "hosts", shared=False) as made:
+        alpha, beta = made
+
+        def execute(**values) -> tuple[int, str, str]:
+            words = [word for key, value in values.items() for word in ("-p", key, str(value))]
+            command = [str(Path(sys.executable).with_name("papermill")), str(FOLDER / "01_setup_cluster.ipynb")]
+            done = alpha.run([*command, "out.ipynb", "-p", "port", str(PORT), *words], check=False)
+            return done.returncode, done.stderr, text_of(alpha.path(alpha.disk / "out.ipynb"))
+
+        code, said, _ = execute(hosts="alpha:1,beta:1")
+        assert code != 0 and beta.fingerprint in said and "isn't confirmed" in said
+        code, said, shown = execute(hosts="alpha:1,beta:1", accept=beta.fingerprint)
+        assert code != 0 and "beta: accepts none of our keys. Run there" in said and "✗ not yet" in shown
+        for line in re.findall(r"^  ((?:mkdir|grep|chmod) .*)$", said, re.MULTILINE)[:3]:
+            beta.run(["sh", "-c", line])
+        code, said, shown = execute(hosts="alpha:1,beta:512")
+        assert code != 0 and "ClusterError: beta: GPUs: 512 slots" in said and "sed -i" in said
+        assert "✗ 512 slots" in shown
+        code, said, shown = execute(hosts="alpha:1,beta:1")
+        assert code == 0, said
+        assert "all-reduce over 2 ranks" in shown and "alpha – beta: " in shown and "all is well, 2 hosts" in shown
 
 
 def test_headless_training_ends_with_a_picture_and_a_table(trained):

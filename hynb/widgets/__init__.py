@@ -1,9 +1,10 @@
 """Forms, live panels and pictures for notebooks; the only room that knows ipywidgets and matplotlib."""
 
 from hynb.launch import attach
+from hynb.widgets.cluster_view import check_hosts, set_up_hosts
 from hynb.widgets.costs import memory_plan, preset_costs
 from hynb.widgets.form import ConfigForm
-from hynb.widgets.machine import machine_table, versions_table, write_local_hostfile
+from hynb.widgets.machine import machine_table, versions_table
 from hynb.widgets.merge_view import ask_all, check, merge
 from hynb.widgets.panel import RunPanel
 from hynb.widgets.plan import check_data, deepspeed_plan, sample
@@ -26,6 +27,7 @@ __all__ = [
     "attach",
     "check",
     "check_data",
+    "check_hosts",
     "check_names",
     "deepspeed_plan",
     "finished",
@@ -36,9 +38,9 @@ __all__ = [
     "read_parameters",
     "runs_table",
     "sample",
+    "set_up_hosts",
     "show_result",
     "start_or_attach",
     "versions_table",
     "watch",
-    "write_local_hostfile",
 ]
