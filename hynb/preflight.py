@@ -27,7 +27,7 @@ from hynb.errors import ClusterError, ConfigError, HynbError
 from hynb.hostfile import ClusterDir, Host
 from hynb.launch import absolute_paths, rank_count
 from hynb.launch_hosts import CODE, chosen_hosts, ssh_config
-from hynb.preflight_checks import CHECKS, Cell
+from hynb.preflight_checks import CHECKS, Cell, ranks_text
 from hynb.run_dir import write_json
 from hynb.ssh import Ssh, is_local
 
@@ -100,7 +100,7 @@ class Report:
         if self.collective is None:
             return []
         found = self.collective
-        lines = [f"all-reduce over {found['ranks']} ranks: {found['bytes_per_second'] / 1e9:.3g} GB/s"]
+        lines = [f"all-reduce over {ranks_text(found['ranks'])}: {found['bytes_per_second'] / 1e9:.3g} GB/s"]
         for pair in found["pairs"]:
             names = " – ".join(self.hosts[node] for node in pair["nodes"])
             latency = pair["latency_seconds"] * 1e6
@@ -131,7 +131,7 @@ def preflight(config: Config, *, collective: bool = True, progress: Callable[[st
     listener, port, taken = _listen(here, config)
     try:
         request = _request(config, targets, here, token, port, data, ssh)
-        progress(f"asking {len(targets)} hosts")
+        progress(f"asking {', '.join(target.host.name for target in targets)}")
         with ThreadPoolExecutor(len(targets)) as pool:
             first = list(pool.map(lambda target: _ask(target, ssh, request, _deadline_seconds(data)), targets))
     finally:
@@ -148,7 +148,7 @@ def preflight(config: Config, *, collective: bool = True, progress: Callable[[st
     cells += [Cell(host=targets[0].host.name, check="data", state="bad", text=text) for text in problems]
     measured = None
     if collective and not any(cell.state == "bad" for cell in cells):
-        progress(f"all-reduce over {sum(host.slots for host in hosts)} ranks")
+        progress(f"all-reduce over {ranks_text(sum(host.slots for host in hosts))}")
         measured, found = _measure(targets, ssh, config)
         cells += found
     names = [target.host.name for target in targets]
@@ -386,9 +386,11 @@ def text(report: Report, *, colour: bool = False) -> str:
     for cell in report.bad:
         lines += ["", f"{marks['bad']} {cell.host}, {cell.check}: {cell.text}"]
         if cell.mend:
-            lines += [f"  on {cell.mend_on or 'this machine'}:", f"    {cell.mend}"]
-    verdict = "all is well" if report.ok else f"{len(report.bad)} problems"
-    return "\n".join([*lines, "", f"{verdict}, {len(report.hosts)} hosts, {report.seconds:.1f} s"]).lstrip("\n")
+            lines += [f"  {cell.where}:", f"    {cell.mend}"]
+    verdict = "all is well" if report.ok else f"{len(report.bad)} red"
+    count = len(report.hosts)
+    verdict += f", {count} host{'s' if count != 1 else ''}, {report.seconds:.1f} s"
+    return "\n".join([*lines, "", verdict]).lstrip("\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

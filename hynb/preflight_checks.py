@@ -52,6 +52,18 @@ class Cell:
     mend: str = ""
     mend_on: str = ""
 
+    @property
+    def where(self) -> str:
+        """Where its mend goes, in words before it."""
+        if self.mend.startswith("--set "):
+            return "add to the command, or choose it in the form"
+        return f"on {self.mend_on or 'this machine'}"
+
+
+def ranks_text(count: int) -> str:
+    """A number of ranks in words."""
+    return f"{count} rank{'s' if count != 1 else ''}"
+
 
 @dataclass(kw_only=True, frozen=True)
 class Known:
@@ -151,7 +163,7 @@ def compare(target: Target, known: Known) -> list[Cell]:
 def collective_cell(host: str, measured: dict[str, Any] | None, failed: str) -> Cell:
     """How the small all-reduce went on a host."""
     if measured is not None and measured["right"] and not failed:
-        return Cell(host=host, check="all-reduce", state="ok", text=f"{measured['ranks']} ranks")
+        return Cell(host=host, check="all-reduce", state="ok", text=ranks_text(measured["ranks"]))
     text = failed or ("the sum is wrong" if measured else "the first host's ranks ended without a result")
     mend = f"NCCL_DEBUG=INFO {Path(sys.executable).with_name('hynb')} preflight"
     return Cell(host=host, check="all-reduce", state="bad", text=text[:300], mend=mend)
@@ -226,7 +238,7 @@ def _gpus(target: Target, known: Known) -> Cell:
             return _cell(target, "GPUs", f"none, and {others[0]} has some", "", "nvidia-smi", there=True)
         cores = target.facts["cpu_cores"]
         problem = f"{needed} slots, and {cores} CPU cores: a rank takes one at least" if needed > cores else ""
-        return _cell(target, "GPUs", problem, f"none: {needed} ranks on {cores} CPU cores", fewer(cores))
+        return _cell(target, "GPUs", problem, f"none: {ranks_text(needed)} on {cores} CPU cores", fewer(cores))
     if needed > len(gpus):
         return _cell(target, "GPUs", f"{needed} slots, and {len(gpus)} GPUs", "", fewer(len(gpus)))
     taken = [g for g in gpus[:needed] if g.memory_bytes and 1 - g.free_bytes / g.memory_bytes > _TAKEN_SHARE]
@@ -307,8 +319,8 @@ def _rsync(target: Target, known: Known, source: str, place: str, options: Seque
 def _output_dir(target: Target, known: Known) -> Cell | None:
     if len(known.targets) == 1:
         return None
-    shared = target.facts["sees_token"]
-    return _cell(target, "output_dir", "", "shared with this host" if shared else "a folder of its own")
+    text = "shared with this host" if target.facts["sees_token"] else "a folder of its own"
+    return _cell(target, "output_dir", "", "this host's" if target.local else text)
 
 
 def _master_port(target: Target, known: Known) -> Cell | None:

@@ -163,7 +163,7 @@ def test_setting_up_shows_the_machine_checks_it_and_writes_a_hostfile_once(tmp_p
     assert (tmp_path / "my" / "hostfile").read_text() == f"localhost slots={slots}\n"
     shown = text_of(tmp_path / "out.ipynb")
     assert "CPU cores" in shown and "deepspeed" in shown and f"localhost slots={slots}" in shown
-    assert f"all-reduce over {slots} ranks" in shown and "all is well, 1 hosts" in shown and "✓" in shown
+    assert f"all-reduce over {slots} rank" in shown and "all is well, 1 host," in shown and "✓" in shown
     (tmp_path / "my" / "hostfile").write_text("other slots=8\n")
     code, said = run_headless("01_setup_cluster", tmp_path, {"hostfile": "my/hostfile"})
     assert code != 0 and "overwrite_hostfile" in said

@@ -243,16 +243,16 @@ def test_a_shared_folder_is_seen(tmp_path):
         report, red = look(made)
         assert not red
         texts = {cell["host"]: cell["text"] for cell in report["cells"] if cell["check"] == "output_dir"}
-        assert texts == dict.fromkeys(("alpha", "beta"), "shared with this host")
+        assert texts == {"alpha": "this host's", "beta": "shared with this host"}
 
 
 def test_this_machine_alone(tmp_path):
     report = preflight(Config(output_dir=str(tmp_path / "run"), num_processes=1))
     assert report.ok, text(report)
     assert report.hosts == ["localhost"] and report.seconds < 30
-    assert "all is well, 1 hosts" in text(report)
+    assert "all is well, 1 host," in text(report)
     coloured = text(preflight(Config(output_dir=str(tmp_path), num_processes=999), collective=False), colour=True)
-    assert "\x1b[31m✗" in coloured and "999 slots" in coloured and "1 problem" in coloured
+    assert "\x1b[31m✗" in coloured and "999 slots" in coloured and "1 red" in coloured
 
 
 def test_identities(tmp_path, monkeypatch):

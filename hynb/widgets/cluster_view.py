@@ -134,15 +134,14 @@ def _markup(report: Report) -> str:
     for cell in report.bad:
         mends += f'<div><b class="bad">✗ {html.escape(cell.host)}, {cell.check}</b>: {html.escape(cell.text)}'
         if cell.mend:
-            where = html.escape(cell.mend_on or "this machine")
-            mends += f'. On {where}:<pre class="hynb-pre">{html.escape(cell.mend)}</pre>'
+            mends += f'; {html.escape(cell.where)}:<pre class="hynb-pre">{html.escape(cell.mend)}</pre>'
         mends += "</div>"
     pairs = "".join(f"<div>{html.escape(line)}</div>" for line in report.pair_lines())
     return f"{table}{pairs}{mends}"
 
 
 def _problem(cell: Cell) -> str:
-    mend = f". On {cell.mend_on or 'this machine'}: `{cell.mend}`" if cell.mend else ""
+    mend = f"; {cell.where}: `{cell.mend}`" if cell.mend else ""
     return f"{cell.host}: {cell.check}: {cell.text}{mend}"
 
 
