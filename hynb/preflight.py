@@ -116,9 +116,14 @@ def preflight(config: Config, *, collective: bool = True, progress: Callable[[st
         progress: told what is being done.
 
     Raises:
-        ClusterError: a hostfile that can't be read.
+        ClusterError: a hostfile that can't be read, or a launcher whose hosts ssh doesn't reach.
     """
     began = time.monotonic()
+    if config.hostfile and config.launcher in ("no_ssh", "slurm"):
+        raise ClusterError(
+            f"launcher = {config.launcher}: its hosts are not reached over ssh, so that they can't be looked at from "
+            "here. Run `hynb preflight` on each of them without a hostfile"
+        )
     local_slots = rank_count(config) if config.hostfile is None else 0
     hosts = chosen_hosts(config) if config.hostfile else hostfile.local(local_slots)
     ssh = Ssh(config=ssh_config(config) if config.hostfile else None)

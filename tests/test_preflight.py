@@ -16,7 +16,10 @@ from tiny import tiny_data, tiny_model
 
 from hynb import host_facts
 from hynb.config import Config
-from hynb.preflight import preflight, text
+from hynb.hostfile import Host
+from hynb.preflight import Target, preflight, text
+from hynb.preflight_checks import Known, compare
+from hynb.ssh import Ssh
 
 FOLDER = "cluster"
 
@@ -215,6 +218,16 @@ def test_software_clock_slots_disk_port_and_interface(hosts):
     green(hosts, *words.split())
 
 
+def test_mpi_needs_logins_between_all_hosts(hosts):
+    green(hosts)
+    report, red = look(hosts, "--set", "launcher=openmpi")
+    assert ("beta", "hosts' logins") in red, "beta has no key of its own yet"
+    mend(hosts, {"cells": [cell for cell in report["cells"] if cell["host"] == "beta"]})
+    green(hosts, "--set", "launcher=openmpi")
+    refused = hosts.alpha.hynb("preflight", "--config", "run.yaml", "--set", "launcher=no_ssh")
+    assert refused.returncode == 2 and "launcher = no_ssh: its hosts are not reached over ssh" in refused.stderr
+
+
 def test_a_host_that_hangs_or_is_cut_off_ends_in_time(hosts):
     began = time.monotonic()
     hosts.beta.freeze()
@@ -266,3 +279,71 @@ def test_identities(tmp_path, monkeypatch):
         file.write(b"x")
     assert sampled != whole and host_facts.file_identity(path) != sampled
     assert host_facts.file_identity(tmp_path / "none") is None and host_facts.folder_hash(tmp_path) is None
+
+
+def facts(gpus: str, **changes) -> dict:
+    """What a host with GPUs tells, as far as the checks of GPUs look at it."""
+    disk = {"total": 10**12, "free": 10**12, "writable": True, "place": "/"}
+    told = {"python": "3.11.7", "versions": {"torch": "2.13.0"}, "cuda": {"cuda": "12.8", "nccl": "2.27.3"}}
+    told |= {"gpus": gpus, "cuda_visible_devices": None, "cpu_cores": 64, "shm": disk, "output_disk": disk}
+    told |= {"memory_bytes": 10**12, "memory_free_bytes": 10**12, "cache_disk": disk, "code": "x", "data": {}}
+    told |= {"sees_token": False, "interfaces": {}, "route": {}, "connects": {}, "logins": {}, "time": time.time()}
+    return told | changes
+
+
+ROW = "{}, GPU-{}, NVIDIA H20, 97871, {}, {}\n"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "check", "says", "mend"),
+    [
+        (ROW.format(0, 0, 97000, "550") + ROW.format(1, 1, 97000, "550"), {}, "", "", ""),
+        (
+            ROW.format(0, 0, 97000, "550"),
+            {},
+            "GPUs",
+            "2 slots, and 1 GPUs",
+            "sed -i 's/^b slots=.*/b slots=1/' hosts",
+        ),
+        ("", {}, "GPUs", "none, and a has some", "nvidia-smi"),
+        (
+            ROW.format(0, 0, 97000, "550") + ROW.format(1, 1, 50000, "550"),
+            {},
+            "GPUs",
+            "GPU 1: 50 of 103 GB",
+            "nvidia-smi",
+        ),
+        (
+            ROW.format(0, 0, 97000, "535") + ROW.format(1, 1, 97000, "535"),
+            {},
+            *("versions", "driver 535, and 550 here", "apt-get install --only-upgrade 'nvidia-driver-*'"),
+        ),
+        (
+            ROW.format(0, 0, 97000, "550") + ROW.format(1, 1, 97000, "550"),
+            {"cuda": {"cuda": "12.6", "nccl": "2.27.3"}},
+            *("versions", "cuda 12.6, and 12.8 here", "install"),
+        ),
+        (
+            ROW.format(0, 0, 97000, "550") + ROW.format(1, 1, 97000, "550"),
+            {"shm": {"total": 64e6, "free": 64e6, "writable": True, "place": "/"}},
+            *("shared memory", "/dev/shm: 64 MB free, 512 MB needed", "mount -o remount,size=8G /dev/shm"),
+        ),
+    ],
+)
+def test_gpus_are_compared_by_what_hosts_tell(gpus, changes, check, says, mend):
+    good = ROW.format(0, 0, 97000, "550") + ROW.format(1, 1, 97000, "550")
+    targets = [
+        Target(host=Host(name=name, slots=2), local=name == "a", address="", port=22, facts=told)
+        for name, told in (("a", facts(good)), ("b", facts(gpus, **changes)))
+    ]
+    for target in targets:
+        target.asked = target.answered = target.facts["time"]
+    config = Config(hostfile="hosts", use_lora=True)
+    known = Known(
+        config=config, targets=targets, reference=targets[0].facts, ssh=Ssh(), port=1, port_taken="", data=[]
+    )
+    assert not [cell for cell in compare(targets[0], known) if cell.state == "bad"]
+    red = [cell for cell in compare(targets[1], known) if cell.state == "bad"]
+    assert [cell.check for cell in red] == ([check] if check else [])
+    for cell in red:
+        assert says in cell.text and mend in cell.mend
