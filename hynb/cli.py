@@ -141,11 +141,14 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from hynb import launch_hosts
     from hynb.launch import absolute_paths, command_text
     from hynb.run_checks import check_run
 
     config = absolute_paths(read_config(args.config, args.set))
     check_run(config)
+    if launch_hosts.over_hosts(config):
+        launch_hosts.make_plan(config)
     print("all is well; this would run:")
     print(command_text(config))
     return 0

@@ -96,6 +96,8 @@ class Run:
             deadline = time.monotonic() + 60
             while launcher.alive() and time.monotonic() < deadline:
                 time.sleep(0.1)
+            # Of several hosts the supervisor knows best why the run ended, and says it last.
+            last = self.status()
         if check and last.state == "failed":
             raise RunFailedError(f"{self.output_dir}: {last}\nThe end of its log:\n{reader.log_tail()}")
         return last
@@ -246,13 +248,15 @@ def command_text(config: Config) -> str:
     """The command in one line, with `deepspeed` by its short name.
 
     Raises:
-        ClusterError: what keeps a run over several hosts from starting, with the host.
+        ClusterError: the hostfile or a filter is wrong, or a host's name is unknown here.
     """
     run_dir = RunDir(config.output_dir)
     if launch_hosts.over_hosts(config):
-        command = launch_hosts.command(launch_hosts.make_plan(config), run_dir)
+        command = launch_hosts.preview(config, run_dir)
     else:
         command = deepspeed_command(config, run_dir)
+    if "deepspeed.launcher.runner" not in command:
+        return shlex.join(command)
     return shlex.join(["deepspeed", *command[3:]])
 
 

@@ -117,15 +117,30 @@ def make_plan(config: Config) -> Plan:
         problems += _unready_hosts(reach, others)
     if problems:
         raise ClusterError(problems)
+    return _plan(config, hosts, here, reach)
+
+
+def preview(config: Config, run_dir: RunDir) -> list[str]:
+    """The command of a run over several hosts, without asking any of them.
+
+    Raises:
+        ClusterError: the hostfile or a filter is wrong, or a host's name or the network is unknown here.
+    """
+    hosts = chosen_hosts(config)
+    here = 0 if is_local(hosts[0].name) else None
+    reach = None if config.launcher in ("no_ssh", "slurm") else Ssh(config=ssh_config(config))
+    return command(_plan(config, hosts, here, reach), run_dir)
+
+
+def _plan(config: Config, hosts: Sequence[Host], here: int | None, reach: Ssh | None) -> Plan:
     address = _own_address(config, hosts, here, reach)
-    master_address = address if here == 0 else _address_of(hosts[0].name, reach)
     return Plan(
         launcher=config.launcher,
         hosts=tuple(hosts),
         here=here,
         reach=reach,
         address=address,
-        master_address=master_address,
+        master_address=address if here == 0 else _address_of(hosts[0].name, reach),
         master_port=config.master_port or _free_port(address),
     )
 
@@ -238,7 +253,7 @@ def kill(run_dir: RunDir, start: dict[str, Any], *, supervisor_alive: bool, seco
 def command(plan: Plan, run_dir: RunDir) -> list[str]:
     """The command that starts the ranks on all hosts, as a person could type it."""
     if plan.launcher == "no_ssh":
-        return _node_command(plan, run_dir, plan.here)
+        return _node_command(plan, run_dir, plan.here or 0)
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(run_dir.hostfile)]
     words += ["--launcher", plan.launcher, "--force_multi", "--no_ssh_check"]
     words += ["--master_addr", plan.master_address, "--master_port", str(plan.master_port)]
@@ -372,6 +387,8 @@ def _own_address(config: Config, hosts: Sequence[Host], here: int | None, reach:
         if found is None:
             names = ", ".join(sorted(psutil.net_if_addrs()))
             raise ClusterError(f"network_interface = {name}: this machine has none of that name; it has {names}")
+        if any(item.address.startswith("127.") for item in found):
+            raise ClusterError(f"network_interface = {name}: no other host reaches this machine by its loopback")
         for family in (socket.AF_INET, socket.AF_INET6):
             for item in found:
                 if item.family == family and not item.address.startswith("fe80"):

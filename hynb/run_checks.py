@@ -72,6 +72,7 @@ def clear_run_folder(config: Config) -> None:
         for item in run_dir.run_files():
             shutil.rmtree(item) if item.is_dir() else item.unlink()
     ends = [run_dir.stop_request, run_dir.exit, run_dir.status, run_dir.heartbeat, run_dir.launch]
+    ends += [run_dir.kill_request, run_dir.hosts, run_dir.paste]
     for item in [*ends, *run_dir.log.glob("failure_rank*.json")]:
         item.unlink(missing_ok=True)
     shutil.rmtree(run_dir.saving, ignore_errors=True)

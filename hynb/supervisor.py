@@ -125,6 +125,14 @@ class Supervisor:
             if self._dir.kill_request.exists():
                 self._end_everywhere()
                 return {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": self._killed_reason()}
+            waiting = any(node.state == "waiting" for node in self._nodes)
+            if waiting and self._dir.stop_request.exists():
+                self._end_everywhere()
+                return {
+                    "state": "stopped",
+                    "exit_code": 0,
+                    "reason": "stopped on request before all hosts had joined",
+                }
             if self._failed_at is None:
                 self._look(now)
             done = all(node.state == "done" for node in self._nodes)

@@ -230,6 +230,9 @@ class TestHost:
 
     def thaw(self) -> None:
         """Lets them go on."""
+        if self._sshd is not None:
+            # nsenter has stopped itself when it saw its child stopped.
+            self._sshd.send_signal(signal.SIGCONT)
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)

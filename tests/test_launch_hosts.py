@@ -236,12 +236,17 @@ def test_each_failure_ends_the_run_everywhere_and_no_other_job(apart):
     assert "killed on request; there is no checkpoint" in said.stdout
     assert {process.pid for process in beside.left()} == theirs
 
-    lost = Job(apart, "lost")
-    lost.launch()
+    lost = Job(apart, "killed")
+    refused = lost.launch(check=False)
+    assert refused.returncode == 2 and "holds an earlier run (stopped)" in refused.stderr
+    old = apart.beta.path(lost.folder) / "checkpoint-7"
+    old.mkdir()
+    lost.launch(overwrite_output_dir=True)
     lost.until_trains()
     os.kill(lost.rank(1).pid, signal.SIGKILL)
     took = lost.until_ended(END_SECONDS)
     print(f"a killed rank: {took:.1f} s")
+    assert not old.exists(), "overwritten on each host"
     status = lost.status()
     assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
     assert "rank 1 on beta ended without a word" in status["reason"]
@@ -294,6 +299,7 @@ def test_hosts_that_cannot_take_part_are_named(apart):
         ({"launcher": "mpich"}, "install mpich"),
         ({"launcher": "slurm"}, "the program srun is not on this machine"),
         ({"network_interface": "eth7"}, "this machine has none of that name; it has cable, lo"),
+        ({"network_interface": "lo"}, "no other host reaches this machine by its loopback"),
         ({"include": "beta@alpha", "exclude": "beta"}, "include and exclude are both given"),
     ):
         refused = job.launch(check=False, **values)

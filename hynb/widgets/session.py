@@ -120,6 +120,8 @@ def start_or_attach(config: Config) -> Run:
         run = launch(config)
         _started[folder] = config
         print(f"started in {path_text(folder)}: closing this notebook leaves it running")
+        if lines := run.paste_lines():
+            print(f"paste on the other hosts, of which each joins then:\n{lines}", end="")
         return run
     saved = Run(folder).dir.config
     if status.live and saved.is_file() and (different := _differences(config, load_yaml(saved))):
