@@ -176,11 +176,11 @@ def _delegate(args: argparse.Namespace) -> int:
 
 def _follow(run: Any) -> int:
     """Prints a line a log step until the run ends."""
-    shown_state = ""
+    shown = ("", "")
     for status, events in run.follow():
-        if status.state != shown_state and status.live:
+        if (status.state, status.reason) != shown and status.live:
             print(status, flush=True)
-            shown_state = status.state
+            shown = (status.state, status.reason)
         for event in events:
             if event["kind"] == "log":
                 print(progress_line(event, status.max_steps), flush=True)

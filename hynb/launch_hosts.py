@@ -35,7 +35,7 @@ from hynb.supervisor import Supervisor, kill_over_ssh
 # The folder that holds the package: it is at the same path on every host, and the ranks begin there.
 CODE = Path(__file__).resolve().parents[1]
 # What the launching process has of these goes to the ranks of all hosts, as it would on one.
-_FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "HF_", "CUDA_HOME", "DS_SKIP", "OMP_NUM_THREADS")
+_FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "HF_HOME", "CUDA_HOME", "DS_SKIP", "OMP_NUM_THREADS")
 _SECRET_BYTES = 32
 _SSH_SECONDS = 20.0
 _PROGRAMS = {
@@ -188,7 +188,8 @@ def prepare(
         # Where rank 0 is, the supervisor knows when it has joined.
         variables["MASTER_PORT"] = str(plan.master_port)
     exported = {name: value for name, value in variables.items() if name != "HYNB_SECRET"}
-    replace_text(run_dir.deepspeed_env, "".join(f"{name}={value}\n" for name, value in exported.items()))
+    # For its owner alone, as the user's own variables may be.
+    _write_secret(run_dir.deepspeed_env, "".join(f"{name}={value}\n" for name, value in exported.items()))
     if plan.launcher == "no_ssh":
         pasted = variables | {"HYNB_SECRET": secret}
         pasted.pop("HYNB_SECRET_FILE")
@@ -199,7 +200,6 @@ def prepare(
         "membership": described,
         "argv": command(plan, run_dir),
         "cwd": str(CODE),
-        "environment": exported,
         "needs_secret": secret_file is None,
         "launcher_environment": _launcher_environment(plan, run_dir),
         "ssh": None if plan.reach is None else str(plan.reach.config or ""),
@@ -214,7 +214,7 @@ def supervise(run_dir: RunDir, start: dict[str, Any]) -> dict[str, Any]:
     described = start["membership"]
     hosts = tuple((name, ranks) for name, ranks in described["hosts"])
     membership = Membership(**(described | {"hosts": hosts, "run_folder": run_dir.path, "secret": secret}))
-    environment = os.environ | start["environment"] | start["launcher_environment"]
+    environment = os.environ | _read_environment(run_dir.deepspeed_env) | start["launcher_environment"]
     if start["needs_secret"]:
         environment["HYNB_SECRET"] = secret
     return Supervisor(

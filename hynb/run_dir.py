@@ -248,7 +248,9 @@ class RunReader:
                 leader = self.dir.led_from.read_text().strip()
                 reason = f"{self.dir.path} is this host's part of a run that is led from {leader}: look there"
             return RunStatus(state="absent", reason=reason)
-        record = record or {"state": "starting", "reason": self._waiting_for()}
+        record = record or {"state": "starting"}
+        if record["state"] == "starting" and not record.get("reason"):
+            record = record | {"reason": self._joining()}
         known = {
             "global_step": max(record.get("global_step") or 0, self._heartbeat_step()),
             "max_steps": record.get("max_steps"),
@@ -296,9 +298,12 @@ class RunReader:
         who = f"rank {', '.join(map(str, sorted(silent)))}" if silent else "another rank"
         return f"{who} ended without a word (killed, or out of memory), and the others lost their connection to it"
 
-    def _waiting_for(self) -> str:
-        hosts = (read_json(self.dir.hosts) or {}).get("hosts", [])
-        waiting = [host["name"] for host in hosts if host["state"] == "waiting"]
+    def _joining(self) -> str:
+        """How far the hosts of a run over several have come; empty for other runs."""
+        known = read_json(self.dir.hosts) or {}
+        if folder := known.get("output_dir"):
+            return f"all hosts have joined; output_dir is {folder}"
+        waiting = [host["name"] for host in known.get("hosts", []) if host["state"] == "waiting"]
         if not waiting:
             return ""
         lines = f"; the lines to paste there are in {self.dir.paste}" if self.dir.paste.exists() else ""

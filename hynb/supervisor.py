@@ -97,6 +97,7 @@ class Supervisor:
         self._meeting: set[int] = set()
         self._met: set[int] = set()
         self._ending = False
+        self._folder_text = ""
         self._gone_at: float | None = None
         self._met_deadline: float | None = None
         self._log_start = self._dir.launcher_log.stat().st_size
@@ -306,8 +307,9 @@ class Supervisor:
                 apart[0],
             )
         else:
-            text = "one folder, shared by all hosts" if shared else "a folder of its own on each host"
-            print(f"hynb: output_dir = {folder}: {text}", flush=True)
+            self._folder_text = "one folder, shared by all hosts" if shared else "a folder of its own on each host"
+            print(f"hynb: output_dir = {folder}: {self._folder_text}", flush=True)
+            self._write_hosts()
             master = self._nodes[0].link.peer_address
             go = {
                 "kind": "go",
@@ -394,9 +396,9 @@ class Supervisor:
         for node in self._nodes:
             threading.Thread(target=self._tell, args=(node, {"kind": "kill"}), daemon=True).start()
         # Never with a signal that it can handle: the pdsh runner would end every DeepSpeed job on all hosts.
-        with contextlib.suppress(ProcessLookupError):
+        if self._runner.poll() is None:
             os.killpg(self._runner.pid, signal.SIGKILL)
-        self._runner.wait()
+            self._runner.wait()
         untold = [node.name for node in self._nodes if node not in told and node.state != "done"]
         self._kill_over_ssh(untold, _KILL_SECONDS)
         deadline = time.monotonic() + _KILL_SECONDS
@@ -433,7 +435,7 @@ class Supervisor:
 
     def _write_hosts(self) -> None:
         hosts = [{"name": node.name, "ranks": list(node.ranks), "state": node.state} for node in self._nodes]
-        write_json(self._dir.hosts, {"hosts": hosts})
+        write_json(self._dir.hosts, {"hosts": hosts, "output_dir": self._folder_text})
 
 
 def kill_over_ssh(reach: Ssh, hosts: Sequence[str], launch_id: str, *, seconds: float) -> None:

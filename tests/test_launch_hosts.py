@@ -65,17 +65,15 @@ class Job:
         }
         return Config(**(given | values))
 
-    def cli(self, *words: str, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess:
         """The `hynb` command on alpha."""
         command = [sys.executable, "-m", "hynb.cli", *map(str, words)]
-        return self.hosts.alpha.run(command, check=check, env=env, timeout=120)
+        return self.hosts.alpha.run(command, check=check, timeout=120)
 
-    def launch(
-        self, *, check: bool = True, env: dict[str, str] | None = None, **values
-    ) -> subprocess.CompletedProcess:
+    def launch(self, *words: str, check: bool = True, **values) -> subprocess.CompletedProcess:
         file = self.hosts.alpha.disk / f"{self.name}.yaml"
         self.hosts.alpha.path(file).write_text(to_yaml(self.config(**values)))
-        return self.cli("launch", "--config", file, check=check, env=env)
+        return self.cli("launch", "--config", file, *words, check=check)
 
     def losses(self) -> dict[int, float]:
         events = RunReader(self.dir.path).events()
@@ -200,8 +198,10 @@ def test_losses_equal_those_of_one_host_through_a_stop_and_a_resume(place, stage
         assert len(parts) == (2 if shared else 1), f"{host.name}: {parts}"
         for name in ("model.safetensors", "trainer_state.json", "hynb_checkpoint.json", "tokenizer.json"):
             assert (checkpoint / name).is_file(), f"{host.name}: {name}"
-    job.launch(deepspeed=STAGES[stage], max_steps=STEPS[stage], resume_from_checkpoint="last")
-    job.until(job.dir.exit.exists, 120)
+    resumed = {"max_steps": STEPS[stage], "resume_from_checkpoint": "last"}
+    followed = job.launch("--follow", deepspeed=STAGES[stage], **resumed)
+    assert f"starting: all hosts have joined; output_dir is {says}" in followed.stdout
+    assert "waiting for" in followed.stdout and f"step {STEPS[stage]}/{STEPS[stage]}" in followed.stdout
     job.until_ended(KILL_SECONDS)
     assert job.status()["state"] == "finished", job.status()
     assert job.losses() == pytest.approx(one_host_losses(stage), abs=1e-5)
@@ -321,6 +321,12 @@ def test_hosts_that_cannot_take_part_are_named(apart):
     assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
     assert "there is no such folder" in status["reason"]
 
+    # Alpha only launches, and sees nothing of what beta writes.
+    job = Job(apart, "elsewhere")
+    job.launch(include="beta")
+    job.until_ended(60)
+    assert "launch on beta, or put output_dir on a shared disk" in job.status()["reason"]
+
     job = Job(apart, "absent")
     job.launch(start_timeout_seconds=5)
     beta.freeze()
@@ -359,6 +365,15 @@ def test_lines_pasted_by_hand(together):
     job.launch(launcher="no_ssh", start_timeout_seconds=5)
     job.until_ended(5 + END_SECONDS)
     assert job.status()["host"] == "beta" and "was its line pasted there" in job.status()["reason"]
+
+
+def test_a_host_that_only_launches(together):
+    job = Job(together, "launched from outside")
+    followed = job.launch("--follow", include="beta", max_steps=3)
+    assert "finished, step 3 of 3" in followed.stdout
+    manifest = json.loads(job.dir.manifest.read_text())
+    assert manifest["hosts"] == ["beta"] and manifest["world_size"] == 1
+    job.until_ended(KILL_SECONDS)
 
 
 def test_open_mpi_starts_the_ranks(together):
