@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tiny import tiny_data, tiny_model
 from hynb import host_link
 from hynb.config import Config
 from hynb.config_io import to_yaml
-from hynb.launch import LAUNCH_VARIABLE
+from hynb.node_guard import LAUNCH_VARIABLE, Membership
 from hynb.run_dir import RunDir, RunReader
 
 STAGES = {"ZeRO-2": "ds_zero2_no_offload", "ZeRO-3": "ds_zero3_no_offload"}
@@ -415,3 +416,26 @@ def test_a_link_opens_only_between_ends_that_know_the_secret():
             thread.join()
     assert said[0]["text"] == "ä" * 100_000
     assert "does not know the secret" in said[1]
+
+
+def test_a_host_that_cannot_reach_the_supervisor_says_so(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    membership = Membership(
+        launch_id=uuid.uuid4().hex,
+        run_folder=tmp_path / "run",
+        supervisor_host="alpha",
+        address="127.0.0.1",
+        port=port,
+        hosts=(("beta", 1),),
+        secret="known to nobody",
+        start_seconds=1,
+    )
+    code = "from hynb.node_guard import Membership, join; join(Membership.from_environment(), 0)"
+    environment = os.environ | membership.variables(secret_file=None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert done.returncode == 1
+    said = RunDir(membership.run_folder).rank_log(0).read_text()
+    assert (
+        f"beta: the launching host alpha can't be reached from here at 127.0.0.1:{port}: Connection refused" in said
+    )
