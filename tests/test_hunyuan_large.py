@@ -48,6 +48,7 @@ VARIANTS = {
     "dense": {"num_experts": 1},
     "top-3": {"moe_topk": 3},
     "lists for each layer": {"moe_topk": [1, 2, 3, 1], "num_shared_expert": [1, 2, 1, 3]},
+    "experts in a list": {"num_experts": [4, 2, 1, 5], "moe_topk": [1, 2, 1, 3]},
     "biases": {"attention_bias": True},
     "no q/k norm, no CLA": {"use_qk_norm": False, "use_cla": False},
 }
@@ -244,6 +245,7 @@ def test_a_save_reads_back_bit_for_bit(variant, tmp_path):
     for key, value in config.items():
         assert written[key] == value, key
     assert written["model_type"] == "hunyuan"
+    assert written["architectures"] == ["HunYuanForCausalLM"] and written["torch_dtype"] == "float32"
     again.save_pretrained(tmp_path / "c", max_shard_size="20KB")
     assert len(list((tmp_path / "c").glob("*.safetensors"))) > 2
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "c").state_dict()

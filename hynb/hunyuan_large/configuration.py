@@ -35,8 +35,16 @@ class HunYuanLargeConfig(HunYuanMoEV1Config):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The original's keys: transformers' `rope_parameters` alone would be read as plain RoPE elsewhere."""
+        """The original's keys: transformers' `rope_parameters` alone would be read as plain RoPE elsewhere.
+
+        Software before transformers 5 reads the dtype from `torch_dtype`, and vLLM finds the model by the class that
+        `architectures` names.
+        """
         written = super().to_dict()
+        if written.get("architectures"):
+            written["architectures"] = [name.replace("HunYuanLarge", "HunYuan") for name in written["architectures"]]
+        if written.get("dtype") is not None:
+            written["torch_dtype"] = written["dtype"]
         rope = dict(self.rope_parameters or {})
         written["rope_theta"] = rope.pop("rope_theta", 10000.0)
         kind = rope.pop("rope_type", "default")

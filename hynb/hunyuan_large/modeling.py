@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -122,7 +123,11 @@ class HunYuanLargeMoE(nn.Module):
     def __init__(self, config: HunYuanLargeConfig, layer_idx: int) -> None:
         super().__init__()
         self.gate = HunYuanLargeGate(config, layer_idx)
-        self.experts = v1.HunYuanMoEV1Experts(config)
+        of_layer = copy.copy(config)
+        of_layer.num_experts = self.gate.num_experts
+        self.experts = v1.HunYuanMoEV1Experts(of_layer)
+        # The model's own again, in which transformers changes how experts are computed.
+        self.experts.config = config
         self.shared_mlp = None
         if config.use_mixed_mlp_moe:
             width = config.intermediate_size * config.of_layer("num_shared_expert", layer_idx)
