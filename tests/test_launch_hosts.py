@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -338,6 +339,20 @@ def test_hosts_that_cannot_take_part_are_named(apart):
     assert "did not join within start_timeout_seconds = 5" in status["reason"]
     assert "beta: no answer within 8 s" in status["reason"]
     job.until(lambda: not job.left(), 25)
+
+
+def test_ranks_that_do_not_meet_end_the_run(apart):
+    job = Job(apart, "not met")
+    job.launch(start_timeout_seconds=10)
+    notes = Path(tempfile.gettempdir()) / f"hynb-{job.launch_id()}-1"
+    job.until((notes / "rank1.meeting").exists, 60)
+    # As if its packets to the master port were dropped.
+    os.kill(job.rank(1).pid, signal.SIGSTOP)
+    job.until_ended(10 + END_SECONDS)
+    status = job.status()
+    assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
+    assert "did not meet within start_timeout_seconds = 10" in status["reason"]
+    assert not notes.exists()
 
 
 def test_lines_pasted_by_hand(together):
