@@ -81,6 +81,22 @@ def read(path: str | Path) -> list[Host]:
     return parse(text, source=str(path))
 
 
+def named(text: str) -> list[Host]:
+    """The hosts that a person names: a hostfile's path, or `ip:8,ip:8` itself.
+
+    Raises:
+        ClusterError: the file can't be read, or a word or line is wrong.
+    """
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):
+        # A long list of hosts is longer than a file's name may be.
+        is_file = False
+    if is_file or ("/" in text and "," not in text and "=" not in text):
+        return read(text)
+    return parse(text, source="hosts")
+
+
 def to_text(hosts: Sequence[Host]) -> str:
     """The lines that DeepSpeed reads, and `parse` reads back."""
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)

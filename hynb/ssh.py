@@ -63,15 +63,21 @@ class Ssh:
             deadline_seconds: after this the connection is ended; what it had begun there may go on.
             input: text for the command's standard input; None for none.
         """
-        process = subprocess.Popen(
-            self.command(host, argv),
-            stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        command = self.command(host, argv)
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except OSError as error:
+            missing = f"{host}: {command[0]} can't be run on this machine: {error.strerror}"
+            missing += ". Install it: `apt-get install openssh-client`" if command[0] == "ssh" else ""
+            return Answer(code=None, out="", err="", problem=missing)
         try:
             out, err = process.communicate(input, timeout=deadline_seconds)
         except subprocess.TimeoutExpired:
@@ -86,14 +92,18 @@ class Ssh:
             process.wait()
             raise
         # 255 is ssh's own code; a command that ends with it has written nothing of ssh's.
-        problem = self._cause(host, err) if process.returncode == 255 and not is_local(host) else ""
+        problem = self.cause(host, err) if process.returncode == 255 and not is_local(host) else ""
         return Answer(code=None if problem else process.returncode, out=out, err=err, problem=problem)
 
     def settings(self, host: str) -> dict[str, list[str]]:
         """What ssh makes of a host's name: hostname, port, user, identityfile, userknownhostsfile and more."""
         chosen = ["-F", str(self.config)] if self.config else []
-        asked = subprocess.run(["ssh", *chosen, "-G", "--", host], capture_output=True, text=True, check=False)
         found: dict[str, list[str]] = {}
+        try:
+            asked = subprocess.run(["ssh", *chosen, "-G", "--", host], capture_output=True, text=True, check=False)
+        except OSError:
+            # Said by the first command that needs it.
+            return found
         for line in asked.stdout.splitlines():
             name, _, value = line.partition(" ")
             found.setdefault(name, []).append(value)
@@ -108,7 +118,7 @@ class Ssh:
         """The command that a person types to try a host."""
         return shlex.join(["ssh", *(["-F", str(self.config)] if self.config else []), host, "true"])
 
-    def _cause(self, host: str, err: str) -> str:
+    def cause(self, host: str, err: str) -> str:
         """ssh's own words in ours, with what to do."""
         name, port = self.address(host)
         said = [line.strip() for line in err.splitlines() if line.strip()]
@@ -117,12 +127,16 @@ class Ssh:
             if re.search(pattern, err, re.IGNORECASE):
                 known = shlex.quote(self._known_hosts(host))
                 words = {"host": host, "name": name, "port": port, "known": known, "place": known_name(name, port)}
+                words["said"] = next((line for line in said if "bad permissions" in line), last)
+                words["sshd"] = sshd_line(port)
                 words["folder"] = f" --folder {shlex.quote(str(self.config.parent))}" if self.config else ""
                 return f"{host}: " + text.format(**words)
         return f"{host}: ssh failed: {last}. Try `{self.shown(host)}`"
 
     def _known_hosts(self, host: str) -> str:
-        return self.settings(host).get("userknownhostsfile", ["~/.ssh/known_hosts"])[0].split()[0]
+        files = self.settings(host).get("userknownhostsfile", ["~/.ssh/known_hosts"])[0]
+        # Several are separated by spaces, which one may hold, too.
+        return files if Path(files).is_file() else files.split()[0]
 
 
 # In this order: a changed key also ends in `verification failed`.
@@ -137,6 +151,11 @@ _CAUSES = (
         "Host key verification failed|host key is known",
         "its host key isn't known here. Look at its fingerprint and keep it: `hynb hosts trust {host}{folder}`",
     ),
+    # Before the next: a key that is passed over isn't accepted either.
+    (
+        "bad permissions|UNPROTECTED PRIVATE KEY",
+        "ssh refuses the private key because others can read it: `chmod 600` the key file that it names ({said})",
+    ),
     (
         "Permission denied|Too many authentication failures",
         "accepts none of our keys. Install ours there: `hynb hosts install-key {host}{folder}`, or paste the line "
@@ -144,8 +163,7 @@ _CAUSES = (
     ),
     (
         "Connection refused",
-        "nothing listens on port {port} of {name}. Start sshd there: `/usr/sbin/sshd -p {port}`, or correct the port "
-        "in the ssh_config",
+        "nothing listens on port {port} of {name}. Start sshd there: `{sshd}`, or correct the port in the ssh_config",
     ),
     (
         "timed out|No route to host|Network is unreachable",
@@ -156,16 +174,17 @@ _CAUSES = (
         "Could not resolve|Name or service not known|Temporary failure in name resolution",
         "the name {name} can't be resolved here: add its address to /etc/hosts, or list the address itself",
     ),
-    (
-        "bad permissions|UNPROTECTED PRIVATE KEY",
-        "ssh refuses the private key because others can read it: `chmod 600` the key file that it names",
-    ),
 )
 
 
 def known_name(name: str, port: int) -> str:
     """A host as known_hosts files write it."""
     return name if port == 22 else f"[{name}]:{port}"
+
+
+def sshd_line(port: int) -> str:
+    """What a person types on a host to start sshd, also in a container that never had one."""
+    return f"ssh-keygen -A && mkdir -p /run/sshd && /usr/sbin/sshd -p {port}"
 
 
 def is_local(host: str) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import getpass
-import os
 import shlex
 import subprocess
 import sys
-import tempfile
-import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,31 +18,17 @@ from hynb.errors import ClusterError
 from hynb.hostfile import ClusterDir, Host
 from hynb.run_dir import replace_text
 from hynb.ssh import Ssh, is_local, known_name
+from hynb.ssh_key import AUTHORIZE, Key, find_or_make_key, install_key, lines_for
 
 DEFAULT_FOLDER = "runs/cluster"
-_HEADER = "# Written by `hynb hosts setup`, which replaces it; keep your own settings in ~/.ssh/config.\n"
+_HEADER = "# Written by `hynb hosts setup`, which replaces it; ~/.ssh/config isn't read beside it.\n"
 _EXCHANGED = "# Written by `hynb hosts exchange`, which replaces it.\n"
-_KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 _SCAN_SECONDS = 6
 _LOGIN_SECONDS = 15.0
-# Adds each line of the standard input to authorized_keys, unless it is there.
-_AUTHORIZE = """umask 077; mkdir -p ~/.ssh && cd ~/.ssh || exit 3
-touch authorized_keys && chmod 600 authorized_keys || exit 3
-[ -z "$(tail -c 1 authorized_keys)" ] || echo >> authorized_keys
-while IFS= read -r line; do grep -qxF -- "$line" authorized_keys || printf '%s\\n' "$line" >> authorized_keys; done"""
 # Prints this host's own public key, made where there is none.
 _OWN_KEY = """umask 077; mkdir -p ~/.ssh
 for name in id_ed25519 id_ecdsa id_rsa; do [ -f ~/.ssh/$name.pub ] && exec cat ~/.ssh/$name.pub; done
 ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519 </dev/null && cat ~/.ssh/id_ed25519.pub"""
-
-
-@dataclass(kw_only=True, frozen=True)
-class Key:
-    """A key pair of this machine's; made says whether it is new."""
-
-    path: Path
-    public: str
-    made: bool
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -103,6 +86,10 @@ def setup(
         ClusterError: a key that can't be used, files of another's in the folder.
     """
     cluster = ClusterDir(folder)
+    try:
+        cluster.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(f"folder = {folder}: can't be made: {error.strerror}") from None
     own = find_or_make_key(key)
     write_settings(cluster, hosts, port=port, user=user, key=own)
     states = []
@@ -111,33 +98,6 @@ def setup(
         on_host(state)
         states.append(state)
     return states
-
-
-def find_or_make_key(path: str | Path | None = None) -> Key:
-    """The key that hosts are to accept: the one named, the user's own, or a new Ed25519 key without passphrase.
-
-    Raises:
-        ClusterError: the key has a passphrase or can be read by others, or none can be made.
-    """
-    home = Path.home() / ".ssh"
-    candidates = [Path(path).expanduser()] if path else [home / name for name in _KEY_NAMES]
-    found = next((item for item in candidates if item.is_file()), None)
-    made = found is None
-    if found is None:
-        found = candidates[0]
-        found.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _checked(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(found)], f"{found}: no key can be made")
-    if found.stat().st_mode & 0o077:
-        raise ClusterError(f"{found}: others can read this private key, so that ssh refuses it: `chmod 600 {found}`")
-    asked = subprocess.run(
-        ["ssh-keygen", "-y", "-P", "", "-f", str(found)], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if asked.returncode:
-        raise ClusterError(
-            f"{found}: this key has a passphrase, which nobody can type for a job, or is no private key "
-            f"({asked.stderr.strip().splitlines()[-1]}). Name another with --key; a path that doesn't exist makes one"
-        )
-    return Key(path=found, public=asked.stdout.strip(), made=made)
 
 
 def write_settings(cluster: ClusterDir, hosts: Sequence[Host], *, port: int, user: str | None, key: Key) -> None:
@@ -155,12 +115,38 @@ def write_settings(cluster: ClusterDir, hosts: Sequence[Host], *, port: int, use
         lines = [f"Host {host.name}", f"HostName {host.name}", f"Port {port}", *([f"User {user}"] if user else [])]
         lines += [f'IdentityFile "{key.path.absolute()}"', f'UserKnownHostsFile "{cluster.known_hosts}"']
         lines += ["StrictHostKeyChecking yes", "ConnectTimeout 8", "ServerAliveInterval 15", "ServerAliveCountMax 4"]
+        # An agent that holds many keys would use up the host's patience before this one is tried.
+        lines += ["IdentitiesOnly yes"]
         blocks.append("\n    ".join(lines) + "\n")
     text = "\n".join(blocks)
     if cluster.ssh_config.is_file() and not cluster.ssh_config.read_text().startswith(_HEADER):
         raise ClusterError(f"{cluster.ssh_config}: wasn't written by hynb; choose another folder, or move it away")
-    hostfile.write(cluster.hostfile, hosts)
+    if not _says(cluster.hostfile, hosts):
+        hostfile.write(cluster.hostfile, hosts)
     replace_text(cluster.ssh_config, text)
+
+
+def _says(path: Path, hosts: Sequence[Host]) -> bool:
+    """Whether a hostfile names these hosts already, and stays as it is.
+
+    Raises:
+        ClusterError: it names others, and not in the way in which one is written here: it is somebody's own.
+    """
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        listed = hostfile.parse(text, source=str(path))
+    except ClusterError:
+        listed = []
+    if listed == list(hosts):
+        return True
+    if text != hostfile.to_text(listed):
+        raise ClusterError(
+            f"{path}: was written by hand and names other hosts than what is asked for now; "
+            "change it there, choose another folder, or move it away"
+        )
+    return False
 
 
 def host_keys(cluster: ClusterDir, host: str) -> list[HostKey]:
@@ -198,57 +184,28 @@ def trust(cluster: ClusterDir, host: str, confirm: Confirm) -> str:
     keys = host_keys(cluster, host)
     known = dict(_known(cluster, place))
     changed = [item for item in keys if item.kind in known and known[item.kind] != item.content]
+    if known and not any(item.kind in known for item in keys):
+        # It proves itself with keys of other kinds alone.
+        changed = keys
     if changed:
         forget = shlex.join(["ssh-keygen", "-R", place, "-f", str(cluster.known_hosts)])
         raise ClusterError(
             f"{host}: its host key has changed to {changed[0].fingerprint} ({changed[0].kind}): the host was set up "
             "anew, or something else answers in its place. Ask its administrator; when the change is right: "
-            f"`{forget}` and `hynb hosts trust {host} --folder {cluster.path}`"
+            f"`{forget}` and `hynb hosts trust {host} --folder {shlex.quote(str(cluster.path))}`"
         )
     if any(item.kind in known for item in keys):
         return "host key known"
     if not confirm(host, keys):
+        again = f"hynb hosts trust {host} --folder {shlex.quote(str(cluster.path))}"
         shown = ", ".join(f"{item.fingerprint} ({item.kind})" for item in keys)
         raise ClusterError(
             f"{host}: its host key isn't confirmed: {shown}. Compare with what `ssh-keygen -lf "
-            f"/etc/ssh/ssh_host_ed25519_key.pub` says on it, then: `hynb hosts trust {host} --folder {cluster.path} "
+            f"/etc/ssh/ssh_host_ed25519_key.pub` says on it, then: `{again} "
             f"--accept {keys[0].fingerprint}`"
         )
-    before = cluster.known_hosts.read_text() if cluster.known_hosts.is_file() else ""
-    lines = "".join(f"{place} {item.kind} {item.content}\n" for item in keys)
-    replace_text(cluster.known_hosts, before + lines)
+    _keep_host_keys(cluster, [f"{place} {item.kind} {item.content}" for item in keys])
     return "host key kept"
-
-
-def install_key(cluster: ClusterDir, host: str, key: Key, password: str) -> None:
-    """Logs in with a password once and adds the public key to the host's authorized_keys.
-
-    The password goes to ssh through a pipe that only this user can open: it is on no command line, in no
-    environment and no file.
-
-    Raises:
-        ClusterError: the password was refused, or the host can't be reached.
-    """
-    ssh = Ssh(config=cluster.ssh_config)
-    with _askpass(password) as environment:
-        options = ["-F", str(cluster.ssh_config), "-o", "BatchMode=no", "-o", "PubkeyAuthentication=no"]
-        options += ["-o", "PreferredAuthentications=password,keyboard-interactive", "-o", "NumberOfPasswordPrompts=1"]
-        done = subprocess.run(
-            ["ssh", *options, "--", host, f"sh -c {shlex.quote(_AUTHORIZE)}"],
-            input=key.public + "\n",
-            capture_output=True,
-            text=True,
-            env=os.environ | environment,
-            start_new_session=True,
-            check=False,
-        )
-    if done.returncode == 0:
-        return
-    said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-    if "Permission denied" in said:
-        lines = "\n  ".join(lines_for(host, key, ssh.address(host)[1]))
-        raise ClusterError(f"{host}: the password was refused ({said}). Try again, or run there:\n  {lines}")
-    raise ClusterError(f"{host}: the key can't be installed: {said}")
 
 
 def exchange_keys(cluster: ClusterDir, hosts: Sequence[Host]) -> None:
@@ -260,35 +217,33 @@ def exchange_keys(cluster: ClusterDir, hosts: Sequence[Host]) -> None:
     ssh = Ssh(config=cluster.ssh_config)
     names = [host.name for host in hosts]
     others = [name for name in names if not is_local(name)]
-    port = ssh.address(others[0])[1] if others else 22
+    if not others:
+        return
+    port = ssh.address(others[0])[1]
     public = _on_all(ssh, names, _OWN_KEY, None)
-    _on_all(ssh, names, _AUTHORIZE, "".join(public.values()))
+    # What a login script prints comes first.
+    keys = [text.strip().splitlines()[-1] for text in public.values() if text.strip()]
+    _on_all(ssh, names, AUTHORIZE, "".join(f"{key}\n" for key in keys))
     # The host from which it was set up knows no key of its own yet, and the others are to know it.
     for name in set(names) - set(others):
         _keep_own_host_key(cluster, name, port)
     blocks = [_EXCHANGED]
     for name in names:
         lines = [f"Host {name}", f"HostName {name}", f"Port {port}", f'UserKnownHostsFile "{cluster.known_hosts}"']
+        user = getpass.getuser() if is_local(name) else ssh.settings(name).get("user", [""])[0]
+        lines += [f"User {user}"] if user else []
         blocks.append("\n    ".join([*lines, "StrictHostKeyChecking yes", "ConnectTimeout 8"]) + "\n")
     folder, config, known = (
         shlex.quote(str(path)) for path in (cluster.path, cluster.ssh_config, cluster.known_hosts)
     )
-    write = f"mkdir -p {folder} && cat > {known}.new && mv {known}.new {known}"
+    # On a shared disk the launching host's own settings, which name its key, are there already and stay; and so
+    # does what a host keeps of its own.
+    ours = f"head -n 1 {config} 2>/dev/null | grep -qxF {shlex.quote(_EXCHANGED.strip())}"
+    add = f'while IFS= read -r line; do grep -qxF -- "$line" {known} || printf "%s\\n" "$line" >> {known}; done'
+    write = f"mkdir -p {folder} && if {ours}; then cat > {known}; else touch {known} && {add}; fi"
     _on_all(ssh, others, write, cluster.known_hosts.read_text())
-    # On a shared disk the launching host's own settings, which name its key, are there already and stay.
-    mine = f"[ ! -e {config} ] || head -n 1 {config} | grep -qxF {shlex.quote(_EXCHANGED.strip())}"
+    mine = f"[ ! -e {config} ] || {ours}"
     _on_all(ssh, others, f"if {mine}; then cat > {config}; else cat > /dev/null; fi", "\n".join(blocks))
-
-
-def lines_for(host: str, key: Key, port: int) -> list[str]:
-    """What a person types on a host so that it accepts the key; several times does no harm."""
-    public = shlex.quote(key.public)
-    return [
-        "mkdir -p ~/.ssh && chmod 700 ~/.ssh",
-        f"grep -qxF {public} ~/.ssh/authorized_keys 2>/dev/null || echo {public} >> ~/.ssh/authorized_keys",
-        "chmod 600 ~/.ssh/authorized_keys",
-        *(["ssh-keygen -A && mkdir -p /run/sshd && /usr/sbin/sshd -p " + str(port)] if port != 22 else []),
-    ]
 
 
 def include(cluster: ClusterDir, *, remove: bool = False) -> bool:
@@ -296,7 +251,8 @@ def include(cluster: ClusterDir, *, remove: bool = False) -> bool:
 
     The rest of the file stays to the letter. Call it with the user's consent.
     """
-    path = Path.home() / ".ssh" / "config"
+    # Where it is a link into somebody's collection of settings, the file behind it is changed.
+    path = (Path.home() / ".ssh" / "config").resolve()
     line = f'Include "{cluster.ssh_config}"\n'
     text = path.read_text() if path.is_file() else ""
     if (line in text) is not remove:
@@ -347,7 +303,12 @@ def _keep_own_host_key(cluster: ClusterDir, name: str, port: int) -> None:
     lines = [line for line in scanned.stdout.splitlines() if not line.startswith("#")]
     if not lines:
         raise ClusterError(f"{name}: no sshd answers on port {port} of this machine: `/usr/sbin/sshd -p {port}`")
-    replace_text(cluster.known_hosts, cluster.known_hosts.read_text() + "\n".join(lines) + "\n")
+    _keep_host_keys(cluster, lines)
+
+
+def _keep_host_keys(cluster: ClusterDir, lines: Sequence[str]) -> None:
+    before = cluster.known_hosts.read_text() if cluster.known_hosts.is_file() else ""
+    replace_text(cluster.known_hosts, "\n".join([*before.splitlines(), *lines]) + "\n")
 
 
 def _on_all(ssh: Ssh, names: Sequence[str], script: str, text: str | None) -> dict[str, str]:
@@ -365,42 +326,6 @@ def _on_all(ssh: Ssh, names: Sequence[str], script: str, text: str | None) -> di
     if problems:
         raise ClusterError(problems)
     return {name: item.result() for name, item in waiting.items()}
-
-
-@contextlib.contextmanager
-def _askpass(password: str) -> Iterator[dict[str, str]]:
-    """Environment in which ssh takes the password from a pipe: ssh closes every file that it inherits."""
-    with tempfile.TemporaryDirectory(prefix="hynb-") as name:
-        pipe, helper = Path(name) / "pipe", Path(name) / "askpass"
-        os.mkfifo(pipe, mode=0o600)
-        helper.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(pipe))}\n")
-        helper.chmod(0o700)
-        ended = threading.Event()
-
-        def serve() -> None:
-            # Opens when the helper does; the end below opens it too, so that this thread ends.
-            with pipe.open("w") as file, contextlib.suppress(BrokenPipeError):
-                if not ended.is_set():
-                    file.write(password + "\n")
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        try:
-            yield {
-                "SSH_ASKPASS": str(helper),
-                "SSH_ASKPASS_REQUIRE": "force",
-                "DISPLAY": os.environ.get("DISPLAY", ":0"),
-            }
-        finally:
-            ended.set()
-            os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
-            thread.join(timeout=2)
-
-
-def _checked(command: list[str], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise ClusterError(f"{what}: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -451,7 +376,7 @@ def run(args: argparse.Namespace) -> int:
     if args.act == "trust":
         print(f"{args.host}: {trust(cluster, args.host, _confirm_by(args.accept))}")
     elif args.act == "install-key":
-        install_key(cluster, args.host, find_or_make_key(args.key), getpass.getpass(f"password of {args.host}: "))
+        install_key(cluster, args.host, find_or_make_key(args.key), _password(f"password of {args.host}: "))
         print(f"{args.host}: key installed")
     elif args.act == "show":
         key, ssh = find_or_make_key(args.key), Ssh(config=cluster.ssh_config)
@@ -468,8 +393,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_setup(args: argparse.Namespace, cluster: ClusterDir) -> int:
-    hosts = hostfile.read(args.hosts) if Path(args.hosts).is_file() else hostfile.parse(args.hosts, source="hosts")
-    password = getpass.getpass("password on the hosts: ") if args.password else None
+    hosts = hostfile.named(args.hosts)
+    password = _password("password on the hosts: ") if args.password else None
     states = setup(
         hosts,
         cluster.path,
@@ -485,6 +410,19 @@ def _run_setup(args: argparse.Namespace, cluster: ClusterDir) -> int:
         raise ClusterError(problems)
     print(f"written: {cluster.hostfile}, {cluster.ssh_config}\nnext:    hynb preflight --hostfile {cluster.hostfile}")
     return 0
+
+
+def _password(question: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            # Better no password than one that everybody can read on the screen.
+            warnings.simplefilter("error", getpass.GetPassWarning)
+            return getpass.getpass(question)
+    except (getpass.GetPassWarning, EOFError):
+        raise ClusterError(
+            "password: there is no terminal at which it could be typed unseen. Run this in one, or run what "
+            "`hynb hosts show` prints on each host"
+        ) from None
 
 
 def _confirm_by(accepted: Sequence[str]) -> Confirm:

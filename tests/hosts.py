@@ -186,9 +186,13 @@ class TestHost:
         asked = subprocess.run(["ssh-keygen", "-lf", self.host_key], capture_output=True, text=True, check=True)
         return asked.stdout.split()[1]
 
-    def start_sshd(self, port: int = PORT, *, clock_shift_seconds: int = 0) -> None:
-        """Starts sshd with the host's own /etc/ssh; what it starts may see a clock that is off."""
+    def start_sshd(self, port: int = PORT, *, clock_shift_seconds: int = 0, first: Sequence[str] = ()) -> None:
+        """Starts sshd with the host's own /etc/ssh; what it starts may see a clock that is off.
+
+        first: lines of sshd_config that go before the usual ones, and win.
+        """
         settings = [
+            *first,
             *("HostKey /etc/ssh/ssh_host_ed25519_key", "PidFile none", "UsePAM no", "LogLevel VERBOSE"),
             *("PermitRootLogin yes", "PasswordAuthentication yes", "StrictModes yes", "PrintMotd no"),
             *("AuthorizedKeysFile .ssh/authorized_keys", "MaxStartups 100:30:200"),

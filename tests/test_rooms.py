@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hynb"
 LEVELS = {
     1: {"errors", "config", "config_rules", "config_io", "run_dir", "hostfile", "host_link", "host_facts"},
     2: {"zero", "memory", "run_checks", "data_read", "node_guard"},
-    4: {"supervisor", "launch_hosts", "launch", "cluster", "ssh", "ssh_setup"}
+    4: {"supervisor", "launch_hosts", "launch", "cluster", "ssh", "ssh_key", "ssh_setup"}
     | {"preflight", "preflight_checks", "collective_check"},
 }
 TORCH_FREE = [*(room for level in LEVELS.values() for room in sorted(level)), "cli", "widgets"]

@@ -6,14 +6,13 @@ import getpass
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from IPython.core.error import StdinNotImplementedError
 from IPython.display import display
 
 from hynb import hostfile as hostfiles
-from hynb import ssh_setup
+from hynb import ssh_key, ssh_setup
 from hynb.config import Config
 from hynb.config_io import read_yaml
 from hynb.errors import ClusterError, ConfigError
@@ -69,8 +68,7 @@ def set_up_hosts(
         path = str(cluster.hostfile) if hostfile == "auto" else hostfile
         written = write_local_hostfile(path, slots=slots, overwrite=overwrite)
         return ReadyHosts(columns=written.columns, rows=written.rows, hostfile=written.rows[0][0])
-    source = Path(hosts)
-    named = hostfiles.read(source) if source.is_file() else hostfiles.parse(hosts, source="hosts")
+    named = hostfiles.named(hosts)
     confirm = _confirm([item.strip() for item in accept.split(",") if item.strip()])
     given = {"port": port, "user": None if user == "auto" else user, "confirm": confirm}
     states = ssh_setup.setup(named, cluster.path, **given)
@@ -155,7 +153,7 @@ def _with_lines(cluster: ClusterDir, state: HostState) -> str:
     if _NO_KEY not in state.problem:
         return state.problem
     port = Ssh(config=cluster.ssh_config).address(state.name)[1]
-    lines = ssh_setup.lines_for(state.name, ssh_setup.find_or_make_key(), port)
+    lines = ssh_key.lines_for(state.name, ssh_key.find_or_make_key(), port)
     return "\n  ".join([f"{state.name}: {_NO_KEY}. Run there, then this cell again:", *lines])
 
 
