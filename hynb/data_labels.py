@@ -18,18 +18,21 @@ IGNORED = -100
 _MARK = "\ue000{}\ue001"
 # White space that no template writes itself: where it is gone, the template strips contents.
 _PAD = "\u2003"
+# Answers among the first so many messages are also looked at as the conversation's last; a later one is closed as
+# the last is. The time taken grows with the square of it.
+_LOOKED_AT_MESSAGES = 32
 
 
 @dataclass(kw_only=True, frozen=True)
 class Template:
     """What a chat template writes around the messages of a conversation.
 
-    before: the text before each message's content.
-    closing: for each message, the text that follows it when the conversation ends there.
+    opening: the text before each message's content, without what closes the answer before it.
+    closing: the text that ends each answer, to be learnt with it; of other messages, what stands after the last.
     strips: for each message, whether white space is cut off its left and its right end.
     """
 
-    before: tuple[str, ...]
+    opening: tuple[str, ...]
     closing: tuple[str, ...]
     strips: tuple[tuple[bool, bool], ...]
 
@@ -110,23 +113,15 @@ def conversation_pieces(
     messages = conversation.messages
     template = _template(tokenizer, _shape(messages), conversation.source)
     pieces = []
-    closing = ""
     for number, message in enumerate(messages):
-        # What closes the message before is learnt with it; the rest opens this one.
-        opening = template.before[number].removeprefix(closing)
-        answer = message["role"] == "assistant"
-        trained = (answer or train_on_prompt) and message.get("train", True)
-        pieces.append(Piece(text=opening, content=False, trained=train_on_prompt and trained))
+        trained = (message["role"] == "assistant" or train_on_prompt) and message.get("train", True)
+        pieces.append(Piece(text=template.opening[number], content=False, trained=train_on_prompt and trained))
         left, right = template.strips[number]
         content = message["content"]
         content = content.lstrip() if left else content
         content = content.rstrip() if right else content
         pieces.append(Piece(text=content, content=True, trained=trained))
-        closing = template.closing[number]
-        if number < len(messages) - 1:
-            # An earlier answer may be closed otherwise than a last one: what both have is its end.
-            closing = _common_start(tokenizer, closing, template.before[number + 1]) if answer else ""
-        pieces.append(Piece(text=closing, content=False, trained=trained))
+        pieces.append(Piece(text=template.closing[number], content=False, trained=trained))
     return [piece for piece in pieces if piece.text]
 
 
@@ -159,7 +154,8 @@ def _shape(messages: Sequence[dict[str, Any]]) -> tuple[tuple[str, bool], ...]:
 
 def _template(tokenizer: PreTrainedTokenizerBase, shape: tuple[tuple[str, bool], ...], source: str) -> Template:
     cached = _template_cache(tokenizer)
-    key = (tokenizer.chat_template, shape)
+    # Some tokenizers have several templates by name; rendering takes the default one.
+    key = (str(tokenizer.chat_template), shape)
     if key not in cached:
         cached[key] = _look_at_template(tokenizer, shape, source)
     return cached[key]
@@ -181,32 +177,41 @@ def _look_at_template(
     ]
     strips = [(False, False)] * len(shape)
 
-    def pieces(count: int) -> list[str]:
+    def around(count: int) -> list[str]:
+        """The text before each of the first messages, and what follows the last of them."""
         try:
-            rest = tokenizer.apply_chat_template(messages[:count], tokenize=False)
+            text = tokenizer.apply_chat_template(messages[:count], tokenize=False)
         except Exception as error:
             # A template is a program of its own: what it raises is what it has against the conversation.
             raise DataError(f"{source}: the chat template refuses the conversation: {error}") from error
-        found = []
+        found, end = [], 0
         for number in range(count):
             if not messages[number]["content"]:
                 # An empty message has no place of its own: what stands there belongs to the next.
                 found.append("")
                 continue
-            before, mark, rest = rest.partition(marks[number])
-            if not mark:
+            start = text.find(marks[number], end)
+            if start < 0:
                 raise DataError(f"{source}: the chat template leaves out or changes message {number + 1}")
-            strips[number] = (not before.endswith(_PAD), not rest.startswith(_PAD))
-            found.append(before.removesuffix(_PAD))
-            rest = rest.removeprefix(_PAD)
-        return [*found, rest]
+            behind = start + len(marks[number])
+            left, right = start > end and text[start - 1] == _PAD, text[behind : behind + 1] == _PAD
+            strips[number] = (not left, not right)
+            found.append(text[end : start - left])
+            end = behind + right
+        return [*found, text[end:]]
 
-    closing = []
-    for number in range(1, len(shape) + 1):
-        empty = messages[number - 1]["content"] == ""
-        closing.append("" if empty and number < len(shape) else pieces(number)[-1])
-    before = pieces(len(shape))
-    return Template(before=tuple(before[:-1]), closing=tuple(closing), strips=tuple(strips))
+    opening, closing = around(len(shape)), [""] * len(shape)
+    last = opening[-1]
+    for number, (role, empty) in enumerate(shape):
+        if role == "assistant" and not empty:
+            # Only answers: some templates refuse a conversation that ends with another message.
+            ended = around(number + 1)[-1] if number < _LOOKED_AT_MESSAGES else last
+            following = next((place for place in range(number + 1, len(shape)) if not shape[place][1]), len(shape))
+            # An earlier answer may be closed otherwise than a last one: what both have is its end.
+            closing[number] = _common_start(tokenizer, ended, opening[following])
+            opening[following] = opening[following].removeprefix(closing[number])
+    closing[-1] += opening.pop()
+    return Template(opening=tuple(opening), closing=tuple(closing), strips=tuple(strips))
 
 
 def _common_start(tokenizer: PreTrainedTokenizerBase, one: str, other: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import pytest
 import torch
@@ -60,8 +61,9 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Co")), m
 @st.composite
 def conversations(draw):
     messages = [{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 3))):
-        messages.append({"role": "user", "content": draw(texts)})
+    for turn in range(draw(st.integers(1, 3))):
+        # Hunyuan-Large's template refuses an empty first message alone.
+        messages.append({"role": "user", "content": draw(st.one_of(texts, st.just("")) if turn else texts)})
         messages.append({"role": "assistant", "content": draw(texts.filter(str.strip))})
     return messages
 
@@ -124,6 +126,32 @@ def test_labels_equal_the_reference(tokenizer, style, data):
     finally:
         tokenizer.chat_template = saved
     assert (encoded["input_ids"], encoded["labels"]) == reference(messages, tokenizer, style)
+
+
+def test_a_conversation_of_many_turns_takes_no_square_of_time(tokenizer):
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": "a"} for turn in range(20_000)]
+    started = time.monotonic()
+    encoded = encode(Conversation(messages=messages, source="x"), tokenizer, 1 << 30)
+    assert time.monotonic() - started < 20
+    assert (encoded["input_ids"], encoded["labels"]) == reference(messages, tokenizer, "large")
+
+
+def test_templates_that_refuse_or_merge_a_systems_message_alone(tokenizer):
+    """As some do; and a tokenizer may have several templates, by name."""
+    style = (
+        "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '<|extra_4|>' %}"
+        "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+        "{% for m in rest %}{% if m['role'] == 'user' %}<|startoftext|>{{ first if loop.first else '' }}"
+        "{{ m['content'] }}<|extra_0|>{% else %}{{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "s"}, ROLE, ANSWER, ROLE, ANSWER]
+    saved = tokenizer.chat_template
+    tokenizer.chat_template = {"default": style, "tool_use": "{{ messages }}"}
+    try:
+        shown = preview(Conversation(messages=messages, source="x"), tokenizer, 100)
+    finally:
+        tokenizer.chat_template = saved
+    assert shown == "<|startoftext|>s<|extra_4|>q<|extra_0|>⟦a<|eos|>⟧<|startoftext|>q<|extra_0|>⟦a<|eos|>⟧"
 
 
 @given(messages=conversations(), limit=st.integers(1, 60))
