@@ -97,9 +97,9 @@ class Report:
 
     def pair_lines(self) -> list[str]:
         """The measured speed between hosts, a line a pair."""
-        if self.collective is None:
-            return []
         found = self.collective
+        if found is None or found["ranks"] == 1:
+            return []
         lines = [f"all-reduce over {ranks_text(found['ranks'])}: {found['bytes_per_second'] / 1e9:.3g} GB/s"]
         for pair in found["pairs"]:
             names = " – ".join(self.hosts[node] for node in pair["nodes"])

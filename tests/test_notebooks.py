@@ -339,3 +339,43 @@ def test_training_is_started_watched_left_and_stopped_in_a_browser(base, lab):
     status = run.status()
     assert status.state == "stopped"
     assert [path.name for path in run.checkpoints()] == [f"checkpoint-{status.global_step}"]
+
+
+# Runs on a host of its own: the server and the browser, which answers what the notebook asks.
+ANSWERS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from browser import jupyter_lab
+folder, password = Path(sys.argv[2]), sys.stdin.read()
+with jupyter_lab(folder, folder.parent / "settings") as lab:
+    page = lab.open("01_setup_cluster.ipynb")
+    lab.run_all(page)
+    page.wait_for_selector(".jp-Stdin-prompt:has-text('Keep them')", timeout=60_000)
+    page.locator(".jp-Stdin-input").fill("y")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".jp-Stdin-input[type=password]", timeout=30_000)
+    page.locator(".jp-Stdin-input[type=password]").fill(password)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".jp-OutputArea >> text=all-reduce over 2 ranks:", timeout=90_000)
+    page.keyboard.press("Control+s")
+    page.wait_for_selector('.jp-StatusBar-TextItem:has-text("Saving completed")', timeout=20_000)
+"""
+
+
+def test_a_person_confirms_a_host_key_and_types_a_password_in_a_browser(tmp_path):
+    from hosts import PASSWORD, PORT, two_hosts
+
+    need(CHROMIUM is not None, "no Chromium is installed")
+    with two_hosts(tmp_path / "hosts", shared=False) as made:
+        folder = made.alpha.path(made.alpha.disk) / "notebooks"
+        folder.mkdir()
+        values = {"hosts": "alpha:1,beta:1", "port": PORT}
+        target = folder / "01_setup_cluster.ipynb"
+        papermill.execute_notebook(FOLDER / target.name, target, values, prepare_only=True, progress_bar=False)
+        words = [sys.executable, "-c", ANSWERS, Path(__file__).parent, made.alpha.disk / "notebooks"]
+        made.alpha.run(words, input=PASSWORD, timeout=240)
+        saved = target.read_text()
+        assert made.beta.fingerprint in saved and "key installed" in saved and "✓ ready" in saved
+        assert PASSWORD not in saved
+        assert made.beta.path(made.beta.home / ".ssh" / "authorized_keys").read_text().count("ssh-ed25519") == 1
