@@ -386,11 +386,12 @@ def test_the_loss_in_pieces_is_the_loss(piece, tied, counted):
     assert torch.equal(model(input_ids=ids, labels=labels, num_items_in_batch=counted).loss, pieces.loss)
 
 
-def test_a_batch_without_labels_has_a_loss_of_zero():
+@pytest.mark.parametrize("counted", [None, 0])
+def test_a_batch_without_labels_has_a_loss_of_zero(counted):
     model, _ = random_model()
     model.loss_piece_tokens = 8
     ids = torch.randint(1, 64, (1, 9))
-    loss = model(input_ids=ids, labels=torch.full_like(ids, -100)).loss
+    loss = model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=counted).loss
     loss.backward()
     assert loss == 0 and all(
         torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None

@@ -37,14 +37,11 @@ class HunYuanLargeConfig(HunYuanMoEV1Config):
     def to_dict(self) -> dict[str, Any]:
         """The original's keys: transformers' `rope_parameters` alone would be read as plain RoPE elsewhere.
 
-        Software before transformers 5 reads the dtype from `torch_dtype`, and vLLM finds the model by the class that
-        `architectures` names.
+        vLLM finds a model by the class that `architectures` names: the original's.
         """
         written = super().to_dict()
         if written.get("architectures"):
             written["architectures"] = [name.replace("HunYuanLarge", "HunYuan") for name in written["architectures"]]
-        if written.get("dtype") is not None:
-            written["torch_dtype"] = written["dtype"]
         rope = dict(self.rope_parameters or {})
         written["rope_theta"] = rope.pop("rope_theta", 10000.0)
         kind = rope.pop("rope_type", "default")
@@ -52,6 +49,11 @@ class HunYuanLargeConfig(HunYuanMoEV1Config):
         scaled = rope.get("alpha") or kind != "default"
         written["rope_scaling"] = {"type": kind, **rope} if scaled else None
         return written
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds; software before transformers 5 reads the dtype from `torch_dtype`."""
+        written = super().to_diff_dict()
+        return written | ({"torch_dtype": written["dtype"]} if written.get("dtype") else {})
 
     def owns_kv(self, layer_idx: int) -> bool:
         """Whether a layer projects K and V itself instead of sharing those of a layer before it."""

@@ -94,4 +94,5 @@ def causal_loss(
     total = head(rows, targets.to(rows.device), piece)
     if num_items_in_batch is None:
         return total / supervised.sum().clamp(min=1)
-    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+    # A batch of parts of samples that were split may hold no answer: nothing is learnt, instead of 0 / 0.
+    return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
