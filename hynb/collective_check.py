@@ -28,13 +28,30 @@ def main(request: dict[str, Any]) -> int:
         request: node, slots (of every host), address, port, interface (of this host; None for the system's choice),
             deadline_seconds.
     """
+    signal.signal(signal.SIGALRM, _late)
     signal.alarm(int(request["deadline_seconds"]))
     first = sum(request["slots"][: request["node"]])
     ranks = [
         subprocess.Popen([sys.executable, "-m", "hynb.collective_check", json.dumps(request), str(first + index)])
         for index in range(request["slots"][request["node"]])
     ]
-    return max(abs(rank.wait()) for rank in ranks)
+    try:
+        return max(abs(rank.wait()) for rank in ranks)
+    except TimeoutError:
+        waited = f"{request['deadline_seconds']:g} s"
+        print(
+            f"no sum within {waited}: this host's ranks wait for the others. A firewall drops what they send to any "
+            "port but the master's, or network_interface leads elsewhere",
+            file=sys.stderr,
+        )
+        return 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def _late(signum: int, frame: Any) -> None:
+    raise TimeoutError
 
 
 def one_rank(request: dict[str, Any], rank: int) -> None:

@@ -1,7 +1,8 @@
-"""What one host has, as JSON: sent to a host and run there, so that it imports the standard library alone."""
+"""What one host has, as JSON: `sent` to a host and run there, so that it imports the standard library alone."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -11,8 +12,8 @@ import platform
 import re
 import shutil
 import socket
+import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,10 +22,21 @@ WHOLE_BYTES = 2 << 30
 _BLOCKS, _BLOCK_BYTES = 256, 1 << 20
 _CONNECT_SECONDS = 5.0
 _HEADER_BYTES = 64 << 20
+# A driver that has lost a GPU may let nvidia-smi wait for minutes.
+_DRIVER_SECONDS = 20.0
+_SIOCGIFADDR, _IFF_UP = 0x8915, 1
+# In place of a hash: why there is none.
+UNREADABLE = "can't be read: "
+
+
+def sent(request: dict) -> str:
+    """This module with a request, for the standard input of a Python: a command line has no room for many files."""
+    return Path(__file__).read_text(encoding="utf-8") + f"\n\nmain(json.loads({json.dumps(request)!r}))\n"
 
 
 def main(request: dict) -> None:
     """Prints the facts that were asked for, in one line behind a mark."""
+    began = time.monotonic()
     facts = {
         "hostname": socket.gethostname(),
         "python": platform.python_version(),
@@ -37,9 +49,9 @@ def main(request: dict) -> None:
         "shm": disk("/dev/shm"),
         "output_disk": disk(request["output_dir"]),
         "cache_disk": disk(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")),
-        "code": code_hash(Path(request["code"])),
-        "model": folder_hash(Path(request["model"])) if request["model"] else None,
-        "data": {path: file_identity(Path(path)) for path in request["data"]},
+        "code": _hash(code_hash, request["code"]),
+        "model": _hash(folder_hash, request["model"]) if request["model"] else None,
+        "data": {path: _hash(file_identity, path) for path in request["data"]},
         "sees_token": request["token"] is not None and Path(request["token"]).exists(),
         "interfaces": interfaces(),
         "route": {address: source_address(address) for address in request["addresses"]},
@@ -52,7 +64,15 @@ def main(request: dict) -> None:
         facts["logins"][name] = try_login(command)
     # The clock is read last, right before it is sent.
     facts["time"] = time.time()
+    facts["taken_seconds"] = time.monotonic() - began
     print("hynb-facts " + json.dumps(facts), flush=True)
+
+
+def _hash(of, path: str) -> str | None:
+    try:
+        return of(Path(path))
+    except OSError as error:
+        return f"{UNREADABLE}{error.strerror}"
 
 
 def version(package: str) -> str:
@@ -87,7 +107,10 @@ def gpu_table() -> str:
         return ""
     fields = "index,uuid,name,memory.total,memory.free,driver_version"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def memory() -> dict[str, int]:
@@ -156,13 +179,35 @@ def file_identity(path: Path) -> str | None:
 
 def interfaces() -> dict[str, list[str]]:
     """Addresses by network interface, those that are up."""
-    asked = subprocess.run(["ip", "-j", "addr", "show", "up"], capture_output=True, text=True, check=False)
     try:
+        asked = subprocess.run(["ip", "-j", "addr", "show", "up"], capture_output=True, text=True, check=False)
         listed = json.loads(asked.stdout or "[]")
-    except ValueError:
-        return {}
+    except (OSError, ValueError):
+        # Containers often lack the program.
+        return interfaces_of_kernel()
     # Interfaces that are down are listed as empty objects.
     return {item["ifname"]: [entry["local"] for entry in item.get("addr_info", [])] for item in listed if item}
+
+
+def interfaces_of_kernel() -> dict[str, list[str]]:
+    """The same without the program `ip`: of IPv4 the first address of each interface."""
+    found: dict[str, list[str]] = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                if not int(Path(f"/sys/class/net/{name}/flags").read_text(), 16) & _IFF_UP:
+                    continue
+                found[name] = []
+                told = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                found[name].append(socket.inet_ntoa(told[20:24]))
+            except OSError:
+                continue
+    table = Path("/proc/net/if_inet6")
+    for line in table.read_text().splitlines() if table.is_file() else ():
+        address, *_, name = line.split()
+        if name in found:
+            found[name].append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)))
+    return found
 
 
 def source_address(address: str) -> str | None:
@@ -193,7 +238,3 @@ def try_login(command: list[str]) -> str:
     except (subprocess.TimeoutExpired, OSError) as error:
         return str(error)
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["refused"])[-1]
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

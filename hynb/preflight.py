@@ -26,7 +26,7 @@ from hynb.data_read import find_files
 from hynb.errors import ClusterError, ConfigError, HynbError
 from hynb.hostfile import ClusterDir, Host
 from hynb.launch import absolute_paths, rank_count
-from hynb.launch_hosts import CODE, chosen_hosts, ssh_config
+from hynb.launch_hosts import CODE, chosen_hosts, rank_environment, ssh_config
 from hynb.preflight_checks import CHECKS, Cell, ranks_text
 from hynb.run_dir import write_json
 from hynb.ssh import Ssh, is_local
@@ -143,11 +143,12 @@ def preflight(config: Config, *, collective: bool = True, progress: Callable[[st
         if listener is not None:
             listener.close()
         Path(token).unlink(missing_ok=True)
-    reference = here.facts if here is not None and here.facts else _facts_here(request)
+    reference = here.facts if here is not None and here.facts else _facts_here(request, _deadline_seconds(data))
     shared = preflight_checks.Known(
         config=config, targets=targets, reference=reference, ssh=ssh, port=port, port_taken=taken, data=data
     )
     cells = [cell for found in first for cell in found]
+    cells += preflight_checks.same_machines(targets)
     for target in targets:
         cells += preflight_checks.compare(target, shared)
     cells += [Cell(host=targets[0].host.name, check="data", state="bad", text=text) for text in problems]
@@ -168,7 +169,7 @@ def _target(host: Host, ssh: Ssh) -> Target:
     name, port = ssh.address(host.name)
     try:
         address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][4][0]
-    except OSError:
+    except (OSError, UnicodeError):
         address = ""
     return Target(host=host, local=False, address=address, port=port)
 
@@ -268,10 +269,9 @@ def _request(
 def _ask(target: Target, ssh: Ssh, request: dict[str, Any], deadline_seconds: float) -> list[Cell]:
     """Asks a host for its facts and says how far the way to it is open."""
     own = {"login": {name: words for name, words in request["login"].items() if name != target.host.name}}
-    script = Path(host_facts.__file__).read_text(encoding="utf-8")
+    script = host_facts.sent(request | own)
     target.asked = time.time()
-    words = [sys.executable, "-", json.dumps(request | own)]
-    answer = ssh.run(target.host.name, words, deadline_seconds=deadline_seconds, input=script)
+    answer = ssh.run(target.host.name, [sys.executable, "-"], deadline_seconds=deadline_seconds, input=script)
     target.answered = time.time()
     line = next((line for line in answer.out.splitlines() if line.startswith("hynb-facts ")), None)
     if line is not None:
@@ -279,7 +279,7 @@ def _ask(target: Target, ssh: Ssh, request: dict[str, Any], deadline_seconds: fl
         return preflight_checks.way_open(target)
     if answer.problem and not target.local:
         return preflight_checks.way_closed(target, answer.problem, ssh, _probe(target))
-    said = (answer.err.strip().splitlines() or [f"exit code {answer.code}"])[-1]
+    said = answer.problem or (answer.err.strip().splitlines() or [f"exit code {answer.code}"])[-1]
     return preflight_checks.no_python(target, said, sys.executable)
 
 
@@ -294,13 +294,13 @@ def _probe(target: Target) -> str:
         return str(error.strerror or error)
 
 
-def _facts_here(request: dict[str, Any]) -> dict[str, Any]:
+def _facts_here(request: dict[str, Any], deadline_seconds: float) -> dict[str, Any]:
     """This machine's facts, where it is none of the hosts: what the others are compared with."""
-    script = Path(host_facts.__file__).read_text(encoding="utf-8")
-    words = [sys.executable, "-", json.dumps(request | {"connect": {}, "login": {}})]
-    answer = Ssh().run("localhost", words, deadline_seconds=_FACTS_SECONDS, input=script)
-    if answer.code:
-        raise ClusterError(f"{socket.gethostname()}: this machine can't be looked at: {answer.err.strip()[-300:]}")
+    script = host_facts.sent(request | {"connect": {}, "login": {}})
+    answer = Ssh().run("localhost", [sys.executable, "-"], deadline_seconds=deadline_seconds, input=script)
+    if answer.code != 0:
+        why = answer.problem or (answer.err.strip().splitlines() or [f"exit code {answer.code}"])[-1]
+        raise ClusterError(f"{socket.gethostname()}: this machine can't be looked at: {why}")
     return json.loads(answer.out.rpartition("hynb-facts ")[2])
 
 
@@ -315,13 +315,18 @@ def _measure(targets: Sequence[Target], ssh: Ssh, config: Config) -> tuple[dict[
     port = port or 29500
     common = {"slots": [target.host.slots for target in targets], "address": address, "port": port}
     common |= {"deadline_seconds": _COLLECTIVE_SECONDS}
+    # What a user sets for NCCL in a run holds here, too.
+    environment = rank_environment(config, {})
 
     def start(node: int) -> Any:
         target = targets[node]
         request = common | {"node": node, "interface": preflight_checks.interface_of(target, config)}
         words = [sys.executable, "-m", "hynb.collective_check", json.dumps(request)]
-        on_cpu = "" if target.facts and target.facts["gpus"] else "CUDA_VISIBLE_DEVICES= "
-        script = f"cd {shlex.quote(str(CODE))} && {on_cpu}exec {shlex.join(words)}"
+        visible = {} if target.facts and target.facts["gpus"] else {"CUDA_VISIBLE_DEVICES": ""}
+        if target.host.slot_ids and not visible:
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, target.host.slot_ids))}
+        given = [f"{name}={value}" for name, value in (environment | visible).items()]
+        script = f"cd {shlex.quote(str(CODE))} && exec {shlex.join(['env', *given, *words])}"
         return ssh.run(target.host.name, ["sh", "-c", script], deadline_seconds=_COLLECTIVE_SECONDS + 10)
 
     with ThreadPoolExecutor(len(targets)) as pool:
@@ -331,7 +336,7 @@ def _measure(targets: Sequence[Target], ssh: Ssh, config: Config) -> tuple[dict[
     cells = []
     for target, answer in zip(targets, answers, strict=True):
         failed = answer.problem or (answer.code and ((answer.err.strip().splitlines() or ["no word"])[-1]))
-        cells.append(preflight_checks.collective_cell(target.host.name, measured, str(failed or "")))
+        cells.append(preflight_checks.collective_cell(target.host.name, measured, str(failed or ""), config.hostfile))
     return measured, cells
 
 
@@ -368,11 +373,15 @@ def fix(report: Report, progress: Callable[[str], None], *, model: bool = False)
 
 
 def write_report(report: Report, config: Config) -> Path | None:
-    """Keeps the report beside the hostfile; None for a run on this machine alone."""
+    """Keeps the report beside the hostfile; None for a run on this machine alone, or where no file can be."""
     if config.hostfile is None:
         return None
     path = ClusterDir(Path(config.hostfile).expanduser().absolute().parent).preflight
-    write_json(path, report.to_json())
+    try:
+        write_json(path, report.to_json())
+    except OSError:
+        # Beside a hostfile of an administrator's nobody else may write.
+        return None
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hynb.cluster import parse_gpus
 from hynb.config import Config
+from hynb.host_facts import UNREADABLE
 from hynb.launch_hosts import CODE
-from hynb.ssh import Ssh
+from hynb.ssh import Ssh, sshd_line
 
 if TYPE_CHECKING:
     from hynb.preflight import Target
@@ -114,7 +116,7 @@ def way_closed(target: Target, problem: str, ssh: Ssh, unreachable: str) -> list
         return cells(("name", "bad", "can't be resolved: give its address", shown, ""))
     if unreachable:
         refused = "refused" in unreachable
-        command = f"/usr/sbin/sshd -p {target.port}" if refused else f"ping -c 3 {target.address}"
+        command = sshd_line(target.port) if refused else f"ping -c 3 {target.address}"
         return cells(
             resolved, ("port", "bad", f"{target.port}: {unreachable.lower()}", command, name if refused else "")
         )
@@ -129,7 +131,21 @@ def way_closed(target: Target, problem: str, ssh: Ssh, unreachable: str) -> list
     if "accepts none of our keys" in problem:
         mend = f"hynb hosts install-key {name}{folder}"
         return cells(resolved, listening, known, ("login", "bad", "accepts none of our keys", mend, ""))
-    return cells(resolved, listening, ("login", "bad", problem, f"ssh -v {name} true", ""))
+    return cells(resolved, listening, ("login", "bad", problem, ssh.shown(name).replace("ssh", "ssh -v", 1), ""))
+
+
+def same_machines(targets: Sequence[Target]) -> list[Cell]:
+    """The cells of hosts that are another listed one by another name: its GPUs would be given out twice."""
+    seen: dict[str, str] = {}
+    found = []
+    for target in targets:
+        place = "this machine" if target.local else f"{target.address} port {target.port}" if target.address else ""
+        if place in seen:
+            text = f"is {seen[place]} by another name ({place}): list it once"
+            found.append(Cell(host=target.host.name, check="name", state="bad", text=text))
+        elif place:
+            seen[place] = target.host.name
+    return found
 
 
 def no_python(target: Target, said: str, python: str) -> list[Cell]:
@@ -160,12 +176,13 @@ def compare(target: Target, known: Known) -> list[Cell]:
     return [cell for cell in found if cell is not None]
 
 
-def collective_cell(host: str, measured: dict[str, Any] | None, failed: str) -> Cell:
+def collective_cell(host: str, measured: dict[str, Any] | None, failed: str, hostfile: str | None) -> Cell:
     """How the small all-reduce went on a host."""
     if measured is not None and measured["right"] and not failed:
         return Cell(host=host, check="all-reduce", state="ok", text=ranks_text(measured["ranks"]))
     text = failed or ("the sum is wrong" if measured else "the first host's ranks ended without a result")
-    mend = f"NCCL_DEBUG=INFO {Path(sys.executable).with_name('hynb')} preflight"
+    hosts = ["--hostfile", hostfile] if hostfile else []
+    mend = "NCCL_DEBUG=INFO " + shlex.join([str(Path(sys.executable).with_name("hynb")), "preflight", *hosts])
     return Cell(host=host, check="all-reduce", state="bad", text=text[:300], mend=mend)
 
 
@@ -190,9 +207,9 @@ def _cell(target: Target, check: str, problem: str, text: str, mend: str = "", *
 
 
 def _clock(target: Target) -> Cell:
-    # Its clock was read at some moment between asking and answering.
+    # Its clock was read at some moment between asking and answering; what it did before took time, too.
     ahead = target.facts["time"] - target.answered
-    behind = target.asked - target.facts["time"]
+    behind = target.asked + target.facts["taken_seconds"] - target.facts["time"]
     off = ahead if ahead > 0 else -behind if behind > 0 else 0.0
     problem = (
         f"{off:+.1f} s off: heartbeats and logs of the hosts would not agree" if abs(off) > _CLOCK_SECONDS else ""
@@ -214,8 +231,12 @@ def _versions(target: Target, known: Known) -> Cell:
         for facts in (known.reference, target.facts)
     ]
     problem = "; ".join(f"{name} {there}, and {here} here" for name, (there, here) in different.items())
-    packages = [f"{name}=={here}" for name, (_, here) in different.items() if name in known.reference["versions"]]
-    mend = shlex.join([sys.executable, "-m", "pip", "install", *[item for item in packages if "hynb" not in item]])
+    ours_by_pip = {name for name, here in known.reference["versions"].items() if here != "not installed"} - {"hynb"}
+    packages = [f"{name}=={here}" for name, (_, here) in different.items() if name in ours_by_pip]
+    mend = shlex.join([sys.executable, "-m", "pip", "install", *packages])
+    if not packages:
+        # The same torch built for another CUDA, or this package itself.
+        mend = f"cd {shlex.quote(str(CODE))} && make clean .venv"
     if not problem and all(drivers) and drivers[0] != drivers[1]:
         problem = f"driver {', '.join(sorted(drivers[1]))}, and {', '.join(sorted(drivers[0]))} here"
         mend = "apt-get install --only-upgrade 'nvidia-driver-*'"
@@ -229,8 +250,10 @@ def _gpus(target: Target, known: Known) -> Cell:
     path = known.config.hostfile
 
     def fewer(count: int) -> str:
-        line = shlex.quote(rf"s/^{host.name} slots=.*/{host.name} slots={count}/")
-        return f"sed -i {line} {shlex.quote(path)}" if path else ""
+        # As a line of its own, or as ip:8 among others.
+        name = rf"(^|[,[:space:]])(\[?{re.escape(host.name)}\]?)([[:space:]]+slots=|:)"
+        line = shlex.quote(rf"s/{name}[0-9]+/\1\2\3{count}/")
+        return f"sed -E -i {line} {shlex.quote(path)}" if path else ""
 
     if not gpus:
         others = [t.host.name for t in known.targets if t.facts and t.facts["gpus"]]
@@ -241,7 +264,8 @@ def _gpus(target: Target, known: Known) -> Cell:
         return _cell(target, "GPUs", problem, f"none: {ranks_text(needed)} on {cores} CPU cores", fewer(cores))
     if needed > len(gpus):
         return _cell(target, "GPUs", f"{needed} slots, and {len(gpus)} GPUs", "", fewer(len(gpus)))
-    taken = [g for g in gpus[:needed] if g.memory_bytes and 1 - g.free_bytes / g.memory_bytes > _TAKEN_SHARE]
+    chosen = [gpus[number] for number in host.slot_ids or range(host.slots)]
+    taken = [g for g in chosen if g.memory_bytes and 1 - g.free_bytes / g.memory_bytes > _TAKEN_SHARE]
     problem = ", ".join(
         f"GPU {g.index}: {(g.memory_bytes - g.free_bytes) / _GB:.0f} of {g.memory_bytes / _GB:.0f} GB taken"
         for g in taken
@@ -289,23 +313,32 @@ def _disks(target: Target, known: Known) -> list[Cell]:
 def _same_files(target: Target, known: Known) -> list[Cell]:
     config, ours, theirs = known.config, known.reference, target.facts
     code = str(CODE / "hynb")
-    problem = "" if theirs["code"] == ours["code"] else "differs from here" if theirs["code"] else f"no {code}"
+    problem = _difference(theirs["code"], ours["code"], code)
     delete = ["--delete", "--exclude=__pycache__"]
     found = [_cell(target, "code", problem, "the same", _rsync(target, known, code + "/", code + "/", delete))]
     if config.model_name_or_path:
         model = str(Path(config.model_name_or_path).expanduser().absolute())
-        problem = (
-            "" if theirs["model"] == ours["model"] else "differs from here" if theirs["model"] else f"no {model}"
+        problem, mend = (
+            _difference(theirs["model"], ours["model"], model),
+            _rsync(target, known, model + "/", model + "/"),
         )
         if ours["model"] is None:
-            problem = f"no {model} on this machine either"
-        found.append(_cell(target, "model", problem, "the same", _rsync(target, known, model + "/", model + "/")))
+            problem, mend = f"no {model} with a config.json" + ("" if target.local else " on this machine either"), ""
+        found.append(_cell(target, "model", problem, "the same", mend))
     if known.data:
-        wrong = [path for path in known.data if theirs["data"][path] != ours["data"][path]]
-        problem = ", ".join(f"{path} {'differs' if theirs['data'][path] else 'is missing'}" for path in wrong)
+        wrong = {path: _difference(theirs["data"][path], ours["data"][path], path) for path in known.data}
+        wrong = {path: text for path, text in wrong.items() if text}
+        problem = ", ".join(text if path in text else f"{path} {text}" for path, text in wrong.items())
         mend = " && ".join(_rsync(target, known, path, path) for path in wrong)
         found.append(_cell(target, "data", problem, "the same", mend))
     return found
+
+
+def _difference(theirs: str | None, ours: str | None, path: str) -> str:
+    """What is wrong with a host's file or folder against this machine's; empty when nothing is."""
+    if theirs is not None and theirs.startswith(UNREADABLE):
+        return f"{path} {theirs}"
+    return "" if theirs == ours else "differs from here" if theirs else f"no {path}"
 
 
 def _rsync(target: Target, known: Known, source: str, place: str, options: Sequence[str] = ()) -> str:
@@ -332,7 +365,7 @@ def _master_port(target: Target, known: Known) -> Cell | None:
     failed = target.facts["connects"].get("master")
     if failed is None or known.port_taken:
         return _cell(target, "master port", "", "free") if target.local else None
-    problem = f"{known.port} of {known.targets[0].host.name} can't be reached: {failed}" if failed else ""
+    problem = f"{known.port} of this machine can't be reached: {failed}" if failed else ""
     allow = f"iptables -I INPUT -s {target.address} -j ACCEPT"
     return _cell(target, "master port", problem, "reached", allow)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from hosts import CHECKOUT, PASSWORD, PORT, two_hosts
 from tiny import tiny_data, tiny_model
 
-from hynb import host_facts
+from hynb import host_facts, hostfile
 from hynb.config import Config
 from hynb.hostfile import Host
 from hynb.preflight import Target, preflight, text
@@ -91,6 +92,21 @@ def test_what_is_missing_is_copied_and_then_all_is_green(hosts):
     shown = hosts.alpha.hynb("preflight", "--config", "run.yaml", check=True).stdout
     assert "alpha – beta: " in shown and "µs one way" in shown and "all is well, 2 hosts" in shown
     assert not list(hosts.alpha.path(hosts.alpha.disk).rglob(".hynb-*")), "nothing is left behind"
+    # Without the program `ip`, as in many containers.
+    program = Path(shutil.which("ip")).resolve()
+    hosts.beta.run(["mount", "--bind", "/etc/hostname", program])
+    report, red = look(hosts)
+    hosts.beta.run(["umount", program])
+    texts = {(cell["host"], cell["check"]): cell["text"] for cell in report["cells"]}
+    assert not red and texts["beta", "network"] == "cable 10.77.0.2"
+    listed = hosts.alpha.path(hosts.alpha.disk / FOLDER / "hostfile")
+    kept = listed.read_text()
+    listed.write_text("localhost slots=1\n" + kept)
+    report, red = look(hosts)
+    listed.write_text(kept)
+    assert red == {("alpha", "name")}
+    texts = {(cell["host"], cell["check"]): cell["text"] for cell in report["cells"]}
+    assert texts["alpha", "name"] == "is localhost by another name (this machine): list it once"
 
 
 def test_the_way_to_a_host(hosts):
@@ -181,14 +197,14 @@ def test_software_clock_slots_disk_port_and_interface(hosts):
     beta.stop_sshd()
     beta.start_sshd()
 
-    hostfile = alpha.path(alpha.disk / FOLDER / "hostfile")
-    hostfile.write_text("alpha slots=1\nbeta slots=512\n")
+    listed = alpha.path(alpha.disk / FOLDER / "hostfile")
+    listed.write_text("alpha slots=1\nbeta slots=512\n")
     report, red = look(hosts)
     assert red == {("beta", "GPUs")}
     mend(hosts, report)
-    assert hostfile.read_text().splitlines()[1] != "beta slots=512"
+    assert listed.read_text().splitlines()[1] != "beta slots=512"
     green(hosts)
-    hostfile.write_text("alpha slots=1\nbeta slots=1\n")
+    listed.write_text("alpha slots=1\nbeta slots=1\n")
 
     (beta.path(beta.disk) / "runs").mkdir()
     beta.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", beta.disk / "runs"])
@@ -234,6 +250,8 @@ def test_a_host_that_hangs_or_is_cut_off_ends_in_time(hosts):
     report, red = look(hosts)
     hosts.beta.thaw()
     assert red == {("beta", "login")} and time.monotonic() - began < 40
+    (cell,) = (cell for cell in report["cells"] if cell["state"] == "bad")
+    assert cell["mend"] == f"ssh -v -F {hosts.alpha.disk / FOLDER / 'ssh_config'} beta true"
     assert (
         next(cell for cell in report["cells"] if cell["host"] == "beta" and cell["check"] == "data")["state"]
         == "unknown"
@@ -281,6 +299,71 @@ def test_identities(tmp_path, monkeypatch):
     assert host_facts.file_identity(tmp_path / "none") is None and host_facts.folder_hash(tmp_path) is None
 
 
+def test_what_can_not_be_read_is_said_and_many_files_are_asked_for(tmp_path):
+    """A file that gives an error is no fault of Python's; names of files may be longer than a command line."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "first.jsonl").write_text("{}\n")
+    for number in range(1500):
+        (folder / f"{'a long name ' * 8}{number}.jsonl").touch()
+    config = Config(output_dir=str(tmp_path / "run"), num_processes=1, train_data_file=f"{folder}/*.jsonl")
+    report = preflight(config, collective=False)
+    assert report.ok and report.cell("localhost", "data").text == "the same", text(report)
+    # A file of the system's that may be opened and gives an error when it is read.
+    config = Config(output_dir=str(tmp_path / "run"), num_processes=1, train_data_file="/proc/self/mem")
+    report = preflight(config, collective=False)
+    (cell,) = report.bad
+    assert (cell.check, "can't be read" in cell.text) == ("data", True), text(report)
+
+
+def test_interfaces_are_the_same_with_and_without_the_program():
+    found = host_facts.interfaces_of_kernel()
+    assert "127.0.0.1" in found["lo"] and set(found) == set(host_facts.interfaces())
+
+
+def test_ranks_that_wait_in_vain_are_named():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    request = {"node": 0, "slots": [1, 1], "address": "127.0.0.1", "port": port, "interface": None}
+    words = [sys.executable, "-m", "hynb.collective_check", json.dumps(request | {"deadline_seconds": 5})]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=CHECKOUT, timeout=60)
+    assert done.returncode == 1 and "no sum within 5 s" in done.stderr.splitlines()[-1]
+
+
+def test_a_clock_is_compared_with_the_moment_at_which_it_was_read():
+    """A host that hashes for a minute before it answers has no minute more to be wrong by."""
+    told = facts("", time=1030.0, taken_seconds=59.0)
+    target = Target(host=Host(name="a", slots=1), local=False, address="", port=22, facts=told)
+    target.asked, target.answered = 1000.0, 1060.0
+    known = Known(config=Config(), targets=[target], reference=told, ssh=Ssh(), port=1, port_taken="", data=[])
+    (cell,) = (cell for cell in compare(target, known) if cell.state == "bad")
+    assert cell.check == "clock" and cell.text.startswith("-29.0 s off")
+
+
+@pytest.mark.parametrize("line", ["b    slots=8  # new", "[b]:8,c:8", "c:8, b:8"])
+def test_fewer_slots_in_every_form_of_a_hostfile(line, tmp_path):
+    path = tmp_path / "hostfile"
+    path.write_text(f"a slots=8\n{line}\nbb slots=8\n")
+    told = facts(ROW.format(0, 0, 97000, "550"))
+    target = Target(host=Host(name="b", slots=8), local=False, address="", port=22, facts=told)
+    target.asked = target.answered = told["time"]
+    known = Known(
+        config=Config(hostfile=str(path)), targets=[target], reference=told, ssh=Ssh(), port=1, port_taken="", data=[]
+    )
+    (cell,) = (cell for cell in compare(target, known) if cell.state == "bad")
+    subprocess.run(["sh", "-c", cell.mend], check=True)
+    slots = {host.name: host.slots for host in hostfile.read(path)}
+    assert slots.pop("b") == 1 and set(slots.values()) == {8}
+
+
+def test_gpus_that_were_not_chosen_may_be_taken():
+    told = facts(ROW.format(0, 0, 100, "550") + ROW.format(1, 1, 97000, "550"))
+    target = Target(host=Host(name="a", slots=1, slot_ids=(1,)), local=True, address="", port=22, facts=told)
+    target.asked = target.answered = told["time"]
+    known = Known(config=Config(), targets=[target], reference=told, ssh=Ssh(), port=1, port_taken="", data=[])
+    assert not [cell for cell in compare(target, known) if cell.state == "bad"]
+
+
 def facts(gpus: str, **changes) -> dict:
     """What a host with GPUs tells, as far as the checks of GPUs look at it."""
     disk = {"total": 10**12, "free": 10**12, "writable": True, "place": "/"}
@@ -288,6 +371,7 @@ def facts(gpus: str, **changes) -> dict:
     told |= {"gpus": gpus, "cuda_visible_devices": None, "cpu_cores": 64, "shm": disk, "output_disk": disk}
     told |= {"memory_bytes": 10**12, "memory_free_bytes": 10**12, "cache_disk": disk, "code": "x", "data": {}}
     told |= {"sees_token": False, "interfaces": {}, "route": {}, "connects": {}, "logins": {}, "time": time.time()}
+    told |= {"taken_seconds": 0.0}
     return told | changes
 
 
@@ -303,7 +387,7 @@ ROW = "{}, GPU-{}, NVIDIA H20, 97871, {}, {}\n"
             {},
             "GPUs",
             "2 slots, and 1 GPUs",
-            "sed -i 's/^b slots=.*/b slots=1/' hosts",
+            "[0-9]+/\\1\\2\\31/' hosts",
         ),
         ("", {}, "GPUs", "none, and a has some", "nvidia-smi"),
         (
@@ -321,7 +405,7 @@ ROW = "{}, GPU-{}, NVIDIA H20, 97871, {}, {}\n"
         (
             ROW.format(0, 0, 97000, "550") + ROW.format(1, 1, 97000, "550"),
             {"cuda": {"cuda": "12.6", "nccl": "2.27.3"}},
-            *("versions", "cuda 12.6, and 12.8 here", "install"),
+            *("versions", "cuda 12.6, and 12.8 here", "make clean .venv"),
         ),
         (
             ROW.format(0, 0, 97000, "550") + ROW.format(1, 1, 97000, "550"),
