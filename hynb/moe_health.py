@@ -42,11 +42,10 @@ class RouterWatch:
         self._entropy: list[torch.Tensor | None] = []
         self._tokens: list[torch.Tensor | None] = []
         self._losses: list[torch.Tensor] = []
-        for name, module in model.named_modules() if model_type in ROUTERS else ():
-            if type(module) is _router_class(model_type):
-                # …layers.7.mlp.gate
-                self.layers.append(int(name.split("layers.")[1].split(".")[0]))
-                module.register_forward_hook(self._hook(len(self.layers) - 1))
+        for name, module in routers(model, model_type):
+            # …layers.7.mlp.gate
+            self.layers.append(int(name.split("layers.")[1].split(".")[0]))
+            module.register_forward_hook(self._hook(len(self.layers) - 1))
         self.reset()
 
     def reset(self) -> None:
@@ -144,6 +143,10 @@ def _logits_and_chosen(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, 
     return output[0], ids[0]
 
 
-def _router_class(model_type: str) -> type:
-    module, name = ROUTERS[model_type]
-    return getattr(importlib.import_module(module), name)
+def routers(model: nn.Module, model_type: str) -> list[tuple[str, nn.Module]]:
+    """Name and module of every router of a model; none for a dense one."""
+    if model_type not in ROUTERS:
+        return []
+    module_name, class_name = ROUTERS[model_type]
+    kind = getattr(importlib.import_module(module_name), class_name)
+    return [(name, module) for name, module in model.named_modules() if type(module) is kind]

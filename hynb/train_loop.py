@@ -20,7 +20,7 @@ from hynb.moe_health import RouterWatch
 from hynb.own_folders import OwnFolders
 from hynb.run_checks import CHECKPOINT_RECORD
 from hynb.run_dir import HEARTBEAT_SECONDS, RunDir, RunWriter, write_json
-from hynb.train_model import carry_over, describe, write_base_identity
+from hynb.train_model import carry_over, describe, keep_untrained_routers, write_base_identity
 
 
 class RunTrainer(Trainer):
@@ -189,6 +189,8 @@ class RunTrainer(Trainer):
         # DeepSpeed hands tied weights over as copies, which would be written as a second tensor.
         for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict and not self.is_lora else ():
             state_dict.pop(name, None)
+        if state_dict and not self.is_lora and self._base is not None:
+            keep_untrained_routers(self.model, self._base, state_dict)
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)

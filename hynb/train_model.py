@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ import hynb.hunyuan_large  # noqa: F401  registers the model with the Auto class
 from hynb.config import MODEL_SIZE_NAMES, Config
 from hynb.errors import ModelError
 from hynb.hunyuan_large.loss import LanguageModelHead, causal_loss
+from hynb.moe_health import routers
 from hynb.run_checks import (
     BASE_IDENTITY,
     CHECKPOINT_RECORD,
@@ -264,6 +266,26 @@ def mark_moe_leaves(model: PreTrainedModel) -> None:
     set_z3_leaf_modules(model, [block])
 
 
+def keep_untrained_routers(model: PreTrainedModel, base: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Puts the base's weights of routers that were not trained in the place of those that bf16 has rounded.
+
+    Released models keep their routers in float32; DeepSpeed holds all weights in the dtype of the training.
+
+    Args:
+        weights: of the model, about to be saved; changed in place.
+    """
+    wanted = {
+        f"{name}.{part}"
+        for name, router in routers(model, model.config.model_type)
+        for part, weight in router.named_parameters()
+        if not weight.requires_grad
+    }
+    for path in sorted(base.glob("*.safetensors")) if wanted else ():
+        with safe_open(path, "pt") as shard:
+            for name in wanted & weights.keys() & set(shard.keys()):
+                weights[name] = shard.get_tensor(name)
+
+
 def carry_over(base: Path | None, tokenizer_folder: Path, checkpoint: Path) -> None:
     """Copies into a full checkpoint what the base folder held beside weights, for other software to read it.
 
@@ -277,10 +299,11 @@ def carry_over(base: Path | None, tokenizer_folder: Path, checkpoint: Path) -> N
             rewritten = any(item.match(pattern) for pattern in _REWRITTEN)
             if item.is_file() and not rewritten and item.name not in _TRAINING_FILES:
                 shutil.copyfile(item, checkpoint / item.name)
-    original = read_json(base / "config.json") if base is not None else None
-    if original and "auto_map" in original:
-        written = read_json(checkpoint / "config.json")
-        write_json(checkpoint / "config.json", written | {"auto_map": original["auto_map"]})
+    original = (read_json(base / "config.json") if base is not None else None) or {}
+    # Switched off for the training alone.
+    written = read_json(checkpoint / "config.json") | {"use_cache": original.get("use_cache", True)}
+    kept = {"auto_map": original["auto_map"]} if "auto_map" in original else {}
+    write_json(checkpoint / "config.json", written | kept)
 
 
 def _random_model(

@@ -10,7 +10,7 @@ from tiny import OF_FAMILY, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hynb.errors import ModelError
-from hynb.moe_health import ROUTERS, RouterWatch, _router_class
+from hynb.moe_health import ROUTERS, RouterWatch, routers
 
 FAMILIES = tuple(ROUTERS)
 
@@ -48,7 +48,7 @@ def counted_by_hand(model: torch.nn.Module, family: str, mask: torch.Tensor) -> 
                 entropy -= sum(p * math.log(p) for p in scores[token].tolist() if p > 0)
         found.append((counts, entropy / int(keep.sum())))
 
-    hooks = [m.register_forward_hook(hook) for m in model.modules() if type(m) is _router_class(family)]
+    hooks = [router.register_forward_hook(hook) for _, router in routers(model, family)]
     with torch.no_grad():
         model(**batch())
     for item in hooks:
@@ -110,9 +110,8 @@ def test_the_balancing_losss_gradient_survives_checkpointing(family):
 def test_an_even_router_has_a_balancing_loss_of_one():
     model = model_of("hunyuan")
     with torch.no_grad():
-        for module in model.modules():
-            if type(module) is _router_class("hunyuan"):
-                module.wg.weight.zero_()
+        for _, router in routers(model, "hunyuan"):
+            router.wg.weight.zero_()
     watch = RouterWatch(model, "hunyuan", 1.0)
     model(**batch())
     # All probabilities are 1/4, so that the sum is 4 · Σ share · 1/4 whatever the shares are.

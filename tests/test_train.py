@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from conftest import need
 from peft import PeftModel
 from reference_model import logits as reference_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_data, tiny_model, with_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -339,6 +340,28 @@ def test_one_process_without_a_launcher(files, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "ignored, because the model folder decides them" in done.stdout and "hidden_size" in done.stdout
     assert attach(tmp_path / "run").status().state == "finished"
+
+
+def test_untrained_weights_stay_bit_for_bit_in_bf16(files, tmp_path):
+    """Of a base as released: bf16, with the routers in float32."""
+    base = shutil.copytree(files["hunyuan"], tmp_path / "base")
+    before = {
+        name: weight if ".gate.wg." in name else weight.bfloat16()
+        for name, weight in load_file(base / "model.safetensors").items()
+    }
+    save_file(before, base / "model.safetensors", metadata={"format": "pt"})
+    values = {"max_steps": 1, "num_processes": None, "bf16": True, "train_attention_params_only": True}
+    config = config_of(files, "hunyuan", tmp_path / "run", model_name_or_path=str(base), **values)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    done = run_entry(tmp_path / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    after = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for name, weight in before.items():
+        assert after[name].dtype == weight.dtype, name
+        assert torch.equal(after[name], weight) or ".self_attn." in name, name
+    config = json.loads((tmp_path / "run" / "checkpoint-1" / "config.json").read_text())
+    assert config["use_cache"] is True and config["torch_dtype"] == "bfloat16"
 
 
 BAD = {
