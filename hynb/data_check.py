@@ -32,7 +32,7 @@ _BATCH = 64
 _RANGE_BYTES = 2 << 20
 _PARALLEL_BYTES = 16 << 20
 _VERIFIED_SAMPLES = 100
-_VERSION = 1
+_VERSION = 2
 _COUNTERS = ("lengths", "kept", "trained", "trained_kept", "spelled")
 
 
@@ -390,7 +390,8 @@ def run(args: argparse.Namespace) -> int:
         progress=_progress_bar() if sys.stderr.isatty() else None,
         cache=not args.no_cache,
     )
-    print(report.text(batch_size=args.per_device_train_batch_size))
+    allowed = args.allow_special_tokens_in_text
+    print(report.text(batch_size=args.per_device_train_batch_size, special_tokens_allowed=allowed))
     if tokenizer and args.preview:
         from hynb.data_preview import as_text
 

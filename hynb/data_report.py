@@ -67,13 +67,7 @@ class DataReport:
 
     def padding_waste(self, batch_size: int, *, seed: int = 0) -> float:
         """The share of places that are padding when batches are made at random."""
-        if not self.samples:
-            return 0.0
-        order = np.random.default_rng(seed).permutation(self.kept)
-        starts = np.arange(0, self.samples, batch_size)
-        sizes = np.diff(np.append(starts, self.samples))
-        places = int((np.maximum.reduceat(order, starts) * sizes).sum())
-        return 1 - float(order.sum()) / places
+        return 1 - float(self.kept.sum()) / _places(self.kept, batch_size, seed) if self.samples else 0.0
 
     def packing_gain(self, batch_size: int, *, seed: int = 0) -> float:
         """How many times fewer places packed batches have than padded ones for the same tokens.
@@ -86,9 +80,11 @@ class DataReport:
         lengths = self.kept
         if len(lengths) > _ENOUGH_SAMPLES:
             lengths = np.random.default_rng(seed).choice(lengths, _ENOUGH_SAMPLES, replace=False)
-        packs = len(best_fit(lengths, self.max_seq_length, seed=seed))
-        padded = float(lengths.sum()) / (1 - self.padding_waste(batch_size, seed=seed))
-        return padded / (packs * self.max_seq_length) if packs else 1.0
+        packs = best_fit(lengths, self.max_seq_length, seed=seed)
+        if not packs:
+            return 1.0
+        packed = np.array([int(lengths[pack].sum()) for pack in packs])
+        return _places(lengths, batch_size, seed) / _places(packed, batch_size, seed)
 
     def problems(self) -> list[str]:
         """The rejected lines as messages, the first of many in full."""
@@ -101,8 +97,12 @@ class DataReport:
             )
         return shown
 
-    def text(self, *, batch_size: int = 1) -> str:
-        """The whole report for a terminal."""
+    def text(self, *, batch_size: int = 1, special_tokens_allowed: bool = False) -> str:
+        """The whole report for a terminal.
+
+        Args:
+            special_tokens_allowed: letters of a special token in a message become the token.
+        """
         counts = f"{self.lines:,} lines = {self.samples:,} samples + {len(self.rejected):,} rejected"
         out = [f"{', '.join(self.files)}: {counts}"]
         out += [f"  {problem}" for problem in self.problems()]
@@ -110,10 +110,9 @@ class DataReport:
             out.append(f"duplicates: {self.duplicate_count:,} samples are the same as an earlier one, such as")
             out += [f"  {place} as {first}" for place, first in self.duplicates]
         if count := int(self.spelled.sum()):
-            out.append(
-                f"special tokens: {count:,} samples spell one in a message; the letters stay letters: "
-                f"{', '.join(self.spelled_places)}"
-            )
+            become = "become the token (allow_special_tokens_in_text)" if special_tokens_allowed else "stay letters"
+            places = ", ".join(self.spelled_places)
+            out.append(f"special tokens: {count:,} samples spell one in a message; the letters {become}: {places}")
         if self.max_seq_length is None or not self.samples:
             return "\n".join(out)
         tokens, kept = int(self.lengths.sum()), int(self.kept.sum())
@@ -128,6 +127,14 @@ class DataReport:
         out.append(f"padding at per_device_train_batch_size = {batch_size}: {waste:.1%} of all places")
         out.append(f"packing: {self.packing_gain(batch_size):.2f} times fewer places for the same tokens")
         return "\n".join([*out, "length in tokens:", *_histogram(self.lengths)])
+
+
+def _places(lengths: np.ndarray, batch_size: int, seed: int) -> int:
+    """Tokens and padding in batches made at random, each padded to its longest."""
+    order = np.random.default_rng(seed).permutation(lengths)
+    starts = np.arange(0, len(order), batch_size)
+    sizes = np.diff(np.append(starts, len(order)))
+    return int((np.maximum.reduceat(order, starts).astype(np.int64) * sizes).sum())
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:

@@ -113,7 +113,8 @@ def _check_data(emit: Emit, config: dict[str, Any]) -> list[dict[str, Any]]:
 
         checked = train_data.check_files(made, tokenizer, parameter, on_bad_sample="report", progress=report)
         batch_size = made.per_device_train_batch_size
-        text = checked.text(batch_size=batch_size)
+        allowed = made.allow_special_tokens_in_text
+        text = checked.text(batch_size=batch_size, special_tokens_allowed=allowed)
         if made.split_long_samples and checked.cut_samples:
             text += "\nsplit_long_samples: longer samples are divided instead, and nothing is cut"
         found.append({"text": text, "problems": checked.problems(), "samples": checked.samples})

@@ -241,6 +241,10 @@ def test_the_report_counts_everything(tokenizer, tmp_path):
     # Padding by hand: batches of one have none.
     assert report.padding_waste(1) == 0 and 0 < report.padding_waste(6) < 1
     assert report.padding_waste(6) == pytest.approx(1 - report.kept.sum() / (report.kept.max() * 6))
+    # Nor have batches of one pack.
+    assert report.packing_gain(1) == 1
+    assert 1 < report.packing_gain(6) <= 1 / (1 - report.padding_waste(6))
+    assert "stay letters" in text and "become the token" in report.text(special_tokens_allowed=True)
     with pytest.raises(DataError) as caught:
         check_data(path, tokenizer, 200)
     assert len(caught.value.problems) == 2

@@ -48,6 +48,7 @@ VARIANTS = {
     "dense": {"num_experts": 1},
     "top-3": {"moe_topk": 3},
     "lists for each layer": {"moe_topk": [1, 2, 3, 1], "num_shared_expert": [1, 2, 1, 3]},
+    "alpha without a factor": {"rope_scaling": {"type": "dynamic", "alpha": 1000.0}},
     "experts in a list": {"num_experts": [4, 2, 1, 5], "moe_topk": [1, 2, 1, 3]},
     "biases": {"attention_bias": True},
     "no q/k norm, no CLA": {"use_qk_norm": False, "use_cla": False},

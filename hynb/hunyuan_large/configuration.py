@@ -32,6 +32,10 @@ class HunYuanLargeConfig(HunYuanMoEV1Config):
         """Fills in what the original leaves to be derived."""
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        scaling = kwargs.get("rope_scaling")
+        if scaling and scaling.get("alpha"):
+            # transformers demands a factor of every "dynamic" scaling; beside alpha it means nothing.
+            kwargs["rope_scaling"] = {"factor": 1.0, **scaling}
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
