@@ -29,7 +29,7 @@ from hynb.launch import absolute_paths, rank_count
 from hynb.launch_hosts import CODE, chosen_hosts, rank_environment, ssh_config
 from hynb.preflight_checks import CHECKS, Cell, ranks_text
 from hynb.run_dir import write_json
-from hynb.ssh import Ssh, is_local
+from hynb.ssh import Ssh, is_local, require_openssh
 
 _FACTS_SECONDS = 40.0
 _HASHED_BYTES_PER_SECOND = 100e6
@@ -116,7 +116,7 @@ def preflight(config: Config, *, collective: bool = True, progress: Callable[[st
         progress: told what is being done.
 
     Raises:
-        ClusterError: a hostfile that can't be read, or a launcher whose hosts ssh doesn't reach.
+        ClusterError: a hostfile that can't be read, a launcher whose hosts ssh doesn't reach, or no ssh here.
     """
     began = time.monotonic()
     if config.hostfile and config.launcher in ("no_ssh", "slurm"):
@@ -127,6 +127,8 @@ def preflight(config: Config, *, collective: bool = True, progress: Callable[[st
     local_slots = rank_count(config) if config.hostfile is None else 0
     hosts = chosen_hosts(config) if config.hostfile else hostfile.local(local_slots)
     ssh = Ssh(config=ssh_config(config) if config.hostfile else None)
+    if not all(is_local(host.name) for host in hosts):
+        require_openssh()
     targets = [_target(host, ssh) for host in hosts]
     here = next((target for target in targets if target.local), None)
     if here is not None:

@@ -253,7 +253,7 @@ def _gpus(target: Target, known: Known) -> Cell:
         # As a line of its own, or as ip:8 among others.
         name = rf"(^|[,[:space:]])(\[?{re.escape(host.name)}\]?)([[:space:]]+slots=|:)"
         line = shlex.quote(rf"s/{name}[0-9]+/\1\2\3{count}/")
-        return f"sed -E -i {line} {shlex.quote(path)}" if path else ""
+        return f"sed -i -E {line} {shlex.quote(path)}" if path else ""
 
     if not gpus:
         others = [t.host.name for t in known.targets if t.facts and t.facts["gpus"]]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from hynb.errors import ClusterError
+
+_PROGRAMS = ("ssh", "ssh-keygen", "ssh-keyscan")
 _CONNECT_SECONDS = 8
 
 
@@ -180,6 +184,17 @@ _CAUSES = (
 def known_name(name: str, port: int) -> str:
     """A host as known_hosts files write it."""
     return name if port == 22 else f"[{name}]:{port}"
+
+
+def require_openssh() -> None:
+    """Makes sure that OpenSSH's programs are there.
+
+    Raises:
+        ClusterError: those that are not.
+    """
+    if missing := [name for name in _PROGRAMS if shutil.which(name) is None]:
+        names = ", ".join(missing)
+        raise ClusterError(f"{names}: not found on this machine. Install it: `apt-get install openssh-client`")
 
 
 def sshd_line(port: int) -> str:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from hynb.errors import ClusterError
 from hynb.hostfile import ClusterDir
-from hynb.ssh import Ssh, sshd_line
+from hynb.ssh import Ssh, require_openssh, sshd_line
 
 _KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 _INSTALL_SECONDS = 40.0
+_LOGIN_SECONDS = 15.0
 # Adds each line of the standard input to authorized_keys, unless it is there.
 AUTHORIZE = """umask 077; mkdir -p ~/.ssh && cd ~/.ssh || exit 3
 touch authorized_keys && chmod 600 authorized_keys || exit 3
@@ -41,6 +42,7 @@ def find_or_make_key(path: str | Path | None = None) -> Key:
     Raises:
         ClusterError: the key has a passphrase or can be read by others, or none can be made.
     """
+    require_openssh()
     home = Path.home() / ".ssh"
     candidates = [Path(path).expanduser()] if path else [home / name for name in _KEY_NAMES]
     found = next((item for item in candidates if item.is_file()), None)
@@ -74,7 +76,7 @@ def install_key(cluster: ClusterDir, host: str, key: Key, password: str) -> None
     environment and no file.
 
     Raises:
-        ClusterError: the password was refused, or the host can't be reached.
+        ClusterError: the password was refused, the host can't be reached, or it refuses the key all the same.
     """
     ssh = Ssh(config=cluster.ssh_config)
     with _askpass(password) as environment:
@@ -95,6 +97,13 @@ def install_key(cluster: ClusterDir, host: str, key: Key, password: str) -> None
             what = f"no answer within {_INSTALL_SECONDS:g} s; try `{ssh.shown(host)}`"
             raise ClusterError(f"{host}: the key can't be installed: {what}") from None
     if done.returncode == 0:
+        answer = ssh.run(host, ["true"], deadline_seconds=_LOGIN_SECONDS)
+        if "accepts none of our keys" in answer.problem:
+            raise ClusterError(
+                f"{host}: the key is in its ~/.ssh/authorized_keys, and sshd refuses it still. Run there "
+                "`chmod go-w ~ ~/.ssh` (it takes no keys from a home that others can write), or look for "
+                "PubkeyAuthentication and AuthorizedKeysFile in what `sshd -T` says"
+            )
         return
     said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
     if done.returncode != 255:

@@ -280,6 +280,12 @@ def _set_up_host(cluster: ClusterDir, host: str, key: Key, confirm: Confirm, pas
         elif not answer.problem:
             done.append("key accepted")
         problem = answer.problem
+        if answer.code:
+            said = (answer.err.strip().splitlines() or ["without a word"])[-1]
+            problem = (
+                f"{host}: accepts the key and runs nothing: `true` ends with exit code {answer.code} ({said}). Its "
+                f"login shell, or an `exit` in its ~/.bashrc, ends every command. Try `{ssh.shown(host)}`"
+            )
     except ClusterError as error:
         problem = str(error)
     return HostState(name=host, local=False, done=", ".join(done), problem=problem)

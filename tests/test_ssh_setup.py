@@ -137,6 +137,22 @@ def test_a_host_that_asks_in_its_own_way(hosts):
     assert done.returncode == 2 and "password: there is no terminal" in done.stderr
 
 
+def test_a_login_that_leads_nowhere_is_not_called_ready(hosts):
+    alpha, beta = hosts
+    setup = ["setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER]
+    profile = beta.path(beta.home / ".bashrc")
+    profile.write_text("echo of another age >&2; exit 3\n")
+    done = hynb(alpha, *setup)
+    profile.unlink()
+    assert done.returncode == 2 and "`true` ends with exit code 3 (of another age)" in done.stderr
+    # sshd takes no key from a home that others can write: installing it again would not help.
+    beta.path(beta.home).chmod(0o777)
+    code, seen = typed(alpha, "install-key", "beta", "--folder", FOLDER, answers=[("password of beta", PASSWORD)])
+    assert code == 2 and "chmod go-w ~ ~/.ssh" in seen
+    beta.run(["sh", "-c", "chmod go-w ~ ~/.ssh"])
+    assert hynb(alpha, *setup).returncode == 0
+
+
 def test_an_agent_with_many_keys_is_no_hindrance(hosts):
     alpha, _ = hosts
     words = shlex.join([sys.executable, "-m", "hynb.cli", "hosts", "setup", "alpha:1,beta:1", "--port", str(PORT)])
@@ -253,6 +269,14 @@ def test_mistakes_are_named(hosts):
     assert "mine/hostfile: was written by hand" in said
     hynb(alpha, "setup", "mine/hostfile", "--port", PORT, "--folder", "mine", "--accept", beta.fingerprint)
     assert own.read_text() == "# ours\nalpha   slots=1\nbeta slots=1  # the old one\n"
+    bare = ["env", "PATH=/nonexistent", sys.executable, "-m", "hynb.cli"]
+    for words in (
+        ["hosts", "setup", "beta:1", "--folder", FOLDER],
+        ["preflight", "--hostfile", f"{FOLDER}/hostfile"],
+    ):
+        done = alpha.run([*bare, *words], check=False, env={"PYTHONPATH": str(CHECKOUT)})
+        said = done.stdout + done.stderr
+        assert done.returncode == 2 and "apt-get install openssh-client" in said and "Traceback" not in said
     # ssh passes over a key that others can read, and then the host refuses: the reason is the key.
     key.chmod(0o644)
     said = alpha.hynb("preflight", "--hostfile", f"{FOLDER}/hostfile", "--no_collective").stdout
