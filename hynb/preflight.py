@@ -282,7 +282,8 @@ def _ask(target: Target, ssh: Ssh, request: dict[str, Any], deadline_seconds: fl
     if answer.problem and not target.local:
         return preflight_checks.way_closed(target, answer.problem, ssh, _probe(target))
     said = answer.problem or (answer.err.strip().splitlines() or [f"exit code {answer.code}"])[-1]
-    return preflight_checks.no_python(target, said, sys.executable)
+    there = ssh.run(target.host.name, ["test", "-d", str(CODE / "hynb")])
+    return preflight_checks.no_python(target, said, sys.executable, no_code=ssh if there.code == 1 else None)
 
 
 def _probe(target: Target) -> str:

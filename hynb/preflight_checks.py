@@ -25,6 +25,8 @@ CHECKS = (
     *("disk", "cache", "code", "model", "data", "output_dir", "master port", "network", "hosts' logins"),
     "all-reduce",
 )
+# What an environment is made from.
+_CHECKOUT = ("hynb", "pyproject.toml", "requirements.lock", "Makefile", "README.md")
 _CLOCK_SECONDS = 2.0
 _GB = 1e9
 _MEMORY_BYTES = 2 * _GB
@@ -148,12 +150,21 @@ def same_machines(targets: Sequence[Target]) -> list[Cell]:
     return found
 
 
-def no_python(target: Target, said: str, python: str) -> list[Cell]:
-    """The cells of a host that answered, but not from this environment's Python."""
+def no_python(target: Target, said: str, python: str, *, no_code: Ssh | None) -> list[Cell]:
+    """The cells of a host that answered, but not from this environment's Python.
+
+    Args:
+        no_code: how the code is copied there, where that lacks too; None where it is there.
+    """
     text = f"{python} doesn't run there: {said}"
     mend = f"cd {shlex.quote(str(CODE))} && make .venv"
     bad = Cell(host=target.host.name, check="python", state="bad", text=text, mend=mend, mend_on=target.host.name)
-    return [*way_open(target), bad]
+    sources = [CODE / name for name in _CHECKOUT]
+    if no_code is None or not all(path.exists() for path in sources):
+        return [*way_open(target), bad]
+    copy = _rsync(target, no_code, [str(path) for path in sources], f"{CODE}/", ["--exclude=__pycache__"])
+    lacks = Cell(host=target.host.name, check="code", state="bad", text=f"no {CODE / 'hynb'}", mend=copy)
+    return [*way_open(target), bad, lacks]
 
 
 def compare(target: Target, known: Known) -> list[Cell]:
@@ -315,12 +326,12 @@ def _same_files(target: Target, known: Known) -> list[Cell]:
     code = str(CODE / "hynb")
     problem = _difference(theirs["code"], ours["code"], code)
     delete = ["--delete", "--exclude=__pycache__"]
-    found = [_cell(target, "code", problem, "the same", _rsync(target, known, code + "/", code + "/", delete))]
+    found = [_cell(target, "code", problem, "the same", _rsync(target, known.ssh, [code + "/"], code + "/", delete))]
     if config.model_name_or_path:
         model = str(Path(config.model_name_or_path).expanduser().absolute())
         problem, mend = (
             _difference(theirs["model"], ours["model"], model),
-            _rsync(target, known, model + "/", model + "/"),
+            _rsync(target, known.ssh, [model + "/"], model + "/"),
         )
         if ours["model"] is None:
             problem, mend = f"no {model} with a config.json" + ("" if target.local else " on this machine either"), ""
@@ -329,7 +340,7 @@ def _same_files(target: Target, known: Known) -> list[Cell]:
         wrong = {path: _difference(theirs["data"][path], ours["data"][path], path) for path in known.data}
         wrong = {path: text for path, text in wrong.items() if text}
         problem = ", ".join(text if path in text else f"{path} {text}" for path, text in wrong.items())
-        mend = " && ".join(_rsync(target, known, path, path) for path in wrong)
+        mend = " && ".join(_rsync(target, known.ssh, [path], path) for path in wrong)
         found.append(_cell(target, "data", problem, "the same", mend))
     return found
 
@@ -341,11 +352,11 @@ def _difference(theirs: str | None, ours: str | None, path: str) -> str:
     return "" if theirs == ours else "differs from here" if theirs else f"no {path}"
 
 
-def _rsync(target: Target, known: Known, source: str, place: str, options: Sequence[str] = ()) -> str:
-    shell = shlex.join(["ssh", *(["-F", str(known.ssh.config)] if known.ssh.config else [])])
+def _rsync(target: Target, ssh: Ssh, sources: Sequence[str], place: str, options: Sequence[str] = ()) -> str:
+    shell = shlex.join(["ssh", *(["-F", str(ssh.config)] if ssh.config else [])])
     name = f"[{target.host.name}]" if ":" in target.host.name else target.host.name
     return shlex.join(
-        ["rsync", "-a", "--mkpath", "--info=progress2", *options, "-e", shell, source, f"{name}:{place}"]
+        ["rsync", "-a", "--mkpath", "--info=progress2", *options, "-e", shell, *sources, f"{name}:{place}"]
     )
 
 

@@ -159,6 +159,22 @@ def test_files_that_differ(hosts):
     assert look(hosts)[1] == {("beta", "model")}
     mend(hosts, look(hosts)[0])
     green(hosts)
+    # A host that has neither the code nor an environment: the first is copied, the second is made there.
+    beta.run(["mount", "-t", "tmpfs", "tmpfs", CHECKOUT])
+    try:
+        report, red = look(hosts)
+        assert ("beta", "code") in red
+        alpha.hynb("preflight", "--config", "run.yaml", "--no_collective", "--fix")
+        assert not beta.run(
+            ["cmp", CHECKOUT / "hynb" / "data.py", "-"], input=(CHECKOUT / "hynb" / "data.py").read_text()
+        ).stdout
+        if Path(sys.executable).is_relative_to(CHECKOUT):
+            report, red = look(hosts)
+            assert red == {("beta", "python")}
+            (cell,) = (cell for cell in report["cells"] if cell["state"] == "bad")
+            beta.run(["sh", "-c", cell["mend"].replace("make", "make --dry-run")])
+    finally:
+        beta.run(["umount", CHECKOUT])
     # A copy of the code of its own, in place of the checkout's.
     own = beta.root / "code"
     shutil.copytree(CHECKOUT / "hynb", own, ignore=shutil.ignore_patterns("__pycache__"))
