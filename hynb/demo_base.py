@@ -180,7 +180,9 @@ def save(model: HunYuanLargeForCausalLM, folder: Path) -> None:
     }
     model.save_pretrained(folder, state_dict=state)
     written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | {"dtype": "bfloat16"}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(written | dict.fromkeys(("dtype", "torch_dtype"), "bfloat16"), indent=2) + "\n"
+    )
     ids = model.config
     settings = {"eos_token_id": [SPECIAL_TOKENS.index("<|eos|>"), ids.eos_token_id], "pad_token_id": ids.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -390,8 +390,9 @@ def _write_rest(plan: MergePlan, partial: Path, wanted: dict[str, str], total_by
         write_json(partial / "config.json", model_config)
     if save_dtype != "keep":
         name = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[save_dtype]
-        key = "dtype" if "dtype" in model_config else "torch_dtype"
-        write_json(partial / "config.json", model_config | {key: name})
+        # transformers 5 calls it dtype, older software torch_dtype: some configs hold both.
+        keys = [key for key in ("dtype", "torch_dtype") if key in model_config] or ["torch_dtype"]
+        write_json(partial / "config.json", model_config | dict.fromkeys(keys, name))
 
 
 def verify_merge(output_path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:

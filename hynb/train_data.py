@@ -167,6 +167,8 @@ def _check(
     config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, rejected_path: Path, say: Say
 ) -> DataReport:
     uncut = config.split_long_samples and parameter == "train_data_file"
+    # Of a run that this one resumes: the data may have been mended since.
+    rejected_path.unlink(missing_ok=True)
     kept = {"rejected_path": rejected_path, "progress": _progress(parameter, say)}
     report = check_files(config, tokenizer, parameter, uncut=uncut, **kept)
     say(f"{report.samples} samples, {len(report.rejected)} rejected, in {', '.join(report.files)}")

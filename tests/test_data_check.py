@@ -13,7 +13,8 @@ import zstandard
 from tiny import tiny_data
 from transformers import AutoTokenizer
 
-from hynb import data_check
+from hynb import data_check, train_data
+from hynb.config import Config
 from hynb.data import (
     IGNORED,
     ChatDataset,
@@ -30,6 +31,7 @@ from hynb.data_preview import as_html, as_text
 from hynb.data_read import find_files
 from hynb.demo_base import write_tokenizer
 from hynb.errors import DataError
+from hynb.run_dir import RunDir
 
 ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -248,6 +250,18 @@ def test_the_report_counts_everything(tokenizer, tmp_path):
     with pytest.raises(DataError) as caught:
         check_data(path, tokenizer, 200)
     assert len(caught.value.problems) == 2
+
+
+def test_a_runs_rejected_lines_are_those_of_its_last_check(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", sample("q"), {"messages": 3})
+    config = Config(train_data_file=str(path), output_dir=str(tmp_path / "run"), on_bad_sample="skip")
+    kept = RunDir(config.output_dir).rejected
+    assert train_data.check(config, tokenizer, print).summary["data_rejected"] == 1
+    assert len(kept.read_text().splitlines()) == 1
+    # Mended before the run is resumed.
+    write(path, sample("q"), sample("r"))
+    assert train_data.check(config, tokenizer, print).summary["data_rejected"] == 0
+    assert not kept.exists()
 
 
 def test_processes_and_cache_change_nothing(tokenizer, tmp_path, monkeypatch):

@@ -161,7 +161,8 @@ def test_another_dtype(base, tmp_path, name, dtype):
         router = ".gate.wg." in key
         assert weight.dtype == (torch.float32 if router else dtype), key
         torch.testing.assert_close(weight.float(), expected[key].to(weight.dtype).float(), rtol=1e-2, atol=1e-5)
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == str(dtype).removeprefix("torch.")
     verify_merge(tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert model.lm_head.weight.dtype == dtype
