@@ -219,6 +219,11 @@ def exchange_keys(cluster: ClusterDir, hosts: Sequence[Host]) -> None:
     others = [name for name in names if not is_local(name)]
     if not others:
         return
+    if "localhost" in names:
+        raise ClusterError(
+            f"{cluster.hostfile}: localhost is another machine on every host; list this one by the name or address "
+            "by which the others reach it"
+        )
     port = ssh.address(others[0])[1]
     public = _on_all(ssh, names, _OWN_KEY, None)
     # What a login script prints comes first.
@@ -244,6 +249,17 @@ def exchange_keys(cluster: ClusterDir, hosts: Sequence[Host]) -> None:
     _on_all(ssh, others, write, cluster.known_hosts.read_text())
     mine = f"[ ! -e {config} ] || {ours}"
     _on_all(ssh, others, f"if {mine}; then cat > {config}; else cat > /dev/null; fi", "\n".join(blocks))
+    # There the others need a way to this host, too, which itself needs none.
+    own = cluster.ssh_config.read_text()
+    missing = [block for name, block in zip(names, blocks[1:], strict=True) if f"Host {name}\n" not in own]
+    if missing:
+        replace_text(cluster.ssh_config, "\n".join([own, *missing]))
+    tries = "; ".join(
+        f'[ "$1" = {shlex.quote(name)} ] || ssh -F {config} -o BatchMode=yes -- {shlex.quote(name)} true || '
+        f"{{ echo can\\'t log in on {shlex.quote(name)} >&2; exit 1; }}"
+        for name in names
+    )
+    _on_all(ssh, others, tries, None)
 
 
 def include(cluster: ClusterDir, *, remove: bool = False) -> bool:
@@ -318,10 +334,11 @@ def _keep_host_keys(cluster: ClusterDir, lines: Sequence[str]) -> None:
 
 
 def _on_all(ssh: Ssh, names: Sequence[str], script: str, text: str | None) -> dict[str, str]:
-    """Runs a shell script on hosts at the same time; returns what each printed."""
+    """Runs a shell script, told the host's name, on hosts at the same time; returns what each printed."""
+    deadline_seconds = _LOGIN_SECONDS + len(names)
 
     def one(name: str) -> str:
-        answer = ssh.run(name, ["sh", "-c", script], deadline_seconds=_LOGIN_SECONDS, input=text)
+        answer = ssh.run(name, ["sh", "-c", script, "sh", name], deadline_seconds=deadline_seconds, input=text)
         if answer.problem or answer.code:
             raise ClusterError(answer.problem or f"{name}: {answer.err.strip() or f'exit code {answer.code}'}")
         return answer.out

@@ -214,6 +214,28 @@ def test_every_host_to_every_other(hosts):
     assert hynb(alpha, "setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER).returncode == 0
 
 
+def test_every_host_to_every_other_over_a_shared_folder(tmp_path):
+    with two_hosts(tmp_path / "shared", shared=True) as made:
+        alpha, beta = made
+        setup = ["setup", "alpha:1,beta:1", "--port", PORT, "--folder", FOLDER, "--accept", beta.fingerprint]
+        code, seen = typed(alpha, *setup, "--password", answers=[("password on", PASSWORD)])
+        assert code == 0, seen
+        for _ in range(2):
+            hynb(alpha, "exchange", "--folder", FOLDER, check=True)
+        config = alpha.disk / FOLDER / "ssh_config"
+        assert alpha.path(config).read_text().count("Host alpha\n") == 1
+        for here, there in ((alpha, "beta"), (beta, "alpha")):
+            assert here.run(["ssh", "-F", config, "-o", "BatchMode=yes", there, "hostname"]).stdout == f"{there}\n"
+        # Said only where it is so.
+        (alpha.path(alpha.home / ".ssh") / "authorized_keys").chmod(0o666)
+        alpha.path(alpha.home).chmod(0o777)
+        done = hynb(alpha, "exchange", "--folder", FOLDER)
+        assert done.returncode == 2 and "beta: " in done.stderr and "can't log in on alpha" in done.stderr
+        hostfile = alpha.path(alpha.disk / FOLDER / "hostfile")
+        hostfile.write_text("localhost slots=1\nbeta slots=1\n")
+        assert "localhost is another machine" in hynb(alpha, "exchange", "--folder", FOLDER).stderr
+
+
 def test_an_include_is_added_once_and_taken_back(hosts):
     alpha, _ = hosts
     mine = alpha.path(alpha.home / ".ssh" / "config")
