@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference_model import logits as reference_logits
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hynb.hunyuan_large import HunYuanLargeConfig, HunYuanLargeForCausalLM
 from hynb.hunyuan_large.tokenization import SPECIAL_TOKENS
@@ -251,6 +251,8 @@ def test_a_save_reads_back_bit_for_bit(variant, tmp_path):
     assert len(list((tmp_path / "c").glob("*.safetensors"))) > 2
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "c").state_dict()
     assert all(torch.equal(third[name], weight) for name, weight in model.state_dict().items())
+    decoder = AutoModel.from_pretrained(tmp_path / "c").state_dict()
+    assert all(torch.equal(decoder[name], weight) for name, weight in model.model.state_dict().items())
 
 
 def test_code_in_the_folder_is_not_run(tmp_path):

@@ -1,6 +1,6 @@
 """Hunyuan-Large for transformers 5: importing this registers model_type `hunyuan` with the Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -35,6 +35,7 @@ class _TokenizerName(PreTrainedConfig):
 
 
 AutoConfig.register("hunyuan", HunYuanLargeConfig, exist_ok=True)
+AutoModel.register(HunYuanLargeConfig, HunYuanLargeModel, exist_ok=True)
 AutoModelForCausalLM.register(HunYuanLargeConfig, HunYuanLargeForCausalLM, exist_ok=True)
 AutoTokenizer.register(_TokenizerName, tokenizer_class=HYTokenizer, exist_ok=True)
 register_checkpoint_conversion_mapping("hunyuan", get_checkpoint_conversion_mapping("hunyuan_v1_moe"), overwrite=True)
