@@ -92,6 +92,13 @@ def test_what_is_missing_is_copied_and_then_all_is_green(hosts):
     shown = hosts.alpha.hynb("preflight", "--config", "run.yaml", check=True).stdout
     assert "alpha – beta: " in shown and "µs one way" in shown and "all is well, 2 hosts" in shown
     assert not list(hosts.alpha.path(hosts.alpha.disk).rglob(".hynb-*")), "nothing is left behind"
+    # What a user sets for the ranks of a run holds for these, on every host.
+    variables = hosts.alpha.path(hosts.alpha.disk / ".deepspeed_env")
+    variables.write_text("TORCH_DISTRIBUTED_DEBUG=NONSENSE\n")
+    report, red = look(hosts, collective=True)
+    variables.unlink()
+    assert red == {("alpha", "all-reduce"), ("beta", "all-reduce")}
+    assert "TORCH_DISTRIBUTED_DEBUG" in next(cell for cell in report["cells"] if cell["state"] == "bad")["text"]
     # Without the program `ip`, as in many containers.
     program = Path(shutil.which("ip")).resolve()
     hosts.beta.run(["mount", "--bind", "/etc/hostname", program])
