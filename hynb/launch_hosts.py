@@ -114,7 +114,8 @@ def make_plan(config: Config) -> Plan:
     here = local[0] if local else None
     others = [host for index, host in enumerate(hosts) if index != here]
     if reach is not None and not problems:
-        problems += _unready_hosts(reach, others)
+        # pdsh logs in on this machine too, as on any other.
+        problems += _unready_hosts(reach, hosts if config.launcher == "pdsh" else others)
     if problems:
         raise ClusterError(problems)
     return _plan(config, hosts, here, reach)
@@ -344,7 +345,7 @@ def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
 
 
 def _unready_hosts(reach: Ssh, hosts: Sequence[Host]) -> list[str]:
-    """What keeps the ranks from starting on other hosts, asked of all at once."""
+    """What keeps the ranks from starting on hosts, asked of all at once."""
     python = sys.executable
     script = (
         f"[ -x {shlex.quote(python)} ] || echo 'has no {python}'; "
@@ -352,7 +353,7 @@ def _unready_hosts(reach: Ssh, hosts: Sequence[Host]) -> list[str]:
     )
 
     def ask(host: Host) -> list[str]:
-        answer = reach.run(host.name, ["sh", "-c", script], deadline_seconds=_SSH_SECONDS)
+        answer = reach.run(host.name, ["sh", "-c", script], deadline_seconds=_SSH_SECONDS, always=True)
         if answer.problem:
             return [answer.problem if host.name in answer.problem else f"{host.name}: {answer.problem}"]
         missing = answer.out.splitlines()

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from hynb import collective_check, host_facts, hostfile, preflight_checks
+from hynb import collective_check, host_facts, hostfile, preflight_checks, zero
 from hynb.cluster import PACKAGES
 from hynb.config import Config
 from hynb.config_io import Reading, read_settings, read_yaml
@@ -43,6 +43,7 @@ class Target:
 
     Args:
         address: by which the others reach it; empty when its name can't be resolved.
+        by_ssh: the launcher logs in there, be it this machine.
         asked, answered: time here before and after its facts were asked for.
     """
 
@@ -50,6 +51,7 @@ class Target:
     local: bool
     address: str
     port: int
+    by_ssh: bool = False
     facts: dict[str, Any] | None = None
     asked: float = 0.0
     answered: float = 0.0
@@ -133,6 +135,9 @@ def preflight(config: Config, *, collective: bool = True, progress: Callable[[st
     here = next((target for target in targets if target.local), None)
     if here is not None:
         here.address = _own_address(config, targets)
+        # pdsh logs in on the launching host as on any other.
+        here.by_ssh = len(targets) > 1 and config.launcher == "pdsh"
+        here.port = ssh.address(here.host.name)[1]
     problems, data = _data_files(config)
     token = _make_token(config.output_dir)
     listener, port, taken = _listen(here, config)
@@ -223,7 +228,7 @@ def _make_token(output_dir: str) -> str:
 
 
 def _data_files(config: Config) -> tuple[list[str], list[str]]:
-    """What is wrong with the data parameters, and the files that they name."""
+    """What is wrong with the data parameters, and the files that every rank reads: data, settings, tokenizer."""
     problems: list[str] = []
     files: list[str] = []
     for parameter in ("train_data_file", "eval_data_file"):
@@ -232,6 +237,10 @@ def _data_files(config: Config) -> tuple[list[str], list[str]]:
                 files += [str(path.absolute()) for path in find_files(paths, parameter)]
             except HynbError as error:
                 problems += error.problems
+    if config.deepspeed not in zero.PRESETS and Path(config.deepspeed).is_file():
+        files.append(str(Path(config.deepspeed).absolute()))
+    if config.tokenizer_name_or_path is not None and (folder := Path(config.tokenizer_name_or_path)).is_dir():
+        files += [str(path.absolute()) for path in sorted(folder.iterdir()) if path.match("*token*")]
     return problems, files
 
 
@@ -278,6 +287,8 @@ def _ask(target: Target, ssh: Ssh, request: dict[str, Any], deadline_seconds: fl
     line = next((line for line in answer.out.splitlines() if line.startswith("hynb-facts ")), None)
     if line is not None:
         target.facts = json.loads(line.removeprefix("hynb-facts "))
+        if target.by_ssh and (problem := ssh.run(target.host.name, ["true"], always=True).problem):
+            return preflight_checks.way_closed(target, problem, ssh, _probe(target))
         return preflight_checks.way_open(target)
     if answer.problem and not target.local:
         return preflight_checks.way_closed(target, answer.problem, ssh, _probe(target))

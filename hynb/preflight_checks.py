@@ -89,7 +89,7 @@ class Known:
 
 def way_open(target: Target) -> list[Cell]:
     """The cells of a host that answered."""
-    if target.local:
+    if target.local and not target.by_ssh:
         texts = dict.fromkeys(("name", "port", "host key", "login"), "this machine")
     else:
         texts = {"name": target.address, "port": str(target.port), "host key": "known", "login": "key accepted"}
@@ -104,6 +104,7 @@ def way_closed(target: Target, problem: str, ssh: Ssh, unreachable: str) -> list
         unreachable: why its port doesn't answer; empty when it does.
     """
     name = target.host.name
+    there = "" if target.local else name
     folder = f" --folder {shlex.quote(str(ssh.config.parent))}" if ssh.config else ""
     problem = problem.removeprefix(f"{name}: ")
 
@@ -120,7 +121,7 @@ def way_closed(target: Target, problem: str, ssh: Ssh, unreachable: str) -> list
         refused = "refused" in unreachable
         command = sshd_line(target.port) if refused else f"ping -c 3 {target.address}"
         return cells(
-            resolved, ("port", "bad", f"{target.port}: {unreachable.lower()}", command, name if refused else "")
+            resolved, ("port", "bad", f"{target.port}: {unreachable.lower()}", command, there if refused else "")
         )
     if "another one than the one that is known" in problem:
         forget = problem.split("`")[1]

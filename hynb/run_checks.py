@@ -49,7 +49,8 @@ def check_run(config: Config, *, launched: bool = False) -> None:
     for parameter in ("train_data_file", "eval_data_file"):
         if (paths := getattr(config, parameter)) is not None:
             problems += _missing_files(paths, parameter)
-    if config.hostfile is not None and not Path(config.hostfile).is_file():
+    # Hosts that a run has reached need no hostfile of their own.
+    if not launched and config.hostfile is not None and not Path(config.hostfile).is_file():
         problems.append(f"hostfile = {config.hostfile}: there is no such file")
     problems += check_deepspeed(config)
     if not launched:

@@ -52,22 +52,33 @@ class Ssh:
         chosen = ["-F", str(self.config)] if self.config else []
         return [*chosen, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
 
-    def command(self, host: str, argv: Sequence[str]) -> list[str]:
-        """The words that run a command on a host, which is this machine or another one."""
-        if is_local(host):
+    def command(self, host: str, argv: Sequence[str], *, always: bool = False) -> list[str]:
+        """The words that run a command on a host, which is this machine or another one.
+
+        Args:
+            always: through ssh even on this machine, as pdsh does.
+        """
+        if is_local(host) and not always:
             return list(argv)
         return ["ssh", *self.options(), "--", host, shlex.join(argv)]
 
     def run(
-        self, host: str, argv: Sequence[str], *, deadline_seconds: float = 20.0, input: str | None = None
+        self,
+        host: str,
+        argv: Sequence[str],
+        *,
+        deadline_seconds: float = 20.0,
+        input: str | None = None,
+        always: bool = False,
     ) -> Answer:
         """Runs a command and waits for it; a host that is down is an answer, not an exception.
 
         Args:
             deadline_seconds: after this the connection is ended; what it had begun there may go on.
             input: text for the command's standard input; None for none.
+            always: through ssh even on this machine, as pdsh does.
         """
-        command = self.command(host, argv)
+        command = self.command(host, argv, always=always)
         try:
             process = subprocess.Popen(
                 command,
@@ -96,7 +107,8 @@ class Ssh:
             process.wait()
             raise
         # 255 is ssh's own code; a command that ends with it has written nothing of ssh's.
-        problem = self.cause(host, err) if process.returncode == 255 and not is_local(host) else ""
+        by_ssh = always or not is_local(host)
+        problem = self.cause(host, err) if process.returncode == 255 and by_ssh else ""
         return Answer(code=None if problem else process.returncode, out=out, err=err, problem=problem)
 
     def settings(self, host: str) -> dict[str, list[str]]:

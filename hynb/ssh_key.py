@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from hynb.errors import ClusterError
 from hynb.hostfile import ClusterDir
-from hynb.ssh import Ssh, require_openssh, sshd_line
+from hynb.ssh import Ssh, is_local, require_openssh, sshd_line
 
 _KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 _INSTALL_SECONDS = 40.0
@@ -70,7 +71,7 @@ def find_or_make_key(path: str | Path | None = None) -> Key:
 
 
 def install_key(cluster: ClusterDir, host: str, key: Key, password: str) -> None:
-    """Logs in with a password once and adds the public key to the host's authorized_keys.
+    """Logs in with a password once and adds the public key to the host's authorized_keys; here it needs none.
 
     The password goes to ssh through a pipe that only this user can open: it is on no command line, in no
     environment and no file.
@@ -79,6 +80,11 @@ def install_key(cluster: ClusterDir, host: str, key: Key, password: str) -> None
         ClusterError: the password was refused, the host can't be reached, or it refuses the key all the same.
     """
     ssh = Ssh(config=cluster.ssh_config)
+    if is_local(host) and ssh.settings(host).get("user") == [getpass.getuser()]:
+        answer = ssh.run(host, ["sh", "-c", AUTHORIZE], input=key.public + "\n")
+        if answer.code:
+            raise ClusterError(f"{host}: the key can't be installed: {answer.err.strip()}")
+        return
     with _askpass(password) as environment:
         options = ["-F", str(cluster.ssh_config), "-o", "BatchMode=no", "-o", "PubkeyAuthentication=no"]
         options += ["-o", "PreferredAuthentications=password,keyboard-interactive", "-o", "NumberOfPasswordPrompts=1"]

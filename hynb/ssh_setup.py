@@ -94,7 +94,7 @@ def setup(
     write_settings(cluster, hosts, port=port, user=user, key=own)
     states = []
     for host in hosts:
-        state = _set_up_host(cluster, host.name, own, confirm, password)
+        state = _set_up_host(cluster, host.name, own, confirm, password, alone=len(hosts) == 1)
         on_host(state)
         states.append(state)
     return states
@@ -110,7 +110,7 @@ def write_settings(cluster: ClusterDir, hosts: Sequence[Host], *, port: int, use
         raise ClusterError(f"port = {port}: must lie between 1 and 65535")
     blocks = [_HEADER]
     for host in hosts:
-        if is_local(host.name):
+        if is_local(host.name) and len(hosts) == 1:
             continue
         lines = [f"Host {host.name}", f"HostName {host.name}", f"Port {port}", *([f"User {user}"] if user else [])]
         lines += [f'IdentityFile "{key.path.absolute()}"', f'UserKnownHostsFile "{cluster.known_hosts}"']
@@ -162,7 +162,7 @@ def host_keys(cluster: ClusterDir, host: str) -> list[HostKey]:
     lines = [line.split(None, 2)[1:] for line in scanned.stdout.splitlines() if line and not line.startswith("#")]
     if not lines:
         # A real login says best why.
-        answer = Ssh(config=cluster.ssh_config).run(host, ["true"], deadline_seconds=_LOGIN_SECONDS)
+        answer = Ssh(config=cluster.ssh_config).run(host, ["true"], deadline_seconds=_LOGIN_SECONDS, always=True)
         raise ClusterError(answer.problem or f"{host}: port {port} of {name} shows no host key; is it an sshd?")
     found = []
     for kind, content in lines:
@@ -224,16 +224,13 @@ def exchange_keys(cluster: ClusterDir, hosts: Sequence[Host]) -> None:
             f"{cluster.hostfile}: localhost is another machine on every host; list this one by the name or address "
             "by which the others reach it"
         )
-    port = ssh.address(others[0])[1]
     public = _on_all(ssh, names, _OWN_KEY, None)
     # What a login script prints comes first.
     keys = [text.strip().splitlines()[-1] for text in public.values() if text.strip()]
     _on_all(ssh, names, AUTHORIZE, "".join(f"{key}\n" for key in keys))
-    # The host from which it was set up knows no key of its own yet, and the others are to know it.
-    for name in set(names) - set(others):
-        _keep_own_host_key(cluster, name, port)
     blocks = [_EXCHANGED]
     for name in names:
+        port = ssh.address(name)[1]
         lines = [f"Host {name}", f"HostName {name}", f"Port {port}", f'UserKnownHostsFile "{cluster.known_hosts}"']
         user = getpass.getuser() if is_local(name) else ssh.settings(name).get("user", [""])[0]
         lines += [f"User {user}"] if user else []
@@ -281,18 +278,22 @@ def include(cluster: ClusterDir, *, remove: bool = False) -> bool:
     return True
 
 
-def _set_up_host(cluster: ClusterDir, host: str, key: Key, confirm: Confirm, password: str | None) -> HostState:
-    if is_local(host):
+def _set_up_host(
+    cluster: ClusterDir, host: str, key: Key, confirm: Confirm, password: str | None, *, alone: bool
+) -> HostState:
+    local = is_local(host)
+    if local and alone:
         return HostState(name=host, local=True, done="this machine, needs no ssh", problem="")
-    done = []
+    done = ["this machine"] if local else []
+    ssh = Ssh(config=cluster.ssh_config)
     try:
-        done.append(trust(cluster, host, confirm))
-        ssh = Ssh(config=cluster.ssh_config)
-        answer = ssh.run(host, ["true"], deadline_seconds=_LOGIN_SECONDS)
-        if "accepts none of our keys" in answer.problem and password is not None:
-            install_key(cluster, host, key, password)
+        # pdsh logs in on the launching host as on any other. Its own keys can be looked up, its own file be written.
+        done.append(trust(cluster, host, _is_own_key if local else confirm))
+        answer = ssh.run(host, ["true"], deadline_seconds=_LOGIN_SECONDS, always=True)
+        if "accepts none of our keys" in answer.problem and (local or password is not None):
+            install_key(cluster, host, key, password or "")
             done.append("key installed")
-            answer = ssh.run(host, ["true"], deadline_seconds=_LOGIN_SECONDS)
+            answer = ssh.run(host, ["true"], deadline_seconds=_LOGIN_SECONDS, always=True)
         elif not answer.problem:
             done.append("key accepted")
         problem = answer.problem
@@ -304,7 +305,13 @@ def _set_up_host(cluster: ClusterDir, host: str, key: Key, confirm: Confirm, pas
             )
     except ClusterError as error:
         problem = str(error)
-    return HostState(name=host, local=False, done=", ".join(done), problem=problem)
+    return HostState(name=host, local=local, done=", ".join(done), problem=problem)
+
+
+def _is_own_key(_: str, keys: Sequence[HostKey]) -> bool:
+    """Whether this machine's sshd proves itself by a key of its own files."""
+    own = {tuple(path.read_text().split()[:2]) for path in Path("/etc/ssh").glob("ssh_host_*_key.pub")}
+    return any((key.kind, key.content) in own for key in keys)
 
 
 def _known(cluster: ClusterDir, place: str) -> Iterator[tuple[str, str]]:
@@ -315,17 +322,6 @@ def _known(cluster: ClusterDir, place: str) -> Iterator[tuple[str, str]]:
         words = line.split()
         if len(words) >= 3 and place in words[0].split(","):
             yield words[1], words[2]
-
-
-def _keep_own_host_key(cluster: ClusterDir, name: str, port: int) -> None:
-    place = known_name(name, port)
-    if any(_known(cluster, place)):
-        return
-    scanned = subprocess.run(["ssh-keyscan", "-p", str(port), name], capture_output=True, text=True, check=False)
-    lines = [line for line in scanned.stdout.splitlines() if not line.startswith("#")]
-    if not lines:
-        raise ClusterError(f"{name}: no sshd answers on port {port} of this machine: `/usr/sbin/sshd -p {port}`")
-    _keep_host_keys(cluster, lines)
 
 
 def _keep_host_keys(cluster: ClusterDir, lines: Sequence[str]) -> None:
@@ -399,7 +395,12 @@ def run(args: argparse.Namespace) -> int:
     if args.act == "trust":
         print(f"{args.host}: {trust(cluster, args.host, _confirm_by(args.accept))}")
     elif args.act == "install-key":
-        install_key(cluster, args.host, find_or_make_key(args.key), _password(f"password of {args.host}: "))
+        install_key(
+            cluster,
+            args.host,
+            find_or_make_key(args.key),
+            ("" if is_local(args.host) else _password(f"password of {args.host}: ")),
+        )
         print(f"{args.host}: key installed")
     elif args.act == "show":
         key, ssh = find_or_make_key(args.key), Ssh(config=cluster.ssh_config)

@@ -204,9 +204,13 @@ class TestHost:
         with (self.root / "sshd.log").open("ab") as log:
             command = ["/usr/sbin/sshd", "-D", "-e", "-p", str(port)]
             self._sshd = self.popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
+        self.until_listens(port)
+
+    def until_listens(self, port: int) -> None:
+        """Waits until something listens on a port."""
         deadline = time.monotonic() + 10
         while self.run(["ss", "-Htln", f"sport = :{port}"]).stdout == "":
-            assert time.monotonic() < deadline and self._sshd.poll() is None, (self.root / "sshd.log").read_text()
+            assert time.monotonic() < deadline, (self.root / "sshd.log").read_text()
             time.sleep(0.05)
 
     def stop_sshd(self) -> None:

@@ -63,6 +63,9 @@ def mend(hosts, report) -> None:
         asked = [item for item in answers if ("install-key" in command) == ("password" in item[0])]
         code, seen = host.typed(["sh", "-c", command], asked)
         assert code == 0, (cell, seen)
+        if "sshd -p" in command:
+            # It goes into the background before it listens.
+            host.until_listens(int(command.split()[-1]))
 
 
 def green(hosts, *words) -> None:
@@ -71,6 +74,11 @@ def green(hosts, *words) -> None:
 
 
 def test_what_is_missing_is_copied_and_then_all_is_green(hosts):
+    # Settings of one's own are files that every rank reads, too.
+    (hosts.alpha.path(hosts.alpha.disk) / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    report, _ = look(hosts, "--set", "deepspeed=zero.json")
+    (text_of_data,) = (c["text"] for c in report["cells"] if (c["host"], c["check"]) == ("beta", "data"))
+    assert "train.jsonl is missing" in text_of_data and "zero.json is missing" in text_of_data
     report, red = look(hosts)
     assert red == {("beta", "model"), ("beta", "data")}
     assert all(cell["mend"].startswith("rsync") for cell in report["cells"] if cell["state"] == "bad")
@@ -116,6 +124,19 @@ def test_what_is_missing_is_copied_and_then_all_is_green(hosts):
     assert texts["alpha", "name"] == "is localhost by another name (this machine): list it once"
 
 
+def test_what_is_green_trains_over_both_hosts(hosts):
+    """LoRA, from nothing but what `hynb hosts setup` and `hynb preflight --fix` have done."""
+    green(hosts)
+    values = ["max_steps=3", "save_steps=3", "lora_rank=4", "max_seq_length=256", "deepspeed=ds_zero3_no_offload"]
+    words = [word for value in values for word in ("--set", value)]
+    done = hosts.alpha.hynb("launch", "--config", "run.yaml", "--follow", *words, timeout=150)
+    assert done.returncode == 0 and "step 3/3  loss" in done.stdout, done.stdout + done.stderr
+    for host in hosts:
+        saved = host.path(host.disk) / "runs" / "first" / "checkpoint-3"
+        assert (saved / "adapter_model.safetensors").is_file(), host.name
+    shutil.rmtree(hosts.beta.path(hosts.beta.disk) / "runs")
+
+
 def test_the_way_to_a_host(hosts):
     """sshd down, another port, the key gone, the host key changed: each is mended by its own command."""
     alpha, beta = hosts
@@ -142,14 +163,20 @@ def test_the_way_to_a_host(hosts):
     config = alpha.path(alpha.disk / FOLDER / "ssh_config")
     config.write_text(config.read_text().replace(str(PORT), "36006"))
     report, red = look(hosts)
-    assert red == {("beta", "port")}
+    assert red == {("alpha", "port"), ("beta", "port")}, "pdsh logs in on the launching host too"
     mend(hosts, report)
     # On another port it is another entry of known_hosts.
     report, red = look(hosts)
-    assert red == {("beta", "host key")}
+    assert red == {("alpha", "host key"), ("beta", "host key")}
     mend(hosts, report)
     green(hosts)
     config.write_text(config.read_text().replace("36006", str(PORT)))
+
+    alpha.path(alpha.home / ".ssh" / "authorized_keys").unlink()
+    assert look(hosts)[1] == {("alpha", "login")}
+    green(hosts, "--set", "launcher=openmpi", "--set", "include=alpha")
+    mend(hosts, look(hosts)[0])
+    green(hosts)
 
 
 def test_files_that_differ(hosts):
@@ -229,7 +256,7 @@ def test_software_clock_slots_disk_port_and_interface(hosts):
     green(hosts)
     listed.write_text("alpha slots=1\nbeta slots=1\n")
 
-    (beta.path(beta.disk) / "runs").mkdir()
+    (beta.path(beta.disk) / "runs").mkdir(exist_ok=True)
     beta.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", beta.disk / "runs"])
     report, red = look(hosts)
     assert red == {("beta", "disk")}
