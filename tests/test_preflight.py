@@ -119,7 +119,7 @@ def test_what_is_missing_is_copied_and_then_all_is_green(hosts):
     listed.write_text("localhost slots=1\n" + kept)
     report, red = look(hosts)
     listed.write_text(kept)
-    assert red == {("alpha", "name")}
+    assert ("alpha", "name") in red
     texts = {(cell["host"], cell["check"]): cell["text"] for cell in report["cells"]}
     assert texts["alpha", "name"] == "is localhost by another name (this machine): list it once"
 
