@@ -6,13 +6,12 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import psutil
 
+from hynb import host_facts
 from hynb.launch import gpu_count
 
 PACKAGES = ("hynb", "torch", "transformers", "deepspeed", "peft", "safetensors")
@@ -73,25 +72,14 @@ def this_machine(folder: str | Path = ".") -> Machine:
         memory_free_bytes=memory.available,
         disk_free_bytes=shutil.disk_usage(place).free,
         python=platform.python_version(),
-        versions={name: _version(name) for name in PACKAGES},
+        versions={name: host_facts.version(name) for name in PACKAGES},
     )
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _gpus() -> tuple[Gpu, ...]:
-    count = gpu_count()
-    if not count or shutil.which("nvidia-smi") is None:
+    if not gpu_count():
         return ()
-    fields = "index,uuid,name,memory.total,memory.free,driver_version"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    return parse_gpus(asked.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return parse_gpus(host_facts.gpu_table(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def parse_gpus(text: str, visible: str | None) -> tuple[Gpu, ...]:

@@ -25,6 +25,7 @@ _HEADER_BYTES = 64 << 20
 # A driver that has lost a GPU may let nvidia-smi wait for minutes.
 _DRIVER_SECONDS = 20.0
 _SIOCGIFADDR, _IFF_UP = 0x8915, 1
+_MARK = "hynb-facts "
 # In place of a hash: why there is none.
 UNREADABLE = "can't be read: "
 
@@ -32,6 +33,12 @@ UNREADABLE = "can't be read: "
 def sent(request: dict) -> str:
     """This module with a request, for the standard input of a Python: a command line has no room for many files."""
     return Path(__file__).read_text(encoding="utf-8") + f"\n\nmain(json.loads({json.dumps(request)!r}))\n"
+
+
+def told(out: str) -> dict | None:
+    """The facts in what a host has printed, login scripts and all; None where there are none."""
+    line = next((line for line in out.splitlines() if line.startswith(_MARK)), None)
+    return None if line is None else json.loads(line.removeprefix(_MARK))
 
 
 def main(request: dict) -> None:
@@ -65,7 +72,7 @@ def main(request: dict) -> None:
     # The clock is read last, right before it is sent.
     facts["time"] = time.time()
     facts["taken_seconds"] = time.monotonic() - began
-    print("hynb-facts " + json.dumps(facts), flush=True)
+    print(_MARK + json.dumps(facts), flush=True)
 
 
 def _hash(of, path: str) -> str | None:

@@ -26,6 +26,7 @@ import psutil
 from hynb import hostfile, run_checks
 from hynb.config import Config
 from hynb.errors import ClusterError
+from hynb.host_facts import source_address
 from hynb.hostfile import Host
 from hynb.node_guard import Membership
 from hynb.run_dir import RunDir, replace_text
@@ -142,7 +143,7 @@ def _plan(config: Config, hosts: Sequence[Host], here: int | None, reach: Ssh | 
         reach=reach,
         address=address,
         master_address=address if here == 0 else _address_of(hosts[0].name, reach),
-        master_port=config.master_port or _free_port(address),
+        master_port=config.master_port or free_port_at(address),
     )
 
 
@@ -397,14 +398,10 @@ def _own_address(config: Config, hosts: Sequence[Host], here: int | None, reach:
         raise ClusterError(f"network_interface = {name}: has no address on this machine")
     others = [host for index, host in enumerate(hosts) if index != here]
     other = _address_of(others[0].name, reach)
-    family = socket.AF_INET6 if ":" in other else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            # Sends nothing: the system only says which address it would send from.
-            probe.connect((other, 9))
-        except OSError as error:
-            raise ClusterError(f"{others[0].name}: no way leads to {other}: {error.strerror}") from None
-        return probe.getsockname()[0]
+    source = source_address(other)
+    if source is None:
+        raise ClusterError(f"{others[0].name}: no way leads to {other}; `ip route` shows those that there are")
+    return source
 
 
 def _address_of(name: str, reach: Ssh | None) -> str:
@@ -433,7 +430,8 @@ def _listen(address: str) -> list[socket.socket]:
     raise ClusterError(f"{address}: no port is free on it and on 127.0.0.1")
 
 
-def _free_port(address: str) -> int:
+def free_port_at(address: str) -> int:
+    """A TCP port that is free now on an address of this machine."""
     try:
         with socket.create_server(
             (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET

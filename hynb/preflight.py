@@ -26,7 +26,7 @@ from hynb.data_read import find_files
 from hynb.errors import ClusterError, ConfigError, HynbError
 from hynb.hostfile import ClusterDir, Host
 from hynb.launch import absolute_paths, rank_count
-from hynb.launch_hosts import CODE, chosen_hosts, rank_environment, ssh_config
+from hynb.launch_hosts import CODE, chosen_hosts, free_port_at, rank_environment, ssh_config
 from hynb.preflight_checks import CHECKS, Cell, ranks_text
 from hynb.run_dir import write_json
 from hynb.ssh import Ssh, is_local, require_openssh
@@ -284,9 +284,8 @@ def _ask(target: Target, ssh: Ssh, request: dict[str, Any], deadline_seconds: fl
     target.asked = time.time()
     answer = ssh.run(target.host.name, [sys.executable, "-"], deadline_seconds=deadline_seconds, input=script)
     target.answered = time.time()
-    line = next((line for line in answer.out.splitlines() if line.startswith("hynb-facts ")), None)
-    if line is not None:
-        target.facts = json.loads(line.removeprefix("hynb-facts "))
+    target.facts = host_facts.told(answer.out)
+    if target.facts is not None:
         if target.by_ssh and (problem := ssh.run(target.host.name, ["true"], always=True).problem):
             return preflight_checks.way_closed(target, problem, ssh, _probe(target))
         return preflight_checks.way_open(target)
@@ -312,21 +311,17 @@ def _facts_here(request: dict[str, Any], deadline_seconds: float) -> dict[str, A
     """This machine's facts, where it is none of the hosts: what the others are compared with."""
     script = host_facts.sent(request | {"connect": {}, "login": {}})
     answer = Ssh().run("localhost", [sys.executable, "-"], deadline_seconds=deadline_seconds, input=script)
-    if answer.code != 0:
+    facts = host_facts.told(answer.out)
+    if facts is None:
         why = answer.problem or (answer.err.strip().splitlines() or [f"exit code {answer.code}"])[-1]
         raise ClusterError(f"{socket.gethostname()}: this machine can't be looked at: {why}")
-    return json.loads(answer.out.rpartition("hynb-facts ")[2])
+    return facts
 
 
 def _measure(targets: Sequence[Target], ssh: Ssh, config: Config) -> tuple[dict[str, Any] | None, list[Cell]]:
     """Starts the ranks of the small all-reduce on all hosts."""
     address = targets[0].address
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    port = config.master_port
-    if port is None and targets[0].local:
-        with socket.create_server((address, 0), family=family) as probe:
-            port = probe.getsockname()[1]
-    port = port or 29500
+    port = config.master_port or (free_port_at(address) if targets[0].local else 29500)
     common = {"slots": [target.host.slots for target in targets], "address": address, "port": port}
     common |= {"deadline_seconds": _COLLECTIVE_SECONDS}
     # What a user sets for NCCL in a run holds here, too.
@@ -365,6 +360,23 @@ def _one_each(cells: Sequence[Cell], names: Sequence[str]) -> list[Cell]:
     checks = [check for check in CHECKS if any(key[1] == check for key in found)]
     unknown = {"state": "unknown", "text": "not reached"}
     return [found.get((name, check)) or Cell(host=name, check=check, **unknown) for check in checks for name in names]
+
+
+def examine(
+    config: Config, progress: Callable[[str], None], *, collective: bool, copy: bool, copy_model: bool = False
+) -> Report:
+    """A preflight, repeated after what hosts lack was copied to them where that is wanted; its report is kept.
+
+    Raises:
+        ClusterError: what `preflight` raises, and what could not be copied.
+    """
+    report = preflight(config, collective=collective, progress=progress)
+    if (copy or copy_model) and not report.ok:
+        if problems := fix(report, progress, model=copy_model):
+            raise ClusterError(problems)
+        report = preflight(config, collective=collective, progress=progress)
+    write_report(report, config)
+    return report
 
 
 def fix(report: Report, progress: Callable[[str], None], *, model: bool = False) -> list[str]:
@@ -453,12 +465,6 @@ def run(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    report = preflight(config, collective=not args.no_collective, progress=say)
-    if (args.fix or args.fix_model) and not report.ok:
-        problems = fix(report, say, model=args.fix_model)
-        if problems:
-            raise ClusterError(problems)
-        report = preflight(config, collective=not args.no_collective, progress=say)
-    write_report(report, config)
+    report = examine(config, say, collective=not args.no_collective, copy=args.fix, copy_model=args.fix_model)
     print(json.dumps(report.to_json(), ensure_ascii=False) if args.json else text(report, colour=sys.stdout.isatty()))
     return 0 if report.ok else 2

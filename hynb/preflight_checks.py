@@ -105,7 +105,6 @@ def way_closed(target: Target, problem: str, ssh: Ssh, unreachable: str) -> list
     """
     name = target.host.name
     there = "" if target.local else name
-    folder = f" --folder {shlex.quote(str(ssh.config.parent))}" if ssh.config else ""
     problem = problem.removeprefix(f"{name}: ")
 
     def cells(*states: tuple[str, str, str, str, str]) -> list[Cell]:
@@ -125,14 +124,14 @@ def way_closed(target: Target, problem: str, ssh: Ssh, unreachable: str) -> list
         )
     if "another one than the one that is known" in problem:
         forget = problem.split("`")[1]
-        mend = f"{forget} && hynb hosts trust {name}{folder}"
+        mend = f"{forget} && hynb hosts trust {name}{ssh.folder}"
         return cells(resolved, listening, ("host key", "bad", "has changed: ask its administrator", mend, ""))
     if "host key isn't known" in problem:
-        mend = f"hynb hosts trust {name}{folder}"
+        mend = f"hynb hosts trust {name}{ssh.folder}"
         return cells(resolved, listening, ("host key", "bad", "isn't known yet", mend, ""))
     known = ("host key", "ok", "known", "", "")
     if "accepts none of our keys" in problem:
-        mend = f"hynb hosts install-key {name}{folder}"
+        mend = f"hynb hosts install-key {name}{ssh.folder}"
         return cells(resolved, listening, known, ("login", "bad", "accepts none of our keys", mend, ""))
     return cells(resolved, listening, ("login", "bad", problem, ssh.shown(name).replace("ssh", "ssh -v", 1), ""))
 
@@ -354,7 +353,7 @@ def _difference(theirs: str | None, ours: str | None, path: str) -> str:
 
 
 def _rsync(target: Target, ssh: Ssh, sources: Sequence[str], place: str, options: Sequence[str] = ()) -> str:
-    shell = shlex.join(["ssh", *(["-F", str(ssh.config)] if ssh.config else [])])
+    shell = shlex.join(["ssh", *ssh.file])
     name = f"[{target.host.name}]" if ":" in target.host.name else target.host.name
     return shlex.join(
         ["rsync", "-a", "--mkpath", "--info=progress2", *options, "-e", shell, *sources, f"{name}:{place}"]
@@ -404,5 +403,4 @@ def _logins(target: Target, known: Known) -> list[Cell]:
     if not target.facts["logins"]:
         return []
     problem = "; ".join(f"can't log in on {name}: {said}" for name, said in failed.items())
-    folder = f" --folder {shlex.quote(str(known.ssh.config.parent))}" if known.ssh.config else ""
-    return [_cell(target, "hosts' logins", problem, "all", f"hynb hosts exchange{folder}")]
+    return [_cell(target, "hosts' logins", problem, "all", f"hynb hosts exchange{known.ssh.folder}")]

@@ -47,10 +47,19 @@ class Ssh:
 
     config: Path | None = None
 
+    @property
+    def file(self) -> list[str]:
+        """The words that name the configuration to ssh."""
+        return ["-F", str(self.config)] if self.config else []
+
+    @property
+    def folder(self) -> str:
+        """The words that name its folder to `hynb hosts`, behind a space; empty for the user's own settings."""
+        return f" --folder {shlex.quote(str(self.config.parent))}" if self.config else ""
+
     def options(self) -> list[str]:
         """What `ssh` is given before the host's name; nothing that is asked for can be answered here."""
-        chosen = ["-F", str(self.config)] if self.config else []
-        return [*chosen, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
+        return [*self.file, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
 
     def command(self, host: str, argv: Sequence[str], *, always: bool = False) -> list[str]:
         """The words that run a command on a host, which is this machine or another one.
@@ -113,10 +122,9 @@ class Ssh:
 
     def settings(self, host: str) -> dict[str, list[str]]:
         """What ssh makes of a host's name: hostname, port, user, identityfile, userknownhostsfile and more."""
-        chosen = ["-F", str(self.config)] if self.config else []
         found: dict[str, list[str]] = {}
         try:
-            asked = subprocess.run(["ssh", *chosen, "-G", "--", host], capture_output=True, text=True, check=False)
+            asked = subprocess.run(["ssh", *self.file, "-G", "--", host], capture_output=True, text=True, check=False)
         except OSError:
             # Said by the first command that needs it.
             return found
@@ -132,7 +140,7 @@ class Ssh:
 
     def shown(self, host: str) -> str:
         """The command that a person types to try a host."""
-        return shlex.join(["ssh", *(["-F", str(self.config)] if self.config else []), host, "true"])
+        return shlex.join(["ssh", *self.file, host, "true"])
 
     def cause(self, host: str, err: str) -> str:
         """ssh's own words in ours, with what to do."""
@@ -145,7 +153,7 @@ class Ssh:
                 words = {"host": host, "name": name, "port": port, "known": known, "place": known_name(name, port)}
                 words["said"] = next((line for line in said if "bad permissions" in line), last)
                 words["sshd"] = sshd_line(port)
-                words["folder"] = f" --folder {shlex.quote(str(self.config.parent))}" if self.config else ""
+                words["folder"] = self.folder
                 return f"{host}: " + text.format(**words)
         return f"{host}: ssh failed: {last}. Try `{self.shown(host)}`"
 

@@ -232,7 +232,7 @@ def exchange_keys(cluster: ClusterDir, hosts: Sequence[Host]) -> None:
     for name in names:
         port = ssh.address(name)[1]
         lines = [f"Host {name}", f"HostName {name}", f"Port {port}", f'UserKnownHostsFile "{cluster.known_hosts}"']
-        user = getpass.getuser() if is_local(name) else ssh.settings(name).get("user", [""])[0]
+        user = ssh.settings(name).get("user", [""])[0]
         lines += [f"User {user}"] if user else []
         blocks.append("\n    ".join([*lines, "StrictHostKeyChecking yes", "ConnectTimeout 8"]) + "\n")
     folder, config, known = (
@@ -246,11 +246,6 @@ def exchange_keys(cluster: ClusterDir, hosts: Sequence[Host]) -> None:
     _on_all(ssh, others, write, cluster.known_hosts.read_text())
     mine = f"[ ! -e {config} ] || {ours}"
     _on_all(ssh, others, f"if {mine}; then cat > {config}; else cat > /dev/null; fi", "\n".join(blocks))
-    # There the others need a way to this host, too, which itself needs none.
-    own = cluster.ssh_config.read_text()
-    missing = [block for name, block in zip(names, blocks[1:], strict=True) if f"Host {name}\n" not in own]
-    if missing:
-        replace_text(cluster.ssh_config, "\n".join([own, *missing]))
     tries = "; ".join(
         f'[ "$1" = {shlex.quote(name)} ] || ssh -F {config} -o BatchMode=yes -- {shlex.quote(name)} true || '
         f"{{ echo can\\'t log in on {shlex.quote(name)} >&2; exit 1; }}"

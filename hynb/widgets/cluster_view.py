@@ -18,7 +18,7 @@ from hynb.config_io import read_yaml
 from hynb.errors import ClusterError, ConfigError
 from hynb.hostfile import ClusterDir
 from hynb.launch import absolute_paths
-from hynb.preflight import Report, fix, preflight, text, write_report
+from hynb.preflight import Report, examine, text
 from hynb.preflight_checks import Cell
 from hynb.ssh import Ssh
 from hynb.ssh_setup import HostKey, HostState
@@ -104,12 +104,7 @@ def check_hosts(hostfile: str, run_config: str = "auto", *, collective: bool = T
     def say(line: str) -> None:
         print(line, flush=True)
 
-    report = preflight(config, collective=collective, progress=say)
-    if copy and not report.ok:
-        if problems := fix(report, say):
-            raise ClusterError(problems)
-        report = preflight(config, collective=collective, progress=say)
-    write_report(report, config)
+    report = examine(config, say, collective=collective, copy=copy)
     shown = Shown(text(report), _markup(report))
     if not report.ok:
         display(shown)
