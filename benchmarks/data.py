@@ -19,7 +19,7 @@ BLOCK = 20_000
 
 def write_file(path: Path, size_mb: float) -> None:
     """Conversations of the demo's kind until the file is so large; a number in each keeps them apart."""
-    from hynb.demo_data import car_samples
+    from hynb.demo.texts import car_samples
 
     rng = random.Random(0)
     samples = car_samples(4000, 1, seed=1)[0]
@@ -63,7 +63,7 @@ def act_index(path: str, tokenizer_folder: str) -> dict[str, float]:
 
 def act_hynb(path: str, tokenizer_folder: str) -> dict[str, float]:
     """The whole check, tokenising included; by far the most is tokenising."""
-    from hynb.data_check import check_data
+    from hynb.data import check_data
 
     tokenizer = load_tokenizer(tokenizer_folder)
     before, start = peak_mb(), time.perf_counter()
@@ -80,7 +80,7 @@ def act_hynb(path: str, tokenizer_folder: str) -> dict[str, float]:
 
 
 def act_format(path: str, tokenizer_folder: str) -> dict[str, float]:
-    from hynb.data_check import check_data
+    from hynb.data import check_data
 
     before, start = peak_mb(), time.perf_counter()
     report = check_data(path, cache=False)
@@ -148,7 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mb", type=float, default=1000, help="size of the file that is indexed and read")
     parser.add_argument("--tokenise_mb", type=float, default=100, help="size of the file that is tokenised by both")
-    parser.add_argument("--tokenizer", default=str(Path(__file__).resolve().parents[1] / "hynb" / "demo_base_model"))
+    parser.add_argument(
+        "--tokenizer", default=str(Path(__file__).resolve().parents[1] / "hynb" / "demo" / "base_model")
+    )
     parser.add_argument("--act", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     args = parser.parse_args()

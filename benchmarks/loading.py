@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 import hynb.hunyuan_large  # noqa: F401  registers the model
+from hynb.cluster import free_port
 from hynb.config import Config
-from hynb.demo_base import write_tokenizer
-from hynb.run_checks import free_port
+from hynb.demo.pretrain import write_tokenizer
 
 EXPERTS, HIDDEN, INTERMEDIATE = 16, 1024, 2048
 
@@ -76,13 +76,15 @@ def load(folder: str, preset: str, answers: str) -> None:
     """What each rank runs: loads as a training run does and writes its peaks."""
     import deepspeed
 
-    from hynb import train_entry, train_model, zero
+    from hynb import train_entry
+    from hynb.plan import zero
+    from hynb.train import load_model, load_tokenizer
 
     train_entry._set_up_process()
     train_entry._init_distributed(False)
     config = Config(model_name_or_path=folder, output_dir=answers, deepspeed=preset, bf16=True, max_steps=1)
     ds_config = zero.for_machine(zero.load(preset), on_cpu=True)
-    tokenizer, _ = train_model.load_tokenizer(config, Path(folder))
+    tokenizer, _ = load_tokenizer(config, Path(folder))
     # Kept, because ZeRO-3 is in force only as long as they live.
     args = train_entry._training_arguments(config, ds_config, print, evaluates=False)
     assert args.hf_deepspeed_config.is_zero3()
@@ -97,7 +99,7 @@ def load(folder: str, preset: str, answers: str) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     began = time.monotonic()
-    model = train_model.load_model(config, Path(folder), tokenizer, print)
+    model = load_model(config, Path(folder), tokenizer, print)
     seconds = time.monotonic() - began
     ended.set()
     held = sum(weight.ds_tensor.numel() * weight.ds_tensor.element_size() for weight in model.parameters())

@@ -9,8 +9,7 @@ import time
 
 import torch
 
-from hynb.data import IGNORED, Collator
-from hynb.data_pack import PackedDataset, SeededSampler, best_fit
+from hynb.data import IGNORED, Collator, PackedDataset, SeededSampler, best_fit
 from hynb.hunyuan_large import HunYuanLargeConfig, HunYuanLargeForCausalLM
 
 

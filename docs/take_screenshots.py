@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from browser import Lab, jupyter_lab  # noqa: E402
 
-from hynb.demo import demo_config, write_demo  # noqa: E402
+from hynb.demo import write_demo  # noqa: E402
+from hynb.demo.run import demo_config
 from hynb.launch import Run  # noqa: E402
 
 # The step at which the loss has a shape to show and the run is still live.

@@ -10,7 +10,7 @@ from typing import Any
 
 from hynb.config import GROUPS, Config, parameters
 from hynb.errors import HynbError, RunFailedError
-from hynb.run_dir import evaluation_line, progress_line
+from hynb.runs import evaluation_line, progress_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,11 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_parameters)
 
     for name, module, help_text in (
-        ("merge", "hynb.merge", "merge a LoRA adapter into its base model"),
-        ("check-data", "hynb.data_check", "check training data before a GPU is touched"),
-        ("preflight", "hynb.preflight", "check every host of a run before it starts"),
-        ("hosts", "hynb.ssh_setup", "set up passwordless ssh to the hosts of a cluster"),
-        ("demo", "hynb.demo", "run the whole job with a small model on this machine"),
+        ("merge", "hynb.merge.command", "merge a LoRA adapter into its base model"),
+        ("check-data", "hynb.data.command", "check training data before a GPU is touched"),
+        ("preflight", "hynb.preflight.command", "check every host of a run before it starts"),
+        ("hosts", "hynb.cluster.command", "set up passwordless ssh to the hosts of a cluster"),
+        ("demo", "hynb.demo.run", "run the whole job with a small model on this machine"),
     ):
         # The room's own arguments come from the room, which is imported only when its verb is called.
         verb = verbs.add_parser(name, help=help_text, add_help=False)
@@ -86,7 +86,7 @@ def read_config(path: str | None, settings: Sequence[str]) -> Config:
     Raises:
         ConfigError: all mistakes at once.
     """
-    from hynb.config_io import Reading, read_settings, read_yaml
+    from hynb.config import Reading, read_settings, read_yaml
 
     reading = read_yaml(path) if path else Reading()
     config = read_settings(reading, settings).config(path or "parameters")
@@ -141,21 +141,21 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from hynb import launch_hosts
-    from hynb.launch import absolute_paths, command_text
-    from hynb.run_checks import check_run
+    from hynb.config import absolute_paths
+    from hynb.runs import check_run
+    from hynb.supervision import command_text, make_plan, over_hosts
 
     config = absolute_paths(read_config(args.config, args.set))
     check_run(config)
-    if launch_hosts.over_hosts(config):
-        launch_hosts.make_plan(config)
+    if over_hosts(config):
+        make_plan(config)
     print("all is well; this would run:")
     print(command_text(config))
     return 0
 
 
 def _parameters(args: argparse.Namespace) -> int:
-    from hynb.config_io import to_yaml
+    from hynb.config import to_yaml
 
     if args.yaml:
         print(to_yaml(Config(), explain=True), end="")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class HynbError(Exception):
@@ -52,3 +53,11 @@ class MergeError(HynbError):
 
 class ClusterError(HynbError):
     """A host, hostfile line or ssh setting that cannot be used."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """` (did you mean X?)` for the valid name that is nearest to a wrong one; empty when none is near."""
+    valid = list(valid)
+    begun = [item for item in valid if len(name) > 3 and item.startswith(name)]
+    found = begun or difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,19 +18,28 @@ from typing import Any
 
 import psutil
 
-from hynb import data_read, hostfile, launch_hosts, run_checks, zero
-from hynb.config import Config
-from hynb.config_io import to_yaml
-from hynb.errors import ClusterError, ConfigError, RunError, RunFailedError
-from hynb.node_guard import LAUNCH_VARIABLE, processes_of
-from hynb.run_dir import ProcessId, RunDir, RunReader, RunStatus, read_json, replace_text, write_json
+from hynb.cluster import gpu_count, hostfile
+from hynb.config import Config, absolute_paths, check_config, to_yaml
+from hynb.errors import ConfigError, RunError, RunFailedError
+from hynb.files import read_json, replace_text, write_json
+from hynb.runs import ProcessId, RunDir, RunReader, RunStatus, check_run, clear_run_folder
+from hynb.supervision import (
+    LAUNCH_VARIABLE,
+    chosen_hosts,
+    deepspeed_command,
+    kill,
+    make_plan,
+    over_hosts,
+    paste_lines,
+    prepare,
+    processes_of,
+    rank_count,
+    supervise,
+    whole_hosts,
+)
 
 _START_SECONDS = 30.0
 _KILL_SECONDS = 5.0
-_PATHS = (
-    *("model_name_or_path", "tokenizer_name_or_path", "output_dir", "hostfile", "ssh_config"),
-    "resume_from_checkpoint",
-)
 
 
 class Run:
@@ -125,7 +131,7 @@ class Run:
             raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
         live = self.status().live
         if "membership" in launch:
-            launch_hosts.kill(self.dir, launch, supervisor_alive=launcher.alive() is not False, seconds=_KILL_SECONDS)
+            kill(self.dir, launch, supervisor_alive=launcher.alive() is not False, seconds=_KILL_SECONDS)
         if launcher.alive():
             os.killpg(launcher.pid, signal.SIGKILL)
         left = processes_of(launch["id"])
@@ -147,7 +153,7 @@ class Run:
 
     def paste_lines(self) -> str:
         """What a person pastes on the other hosts, where launcher is no_ssh and they have not joined; else empty."""
-        return launch_hosts.paste_lines(self.dir)
+        return paste_lines(self.dir)
 
     def _launcher(self) -> ProcessId | None:
         launch = read_json(self.dir.launch)
@@ -165,16 +171,16 @@ def launch(config: Config) -> Run:
         RunError: another launch into the same folder is under way, or the job did not start.
     """
     config = absolute_paths(config)
-    if problems := config.check():
+    if problems := check_config(config):
         raise ConfigError(problems)
     run_dir = RunDir(config.output_dir)
-    run_checks.check_run(config)
-    plan = launch_hosts.make_plan(config) if launch_hosts.over_hosts(config) else None
+    check_run(config)
+    plan = make_plan(config) if over_hosts(config) else None
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with _launch_lock(run_dir):
         # Again under the lock: two launches at the same moment must not both go on.
-        run_checks.check_run(config)
-        run_checks.clear_run_folder(config)
+        check_run(config)
+        clear_run_folder(config)
         replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
         run_dir.log.mkdir(exist_ok=True)
         launch_id = uuid.uuid4().hex
@@ -182,14 +188,14 @@ def launch(config: Config) -> Run:
         environment = os.environ | ours
         listeners: list[socket.socket] = []
         if config.hostfile is not None:
-            hostfile.write(run_dir.hostfile, launch_hosts.whole_hosts(launch_hosts.chosen_hosts(config)))
+            hostfile.write(run_dir.hostfile, whole_hosts(chosen_hosts(config)))
         if plan is None:
             start = {"id": launch_id, "argv": deepspeed_command(config, run_dir), "cwd": str(Path.cwd())}
             environment |= {LAUNCH_VARIABLE: launch_id}
         else:
             # The supervisor carries no mark of the launch: it is the one that outlives its processes.
             environment.pop(LAUNCH_VARIABLE, None)
-            start = {"id": launch_id} | launch_hosts.prepare(plan, config, run_dir, launch_id, ours)
+            start = {"id": launch_id} | prepare(plan, config, run_dir, launch_id, ours)
             listeners = start.pop("listeners")
             start["fds"] = [listener.fileno() for listener in listeners]
         with run_dir.launcher_log.open("ab") as log:
@@ -224,82 +230,6 @@ def attach(output_dir: str | Path) -> Run:
     if status.state == "absent":
         raise RunError(f"{output_dir}: {status.reason}")
     return run
-
-
-def deepspeed_command(config: Config, run_dir: RunDir) -> list[str]:
-    """The command that starts the ranks, as a person could type it."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    if config.hostfile is None:
-        # A path that is not there: DeepSpeed would else take /job/hostfile where a machine has one.
-        command += ["--hostfile", str(run_dir.path / "no_hostfile"), "--num_gpus", str(rank_count(config))]
-        command += ["--master_addr", "127.0.0.1"]
-    else:
-        # One host, which is this one: `launch` writes it down in DeepSpeed's form.
-        (host,) = launch_hosts.chosen_hosts(config)
-        command += ["--hostfile", str(run_dir.hostfile), "--no_ssh_check", "--master_addr", "127.0.0.1"]
-        if host.slot_ids is not None:
-            command += ["--include", launch_hosts.filter_text(host)]
-    command += ["--master_port", str(config.master_port or run_checks.free_port())]
-    command += ["--enable_each_rank_log", str(run_dir.log)]
-    return [*command, "--module", "hynb.train_entry", str(run_dir.config)]
-
-
-def command_text(config: Config) -> str:
-    """The command in one line, with `deepspeed` by its short name.
-
-    Raises:
-        ClusterError: the hostfile or a filter is wrong, or a host's name is unknown here.
-    """
-    run_dir = RunDir(config.output_dir)
-    if launch_hosts.over_hosts(config):
-        command = launch_hosts.preview(config, run_dir)
-    else:
-        command = deepspeed_command(config, run_dir)
-    if "deepspeed.launcher.runner" not in command:
-        return shlex.join(command)
-    return shlex.join(["deepspeed", *command[3:]])
-
-
-def rank_count(config: Config) -> int:
-    """Ranks on this machine: its slots, or as many as asked for, else one a GPU, else one on the CPU.
-
-    Raises:
-        ClusterError: more ranks than GPUs.
-    """
-    gpus = gpu_count()
-    if config.hostfile is not None:
-        return launch_hosts.chosen_hosts(config)[0].slots
-    if config.num_processes is None:
-        return gpus or 1
-    if gpus and config.num_processes > gpus:
-        raise ClusterError(f"num_processes = {config.num_processes}: this machine has {gpus} GPUs")
-    return config.num_processes
-
-
-def gpu_count() -> int:
-    """NVIDIA GPUs that a job started here would see, without a CUDA context in this process."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([item for item in visible.split(",") if item.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return len([line for line in answer.stdout.splitlines() if line.startswith("GPU ")])
-
-
-def absolute_paths(config: Config) -> Config:
-    """The same Config with every path absolute, so that it means the same in any directory."""
-    changes = {}
-    for name in _PATHS:
-        value = getattr(config, name)
-        if value is not None and not (name == "resume_from_checkpoint" and value == "last"):
-            changes[name] = str(Path(value).expanduser().absolute())
-    for name in ("train_data_file", "eval_data_file"):
-        if (value := getattr(config, name)) is not None:
-            changes[name] = data_read.absolute_paths(value)
-    if config.deepspeed not in zero.PRESETS and Path(config.deepspeed).expanduser().is_file():
-        changes["deepspeed"] = str(Path(config.deepspeed).expanduser().absolute())
-    return dataclasses.replace(config, **changes)
 
 
 def _environment(config: Config) -> dict[str, str]:
@@ -337,7 +267,7 @@ def _supervise(output_dir: str, start: dict[str, Any]) -> None:
     process = vars(ProcessId.of(os.getpid()))
     write_json(run_dir.launch, start | {"process": process, "started_at": time.time()})
     if "membership" in start:
-        record = launch_hosts.supervise(run_dir, start)
+        record = supervise(run_dir, start)
         write_json(run_dir.exit, record | {"ended_at": time.time()})
         return
     ended = subprocess.run(start["argv"], check=False, stdin=subprocess.DEVNULL)

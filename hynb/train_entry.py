@@ -18,12 +18,22 @@ from typing import Any
 if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 
-from hynb import node_guard, run_checks, zero
-from hynb.config import SCHEDULERS_WITH_MIN_LR, Config
-from hynb.config_io import Reading, read_flags, read_yaml, to_yaml
+from hynb.cluster import free_port
+from hynb.config import SCHEDULERS_WITH_MIN_LR, Config, Reading, read_flags, read_yaml, to_yaml
 from hynb.errors import ConfigError, HynbError
-from hynb.node_guard import LAUNCH_VARIABLE, Joined, Membership
-from hynb.run_dir import RunDir, RunReader, RunWriter, read_json, replace_text, write_json
+from hynb.files import read_json, replace_text, write_json
+from hynb.plan import zero
+from hynb.runs import (
+    RunDir,
+    RunReader,
+    RunWriter,
+    base_identity,
+    check_run,
+    check_same_shape,
+    clear_run_folder,
+    resume_checkpoint,
+)
+from hynb.supervision import LAUNCH_VARIABLE, Joined, Membership, join, leave, mark
 
 # Time that the other ranks leave rank 0 to say what is wrong before the launcher ends it.
 _GRACE_SECONDS = 5.0
@@ -56,7 +66,7 @@ def _main_of_many(membership: Membership, argv: Sequence[str] | None) -> int:
     rank = int(os.environ["RANK"])
     code = 1
     try:
-        joined = node_guard.join(membership, rank)
+        joined = join(membership, rank)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             # Else a rank may offer the others an address that means another machine there.
             if joined.interface:
@@ -68,7 +78,7 @@ def _main_of_many(membership: Membership, argv: Sequence[str] | None) -> int:
         print(f"hynb: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     finally:
-        node_guard.leave(membership, rank, code)
+        leave(membership, rank, code)
     return code
 
 
@@ -89,7 +99,7 @@ def _main(argv: Sequence[str] | None, joined: Joined | None) -> int:
             owned.append(RunDir(config.output_dir))
         elif joined and joined.first:
             # A model or a file that is missing on this host alone.
-            run_checks.check_run(config, launched=True)
+            check_run(config, launched=True)
         return _run(config, rank, reading.notes, owned, joined)
     except HynbError as error:
         lines = [f"hynb: {problem}" for problem in error.problems]
@@ -116,9 +126,9 @@ def _read(argv: list[str]) -> Reading:
 
 def _prepare_run_folder(config: Config, *, launched: bool) -> None:
     """Checks everything on the disk and clears an earlier run's files, if that was asked for."""
-    run_checks.check_run(config, launched=launched)
+    check_run(config, launched=launched)
     if not launched:
-        run_checks.clear_run_folder(config)
+        clear_run_folder(config)
     run_dir = RunDir(config.output_dir)
     run_dir.log.mkdir(parents=True, exist_ok=True)
     replace_text(run_dir.config, to_yaml(config))
@@ -159,38 +169,56 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir],
     from transformers import set_seed
 
     if joined:
-        node_guard.mark(membership, rank, "meeting")
+        mark(membership, rank, "meeting")
     _init_distributed(torch.cuda.is_available())
     if joined:
-        node_guard.mark(membership, rank, "met")
+        mark(membership, rank, "met")
     owned.append(RunDir(config.output_dir))
     world_size = int(os.environ["WORLD_SIZE"])
-    from hynb import data, train_data, train_model
-    from hynb.moe_health import RouterWatch
-    from hynb.own_folders import OwnFolders
-    from hynb.train_loop import RunCallback, RunTrainer, check_disk, memory_bytes
+    from hynb.data import Collator
+    from hynb.runs import find_base
+    from hynb.train import (
+        OwnFolders,
+        RouterWatch,
+        RunCallback,
+        RunTrainer,
+        add_adapter,
+        build,
+        check_disk,
+        describe,
+        freeze_all_but_attention,
+        load_model,
+        load_tokenizer,
+        mark_moe_leaves,
+        memory_bytes,
+        sampler,
+        save_loss_memory,
+        share,
+        training_dtype,
+        write_random_base,
+    )
 
     folders = None
     if joined and not joined.shared:
         folders = OwnFolders(membership, rank)
-        config = config.replace(resume_from_checkpoint=folders.agree_on(run_checks.resume_checkpoint(config)))
+        config = config.replace(resume_from_checkpoint=folders.agree_on(resume_checkpoint(config)))
     ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=not torch.cuda.is_available())
     if folders:
         # Each host's first rank makes the folders that its ranks write their parts into.
         ds_config["checkpoint"] = ds_config.get("checkpoint", {}) | {"use_node_local_storage": True}
     if rank == 0:
         write_json(RunDir(config.output_dir).ds_config, ds_config)
-    resume = run_checks.resume_checkpoint(config)
+    resume = resume_checkpoint(config)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     shape = {"world_size": world_size, "zero_stage": stage, "use_lora": config.use_lora}
     if resume:
-        problems = run_checks.check_same_shape(resume, **shape)
+        problems = check_same_shape(resume, **shape)
         if problems:
             raise ConfigError(problems)
-    base = train_model.find_base(config)
-    tokenizer, tokenizer_folder = train_model.load_tokenizer(config, base)
-    plan = train_data.share(plan)
-    dataset, evaluation, lengths = train_data.build(config, tokenizer, plan)
+    base = find_base(config)
+    tokenizer, tokenizer_folder = load_tokenizer(config, base)
+    plan = share(plan)
+    dataset, evaluation, lengths = build(config, tokenizer, plan)
     held_out = f", {len(evaluation)} for evaluation" if evaluation is not None else ""
     say(f"{len(dataset)} {'packs' if config.packing else 'samples'} for training{held_out}")
     set_seed(config.seed)
@@ -199,29 +227,29 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir],
         # TrainingArguments, under which ZeRO-3 would shard it.
         base = RunDir(config.output_dir).random_base
         if rank == 0:
-            train_model.write_random_base(config, tokenizer, tokenizer_folder, base, say)
+            write_random_base(config, tokenizer, tokenizer_folder, base, say)
         torch.distributed.barrier()
         if folders:
             folders.hand_out(base)
     args = _training_arguments(config, ds_config, say, evaluates=evaluation is not None)
     set_seed(config.seed)
-    model = train_model.load_model(config, base, tokenizer, say)
+    model = load_model(config, base, tokenizer, say)
     model.config.use_cache = False
     model_type = model.config.model_type
-    train_model.save_loss_memory(model)
+    save_loss_memory(model)
     if config.make_moe_param_leaf_module:
-        train_model.mark_moe_leaves(model)
+        mark_moe_leaves(model)
     if config.use_lora:
         # A frozen embedding's output needs a gradient, or checkpointed layers would have none to pass back.
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
-        model = train_model.add_adapter(model, config, base)
+        model = add_adapter(model, config, base)
     elif config.train_attention_params_only:
-        train_model.freeze_all_but_attention(model)
+        freeze_all_but_attention(model)
     micro_batches = config.gradient_accumulation_steps * world_size
     shape["global_batch_size"] = config.per_device_train_batch_size * micro_batches
-    weight_bytes = train_model.training_dtype(config).itemsize
-    counts = train_model.describe(model)
+    weight_bytes = training_dtype(config).itemsize
+    counts = describe(model)
     say(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
     if rank == 0 or (folders and folders.first_here):
         check_disk(Path(config.output_dir), model, is_lora=config.use_lora, weight_bytes=weight_bytes)
@@ -230,7 +258,7 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir],
         more = shape | ({"output_dir_shared": joined.shared} if joined else {})
         writer.manifest(_manifest(config, ds_config, base, counts | plan.summary, more, notes, hosts))
     flash = model.config._attn_implementation == "flash_attention_2"
-    sampler = train_data.sampler(config, len(dataset), lengths, world_size)
+    sampler = sampler(config, len(dataset), lengths, world_size)
     callback = RunCallback(run_dir=RunDir(config.output_dir), writer=writer, model=model, sampler=sampler)
     try:
         trainer = RunTrainer(
@@ -238,7 +266,7 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir],
             args=args,
             train_dataset=dataset,
             eval_dataset=evaluation,
-            data_collator=data.Collator(pad_token_id=_pad_token_id(tokenizer), flatten=flash),
+            data_collator=Collator(pad_token_id=_pad_token_id(tokenizer), flatten=flash),
             sampler=sampler,
             routers=RouterWatch(model, model_type, config.router_aux_loss_coef),
             callbacks=[callback],
@@ -262,10 +290,11 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir],
 
 
 def _check_data(config: Config, say: Any) -> Any:
-    from hynb import train_data, train_model
+    from hynb.runs import find_base
+    from hynb.train import check, load_tokenizer
 
-    tokenizer, _ = train_model.load_tokenizer(config, train_model.find_base(config))
-    return train_data.check(config, tokenizer, say)
+    tokenizer, _ = load_tokenizer(config, find_base(config))
+    return check(config, tokenizer, say)
 
 
 def _finish(trainer: Any, stopped: bool, writer: RunWriter | None) -> None:
@@ -291,7 +320,7 @@ def _set_up_process() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(run_checks.free_port())}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     import torch
 
     if not torch.cuda.is_available():
@@ -395,7 +424,8 @@ def _manifest(
     notes: list[str],
     hosts: list[str],
 ) -> dict[str, Any]:
-    from hynb import data
+
+    from hynb.data import data_hash
 
     packages = ("hynb", "torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors")
     return {
@@ -407,8 +437,8 @@ def _manifest(
         "started_at": time.time(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
-        "base": run_checks.base_identity(base) if base else None,
-        "data_hash": data.data_hash(config.train_data_file),
+        "base": base_identity(base) if base else None,
+        "data_hash": data_hash(config.train_data_file),
         "notes": notes,
         **counts,
         **shape,

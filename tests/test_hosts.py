@@ -22,9 +22,9 @@ def hosts(tmp_path_factory):
 
 
 def ask(hosts, host="beta", argv=("hostname",), deadline=8.0) -> dict:
-    """What hynb.ssh makes of a command on a host, asked on alpha."""
+    """What hynb.cluster makes of a command on a host, asked on alpha."""
     code = (
-        "import json, sys; from pathlib import Path; from hynb.ssh import Ssh, is_local\n"
+        "import json, sys; from pathlib import Path; from hynb.cluster import Ssh, is_local\n"
         "config, host, deadline, *argv = sys.argv[1:]\n"
         "answer = Ssh(config=Path(config)).run(host, argv, deadline_seconds=float(deadline), input='typed')\n"
         "print(json.dumps(vars(answer) | {'local': is_local(host)}))"

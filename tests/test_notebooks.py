@@ -17,8 +17,7 @@ import pytest
 from browser import CHROMIUM, Lab, jupyter_lab
 from conftest import need
 
-from hynb.config import parameters
-from hynb.config_io import load_yaml
+from hynb.config import load_yaml, parameters
 from hynb.launch import Run
 from hynb.widgets.session import parameters_cell
 

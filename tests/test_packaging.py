@@ -108,6 +108,6 @@ def test_the_readmes_files_and_commands_exist():
     for block in re.findall(r"```yaml\n(.*?)```", english, re.DOTALL):
         assert block in chinese
         settings = yaml.safe_load(block)
-        from hynb.config_io import read_mapping
+        from hynb.config import read_mapping
 
         read_mapping(settings).config("README")

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hynb.hunyuan_large  # noqa: F401  registers the model with the Auto classes
-from hynb.demo_base import write_tokenizer
-from hynb.demo_data import car_samples, write_jsonl
+from hynb.demo.pretrain import write_tokenizer
+from hynb.demo.texts import car_samples, write_jsonl
 
 SIZES = {
     "hidden_size": 32,

@@ -11,17 +11,11 @@ from typing import Any
 from IPython.core.error import StdinNotImplementedError
 from IPython.display import display
 
-from hynb import hostfile as hostfiles
-from hynb import ssh_key, ssh_setup
-from hynb.config import Config
-from hynb.config_io import read_yaml
+from hynb.cluster import ClusterDir, HostKey, HostState, Ssh, ssh_key, ssh_setup
+from hynb.cluster import hostfile as hostfiles
+from hynb.config import Config, absolute_paths, read_yaml
 from hynb.errors import ClusterError, ConfigError
-from hynb.hostfile import ClusterDir
-from hynb.launch import absolute_paths
-from hynb.preflight import Report, examine, text
-from hynb.preflight_checks import Cell
-from hynb.ssh import Ssh
-from hynb.ssh_setup import HostKey, HostState
+from hynb.preflight import Cell, Report, examine, text
 from hynb.widgets.machine import write_local_hostfile
 from hynb.widgets.plan import Shown
 from hynb.widgets.table import Table

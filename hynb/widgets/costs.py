@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hynb import hostfile, memory, zero
-from hynb.cluster import Gpu, this_machine
+from hynb.cluster import Gpu, hostfile, this_machine
 from hynb.config import Config
 from hynb.errors import ConfigError, HynbError
-from hynb.run_checks import resume_checkpoint
-from hynb.run_dir import read_json
+from hynb.files import read_json
+from hynb.plan import memory, zero
+from hynb.runs import resume_checkpoint
 from hynb.widgets.table import Table, size_text
 
 

@@ -9,9 +9,18 @@ from typing import Any
 import ipywidgets as widgets
 from IPython import get_ipython
 
-from hynb import zero
-from hynb.config import GROUPS, MODEL_SIZE_NAMES, SCHEDULERS_WITH_MIN_LR, Config, Parameter, parameters, value_text
+from hynb.config import (
+    GROUPS,
+    MODEL_SIZE_NAMES,
+    SCHEDULERS_WITH_MIN_LR,
+    Config,
+    Parameter,
+    check_config,
+    parameters,
+    value_text,
+)
 from hynb.errors import ConfigError
+from hynb.plan import zero
 from hynb.widgets.table import STYLE, Table
 
 _OWN_FILE = "a JSON file of my own"
@@ -214,7 +223,7 @@ def _stage(config: Config) -> int | None:
 def _of_all(config: Config, fields: Mapping[str, _Field]) -> list[str]:
     """Contradictions between values that are legal by themselves."""
     alone = {problem for name, field in fields.items() for problem in field.parameter.problems(getattr(config, name))}
-    problems = [problem for problem in config.check() if problem not in alone]
+    problems = [problem for problem in check_config(config) if problem not in alone]
     if config.make_moe_param_leaf_module and _stage(config) not in (3, None):
         problems.append(
             f"make_moe_param_leaf_module needs ZeRO-3, and {config.deepspeed} is stage {_stage(config)}: "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hynb import hostfile
-from hynb.cluster import this_machine
+from hynb.cluster import hostfile, this_machine
 from hynb.errors import ClusterError, ConfigError
 from hynb.widgets.table import Table, size_text
 

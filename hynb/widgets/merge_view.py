@@ -8,10 +8,10 @@ from typing import Any
 from IPython.display import display
 
 from hynb.errors import ConfigError, HynbError
+from hynb.widgets.merge_form import MergeChoice
 from hynb.widgets.progress import ProgressBar
-from hynb.widgets.runs import MergeChoice
 from hynb.widgets.table import Table, size_text
-from hynb.worker import work
+from hynb.widgets.worker import work
 
 _SHOWN_CHARACTERS = 600
 

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from hynb.errors import RunError
 from hynb.launch import Run
-from hynb.run_dir import RunReader, RunStatus, effective_events
+from hynb.runs import RunReader, RunStatus, effective_events
 from hynb.widgets.plot import Curve, image_tag, png
 from hynb.widgets.table import STYLE, block, duration_text, path_text
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from IPython.display import display
 
-from hynb import zero
-from hynb.config import Config, parameters, value_text
+from hynb.cluster import gpu_count
+from hynb.config import Config, absolute_paths, parameters, value_text
 from hynb.errors import DataError, HynbError
-from hynb.launch import absolute_paths, command_text, gpu_count
-from hynb.run_checks import check_run
-from hynb.run_dir import RunReader
+from hynb.plan import zero
+from hynb.runs import RunReader, check_run
+from hynb.supervision import command_text
 from hynb.widgets.progress import ProgressBar
 from hynb.widgets.table import STYLE, block
-from hynb.worker import work
+from hynb.widgets.worker import work
 
 
 class Shown:

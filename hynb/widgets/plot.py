@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from hynb.run_dir import RunStatus
+from hynb.runs import RunStatus
 from hynb.widgets.table import duration_text, size_text
 
 if TYPE_CHECKING:

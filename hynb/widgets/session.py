@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hynb.config import GROUPS, Config, nearest, parameters
-from hynb.config_io import load_yaml, read_mapping
-from hynb.errors import ConfigError, RunFailedError
-from hynb.launch import Run, absolute_paths, attach, launch
-from hynb.run_dir import RunReader, RunStatus, evaluation_line, progress_line
+from hynb.config import GROUPS, Config, absolute_paths, load_yaml, parameters, read_mapping
+from hynb.errors import ConfigError, RunFailedError, nearest
+from hynb.launch import Run, attach, launch
+from hynb.runs import RunReader, RunStatus, evaluation_line, progress_line
 from hynb.widgets.panel import RunPanel
 from hynb.widgets.plot import Curve, png
 from hynb.widgets.table import Table, duration_text, path_text

@@ -1,0 +1,5 @@
+"""Hosts: this machine, hostfile, ssh and what each host has."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

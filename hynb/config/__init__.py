@@ -1,0 +1,5 @@
+"""The parameters of a run: schema, rules, reading and paths."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,16 @@
+from .paths import absolute_paths as absolute_paths
+from .reading import Reading as Reading
+from .reading import load_yaml as load_yaml
+from .reading import read_flags as read_flags
+from .reading import read_mapping as read_mapping
+from .reading import read_settings as read_settings
+from .reading import read_yaml as read_yaml
+from .reading import to_yaml as to_yaml
+from .rules import check_config as check_config
+from .schema import GROUPS as GROUPS
+from .schema import MODEL_SIZE_NAMES as MODEL_SIZE_NAMES
+from .schema import SCHEDULERS_WITH_MIN_LR as SCHEDULERS_WITH_MIN_LR
+from .schema import Config as Config
+from .schema import Parameter as Parameter
+from .schema import parameters as parameters
+from .schema import value_text as value_text

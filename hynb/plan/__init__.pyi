@@ -1,0 +1,2 @@
+from . import memory as memory
+from . import zero as zero

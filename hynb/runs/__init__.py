@@ -1,0 +1,5 @@
+"""The run folder: its files, events, status, checkpoints, and the checks before a run."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

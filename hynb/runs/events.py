@@ -1,0 +1,161 @@
+"""What rank 0 writes into a run folder, and how every watcher reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hynb.files import read_json, replace_text, write_json
+from hynb.runs.folder import ProcessId, RunDir
+from hynb.runs.status import RunStatus, State, read_status
+
+EVENT_VERSION = 1
+HEARTBEAT_SECONDS = 5.0
+
+
+class RunWriter:
+    """What rank 0 writes: manifest, events, heartbeat and status."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.dir = RunDir(output_dir)
+        self.dir.path.mkdir(parents=True, exist_ok=True)
+        self._process = ProcessId.of(os.getpid())
+        self._status: dict[str, Any] = {}
+
+    def manifest(self, content: dict[str, Any]) -> None:
+        """Replaces manifest.json."""
+        write_json(self.dir.manifest, content)
+
+    def event(self, kind: str, global_step: int, **content: Any) -> None:
+        """Appends one whole line to events.jsonl."""
+        record = {"v": EVENT_VERSION, "kind": kind, "global_step": global_step, "time": time.time()}
+        line = json.dumps(record | content, ensure_ascii=False, allow_nan=True) + "\n"
+        with self.dir.events.open("ab") as file:
+            if file.tell() and not _ends_with_newline(self.dir.events):
+                line = "\n" + line
+            file.write(line.encode())
+
+    def beat(self, global_step: int) -> None:
+        """Touches the heartbeat with the step that is being worked on."""
+        replace_text(self.dir.heartbeat, f"{global_step}\n")
+
+    def status(
+        self,
+        state: State,
+        *,
+        global_step: int | None = None,
+        max_steps: int | None = None,
+        exit_code: int | None = None,
+        reason: str = "",
+        **where: Any,
+    ) -> None:
+        """Replaces status.json; what is not given stays as it was.
+
+        Args:
+            where: host and rank of a failure.
+        """
+        changed = {"state": state, "exit_code": exit_code, "reason": reason, "updated_at": time.time()} | where
+        kept = {"global_step": global_step, "max_steps": max_steps}
+        self._status |= changed | {name: value for name, value in kept.items() if value is not None}
+        write_json(self.dir.status, self._status | {"process": vars(self._process)})
+
+
+class RunReader:
+    """What every watcher reads; writes nothing, so any number of them may look on."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.dir = RunDir(output_dir)
+        self._offset = 0
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty before the ranks have written it."""
+        return read_json(self.dir.manifest) or {}
+
+    def new_events(self) -> list[dict[str, Any]]:
+        """Events appended since the last call; a torn last line waits for its rest."""
+        try:
+            if self.dir.events.stat().st_size < self._offset:
+                self._offset = 0
+            with self.dir.events.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            self._offset = 0
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return list(_parse_events(whole))
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events in force: those that a resumed run did again are left out."""
+        return effective_events(RunReader(self.dir.path).new_events())
+
+    def status(self) -> RunStatus:
+        """The run's state now."""
+        return read_status(self.dir)
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The end of rank 0's output, or of the launcher's where no rank has written yet."""
+        for path in [*self.dir.rank_logs()[:1], self.dir.launcher_log]:
+            with contextlib.suppress(OSError):
+                text = path.read_bytes()[-200_000:].decode(errors="replace")
+                # A progress bar's carriage returns would show as one endless line.
+                tail = [line.rsplit("\r", 1)[-1] for line in text.splitlines()][-lines:]
+                if any(line.strip() for line in tail):
+                    return "\n".join(tail)
+        return ""
+
+
+def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events without those steps that a later resume went back behind."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["kind"] == "resume":
+            kept = [old for old in kept if old["kind"] in ("start", "resume") or _before(old, event)]
+        kept.append(event)
+    return kept
+
+
+def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
+    """One log event as a line for a terminal."""
+    step = f"step {event['global_step']}" + (f"/{max_steps}" if max_steps else "")
+    parts = [f"loss {event['loss']:.4f}", f"lr {event['learning_rate']:.3g}"]
+    if event.get("grad_norm") is not None:
+        parts.append(f"grad norm {event['grad_norm']:.3g}")
+    parts.append(f"{event['tokens_per_second']:.0f} tokens/s")
+    if max_steps:
+        left = event["step_seconds"] * (max_steps - event["global_step"])
+        parts.append("left " + time.strftime("%H:%M:%S", time.gmtime(left)))
+    return f"{step}  " + "  ".join(parts)
+
+
+def evaluation_line(event: dict[str, Any]) -> str:
+    """One evaluation event as a line for a terminal."""
+    return (
+        f"evaluation at step {event['global_step']}: loss {event['eval_loss']:.4f} over {event['eval_tokens']:,} "
+        f"tokens, perplexity {event['eval_perplexity']:.4g}, {event['eval_seconds']:g} s"
+    )
+
+
+def _before(old: dict[str, Any], resume: dict[str, Any]) -> bool:
+    return old["global_step"] <= resume["global_step"] and old["kind"] not in ("stop", "end")
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _parse_events(data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.splitlines():
+        # A writer that died in mid-line left a torn one; its successor began a new line.
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and event.get("v") == EVENT_VERSION:
+                yield event

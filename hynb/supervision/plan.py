@@ -1,0 +1,250 @@
+"""Plans a run: which hosts take part, how each is reached, at which address the ranks meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hynb.cluster import Host, Ssh, free_port, gpu_count, hostfile, is_local, source_address
+from hynb.config import Config
+from hynb.errors import ClusterError
+
+# The folder that holds the package: it is at the same path on every host, and the ranks begin there.
+CODE = Path(__file__).resolve().parents[2]
+_SSH_SECONDS = 20.0
+_PROGRAMS = {
+    "pdsh": ("pdsh", "pdsh (Debian, Ubuntu) or pdsh and pdsh-rcmd-ssh (Red Hat)"),
+    "openmpi": ("ompi_info", "openmpi-bin (Debian, Ubuntu) or openmpi (Red Hat)"),
+    "mpich": ("mpirun.mpich", "mpich"),
+    "slurm": ("srun", "slurm-client, and launch inside an allocation (salloc, sbatch)"),
+}
+
+
+@dataclass(kw_only=True, frozen=True)
+class Plan:
+    """Hosts of a run and how they reach each other.
+
+    Args:
+        hosts: those that take part, in the order of their ranks.
+        here: this machine's place among them; None when it only launches.
+        reach: ssh to the others; None for launchers that do without.
+        address: by which the other hosts reach this one.
+        master_address: by which all hosts reach rank 0's.
+    """
+
+    launcher: str
+    hosts: tuple[Host, ...]
+    here: int | None
+    reach: Ssh | None
+    address: str
+    master_address: str
+    master_port: int
+
+    @property
+    def others(self) -> list[Host]:
+        """The hosts that are not this machine."""
+        return [host for index, host in enumerate(self.hosts) if index != self.here]
+
+
+def chosen_hosts(config: Config) -> list[Host]:
+    """The hosts and slots of a Config's hostfile that include and exclude leave, this machine's first.
+
+    Rank 0 writes the run folder, so that it belongs on the host that is launched from.
+
+    Raises:
+        ClusterError: a wrong line or filter, or nothing is left.
+    """
+    hosts = hostfile.select(hostfile.read(config.hostfile), include=config.include, exclude=config.exclude)
+    return sorted(hosts, key=lambda host: not is_local(host.name))
+
+
+def over_hosts(config: Config) -> bool:
+    """Whether a run needs more than this machine.
+
+    Raises:
+        ClusterError: the hostfile or a filter is wrong.
+    """
+    if config.hostfile is None:
+        return False
+    hosts = chosen_hosts(config)
+    return len(hosts) > 1 or not is_local(hosts[0].name)
+
+
+def make_plan(config: Config) -> Plan:
+    """Looks at everything about the hosts that would stop a run before it starts.
+
+    Raises:
+        ClusterError: every mistake found, at once, with its host.
+    """
+    hosts = chosen_hosts(config)
+    local = [index for index, host in enumerate(hosts) if is_local(host.name)]
+    problems = _launcher_problems(config, hosts)
+    if len(local) > 1:
+        names = ", ".join(hosts[index].name for index in local)
+        problems.append(f"hostfile = {config.hostfile}: {names} are all this machine; list it once")
+    if config.launcher == "no_ssh" and not local:
+        problems.append(f"launcher = no_ssh: {socket.gethostname()} is none of the hosts; launch on {hosts[0].name}")
+    reach = None if config.launcher in ("no_ssh", "slurm") else Ssh(config=ssh_config(config))
+    here = local[0] if local else None
+    others = [host for index, host in enumerate(hosts) if index != here]
+    if reach is not None and not problems:
+        # pdsh logs in on this machine too, as on any other.
+        problems += _unready_hosts(reach, hosts if config.launcher == "pdsh" else others)
+    if problems:
+        raise ClusterError(problems)
+    return _plan(config, hosts, here, reach)
+
+
+def _plan(config: Config, hosts: Sequence[Host], here: int | None, reach: Ssh | None) -> Plan:
+    address = _own_address(config, hosts, here, reach)
+    return Plan(
+        launcher=config.launcher,
+        hosts=tuple(hosts),
+        here=here,
+        reach=reach,
+        address=address,
+        master_address=address if here == 0 else _address_of(hosts[0].name, reach),
+        master_port=config.master_port or free_port_at(address),
+    )
+
+
+def ssh_config(config: Config) -> Path | None:
+    """The OpenSSH settings to use: those named, those beside the hostfile, or the user's own."""
+    if config.ssh_config is not None:
+        return Path(config.ssh_config)
+    return hostfile.ssh_config_of(config.hostfile)
+
+
+def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
+    problems = []
+    if config.launcher in _PROGRAMS:
+        program, package = _PROGRAMS[config.launcher]
+        if shutil.which(program) is None:
+            problems.append(
+                f"launcher = {config.launcher}: the program {program} is not on this machine; install {package}, or "
+                "choose another launcher"
+            )
+    if config.launcher == "pdsh" and (with_colon := [host.name for host in hosts if ":" in host.name]):
+        problems.append(
+            f"launcher = pdsh: takes no IPv6 address ({with_colon[0]}): give the host a name in /etc/hosts or in the "
+            "ssh_config, or choose launcher: no_ssh"
+        )
+    if config.launcher == "pdsh" and (words := [word for word in (sys.executable, str(CODE)) if " " in word]):
+        problems.append(
+            f"launcher = pdsh: takes no path with a space: {words[0]}; move it, or choose launcher: no_ssh"
+        )
+    if config.launcher in ("openmpi", "mpich", "slurm"):
+        chosen = [host for host in hosts if host.slot_ids not in (None, tuple(range(host.slots)))]
+        if chosen:
+            problems.append(
+                f"launcher = {config.launcher}: can't choose single slots ({filter_text(chosen[0])}): choose "
+                "whole hosts, or launcher: pdsh"
+            )
+    if config.launcher in ("mpich", "slurm") and len({host.slots for host in hosts}) > 1:
+        counts = ", ".join(f"{host.name}: {host.slots}" for host in hosts)
+        problems.append(f"launcher = {config.launcher}: needs as many slots on every host ({counts})")
+    return problems
+
+
+def _unready_hosts(reach: Ssh, hosts: Sequence[Host]) -> list[str]:
+    """What keeps the ranks from starting on hosts, asked of all at once."""
+    python = sys.executable
+    script = (
+        f"[ -x {shlex.quote(python)} ] || echo 'has no {python}'; "
+        f"[ -d {shlex.quote(str(CODE / 'hynb'))} ] || echo 'has no {CODE / 'hynb'}'"
+    )
+
+    def ask(host: Host) -> list[str]:
+        answer = reach.run(host.name, ["sh", "-c", script], deadline_seconds=_SSH_SECONDS, always=True)
+        if answer.problem:
+            return [answer.problem if host.name in answer.problem else f"{host.name}: {answer.problem}"]
+        missing = answer.out.splitlines()
+        mend = "every host needs this environment and code at the same paths: `hynb preflight --fix` copies them"
+        return [f"{host.name}: {line}; {mend}" for line in missing]
+
+    with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+        return [problem for problems in pool.map(ask, hosts) for problem in problems]
+
+
+def _own_address(config: Config, hosts: Sequence[Host], here: int | None, reach: Ssh | None) -> str:
+    """The address by which the other hosts reach this machine."""
+    if config.network_interface is not None:
+        name = config.network_interface
+        found = psutil.net_if_addrs().get(name)
+        if found is None:
+            names = ", ".join(sorted(psutil.net_if_addrs()))
+            raise ClusterError(f"network_interface = {name}: this machine has none of that name; it has {names}")
+        if any(item.address.startswith("127.") for item in found):
+            raise ClusterError(f"network_interface = {name}: no other host reaches this machine by its loopback")
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for item in found:
+                if item.family == family and not item.address.startswith("fe80"):
+                    return item.address
+        raise ClusterError(f"network_interface = {name}: has no address on this machine")
+    others = [host for index, host in enumerate(hosts) if index != here]
+    other = _address_of(others[0].name, reach)
+    source = source_address(other)
+    if source is None:
+        raise ClusterError(f"{others[0].name}: no way leads to {other}; `ip route` shows those that there are")
+    return source
+
+
+def _address_of(name: str, reach: Ssh | None) -> str:
+    """The address of a host that may be known to ssh alone."""
+    if reach is not None:
+        name, _ = reach.address(name)
+    try:
+        return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise ClusterError(
+            f"{name}: this name can't be resolved here: {error.strerror}; add it to /etc/hosts"
+        ) from None
+
+
+def free_port_at(address: str) -> int:
+    """A TCP port that is free now on an address of this machine."""
+    try:
+        with socket.create_server(
+            (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET
+        ) as probe:
+            return probe.getsockname()[1]
+    except OSError:
+        return free_port()
+
+
+def filter_text(host: Host) -> str:
+    """A host and its chosen slots as DeepSpeed's --include has them."""
+    return host.name if host.slot_ids is None else f"{host.name}:{','.join(map(str, host.slot_ids))}"
+
+
+def whole_hosts(hosts: Sequence[Host]) -> list[Host]:
+    """The hosts with slots enough that each chosen slot is one of them."""
+    return [
+        host if host.slot_ids is None else dataclasses.replace(host, slots=max(host.slot_ids) + 1, slot_ids=None)
+        for host in hosts
+    ]
+
+
+def rank_count(config: Config) -> int:
+    """Ranks on this machine: its slots, or as many as asked for, else one a GPU, else one on the CPU.
+
+    Raises:
+        ClusterError: more ranks than GPUs.
+    """
+    gpus = gpu_count()
+    if config.hostfile is not None:
+        return chosen_hosts(config)[0].slots
+    if config.num_processes is None:
+        return gpus or 1
+    if gpus and config.num_processes > gpus:
+        raise ClusterError(f"num_processes = {config.num_processes}: this machine has {gpus} GPUs")
+    return config.num_processes

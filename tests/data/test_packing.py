@@ -1,0 +1,232 @@
+"""Packing changes nothing but the speed: every conversation's loss, every sample once, the same order again."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import OF_FAMILY, tiny_data, tiny_model
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hynb.data import IGNORED, ChatDataset, Collator, LabelOptions, PackedDataset, SeededSampler, best_fit, check_data
+
+LIMIT = 500
+
+
+def slow_best_fit(lengths, limit):
+    """Every pack looked at for every sample: the fullest that still has room."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms[rooms.index(min(fitting))] -= length
+        else:
+            rooms.append(limit - length)
+    return sorted(rooms)
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=80), seed=st.integers(0, 5))
+@settings(max_examples=200, deadline=None)
+def test_packs_equal_those_of_the_slow_reference(lengths, seed):
+    packs = best_fit(lengths, 50, seed=seed)
+    assert Counter(index for pack in packs for index in pack) == Counter(range(len(lengths)))
+    assert sorted(50 - sum(lengths[index] for index in pack) for pack in packs) == slow_best_fit(lengths, 50)
+    assert packs == best_fit(lengths, 50, seed=seed)
+
+
+def test_a_sample_longer_than_a_pack_is_refused():
+    with pytest.raises(ValueError, match="sample 1 has 51 tokens"):
+        best_fit([3, 51], 50)
+
+
+def mean_losses(model, batch, count_rows):
+    """The summed loss of every label position, by row."""
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    targets = batch["labels"][:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets)
+    return [losses[row] for row in range(count_rows)]
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory):
+    return {name: tiny_model(tmp_path_factory.mktemp(name), name) for name in OF_FAMILY}
+
+
+@pytest.mark.parametrize("model_type", OF_FAMILY)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_conversation_s_loss_in_a_pack_is_its_loss_alone(
+    model_folders, tmp_path, model_type, attention, train_on_prompt, flatten
+):
+    folder = model_folders[model_type]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
+    # As the trainer sets it: with a cache transformers looks for no packs.
+    model.config.use_cache = False
+    options = LabelOptions(train_on_prompt=train_on_prompt)
+    dataset = ChatDataset(tiny_data(tmp_path / "a.jsonl", 10), tokenizer, LIMIT, options=options)
+    packs = best_fit([len(sample["input_ids"]) for sample in dataset], LIMIT)
+    assert len(packs) < len(dataset) and max(map(len, packs)) > 1
+    packed = PackedDataset(dataset, packs)
+    with torch.no_grad():
+        batch = Collator(pad_token_id=tokenizer.pad_token_id, flatten=flatten)([packed[n] for n in range(len(packs))])
+        assert batch["input_ids"].shape[0] == (1 if flatten else len(packs))
+        rows = mean_losses(model, batch, batch["input_ids"].shape[0])
+        for number, pack in enumerate(packs):
+            start = sum(len(packed[n]["input_ids"]) for n in range(number)) if flatten else 0
+            for index in pack:
+                alone = Collator(pad_token_id=tokenizer.pad_token_id)([dataset[index]])
+                expected = mean_losses(model, alone, 1)[0]
+                row = rows[0] if flatten else rows[number]
+                found = row[start : start + len(expected)]
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+                assert expected.sum() > 0
+                start += len(expected) + 1
+        # Nothing else has a loss: not the seam between two conversations, not the padding.
+        total = sum(float(row.sum()) for row in rows)
+        alone = sum(
+            float(mean_losses(model, Collator(pad_token_id=0)([dataset[index]]), 1)[0].sum())
+            for index in range(len(dataset))
+        )
+        assert total == pytest.approx(alone, rel=1e-5)
+
+
+def test_flash_attention_sees_the_conversations_from_the_positions(model_folders, tmp_path):
+    """What transformers gives its flash kernels on a packed row: where each conversation begins and ends."""
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["hunyuan"])
+    dataset = ChatDataset(tiny_data(tmp_path / "a.jsonl", 10), tokenizer, LIMIT)
+    lengths = [len(sample["input_ids"]) for sample in dataset]
+    packs = best_fit(lengths, LIMIT)
+    packed = PackedDataset(dataset, packs)
+    batch = Collator(pad_token_id=0, flatten=True)([packed[n] for n in range(len(packs))])
+    assert "attention_mask" not in batch and _is_packed_sequence(batch["position_ids"], 1)
+    (starts, _), _ = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    in_order = [lengths[index] for pack in packs for index in pack]
+    assert starts.diff().tolist() == in_order
+
+
+def test_lengths_for_packing_come_from_the_check(model_folders, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["hunyuan"])
+    path = tiny_data(tmp_path / "a.jsonl", 30)
+    path.write_text("broken\n" + path.read_text())
+    report = check_data(path, tokenizer, 70, on_bad_sample="skip", cache=False)
+    dataset = ChatDataset(path, tokenizer, 70, rejected=report.rejected_places)
+    assert report.kept.tolist() == [len(sample["input_ids"]) for sample in dataset]
+
+
+@pytest.mark.parametrize("lengths", [None, [random.Random(1).randint(1, 99) for _ in range(103)]])
+def test_the_order_depends_on_seed_and_epoch_alone(lengths):
+    def order(seed, epoch):
+        sampler = SeededSampler(103, seed, lengths=lengths, group=8)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(1, 0)) == list(range(103))
+    torch.manual_seed(random.randrange(1000))
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+
+
+def test_grouped_steps_hold_samples_of_like_length():
+    rng = random.Random(2)
+    lengths = [int(rng.lognormvariate(4, 1)) + 1 for _ in range(1000)]
+
+    def places(order, size):
+        return sum(max(lengths[i] for i in order[s : s + size]) * size for s in range(0, len(order), size))
+
+    grouped = list(SeededSampler(1000, 0, lengths=lengths, group=8))
+    assert places(grouped, 8) < 1.2 * sum(lengths)
+    assert places(grouped, 8) < 0.6 * places(list(SeededSampler(1000, 0)), 8)
+    # The step that needs the most memory comes first.
+    assert max(lengths) in [lengths[index] for index in grouped[:8]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("done", [1, 3, 7])
+def test_a_resume_goes_on_at_the_next_batch(model_folders, tmp_path, ranks, done):
+    """accelerate's own skipping over our sampler, packs included: the batches after it are those not seen yet."""
+    from accelerate import skip_first_batches
+    from accelerate.data_loader import prepare_data_loader
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["hunyuan"])
+    dataset = ChatDataset(tiny_data(tmp_path / "a.jsonl", 60), tokenizer, LIMIT)
+    packed = PackedDataset(dataset, best_fit([len(sample["input_ids"]) for sample in dataset], LIMIT))
+
+    def loader(rank):
+        sampler = SeededSampler(len(packed), 5)
+        batches = BatchSampler(sampler, 2, drop_last=False)
+        made = DataLoader(packed, batch_sampler=batches, collate_fn=Collator(pad_token_id=0))
+        return prepare_data_loader(made, num_processes=ranks, process_index=rank, put_on_device=False)
+
+    def rows(batches):
+        return [batch["input_ids"].tolist() for batch in batches]
+
+    seen = []
+    for rank in range(ranks):
+        expected = rows(loader(rank))
+        assert rows(skip_first_batches(loader(rank), done)) == expected[done:]
+        seen.append(expected)
+    assert ranks == 1 or seen[0] != seen[1]
+
+
+class OneWeight(torch.nn.Module):
+    """Learns nothing; keeps the batches that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.batches = []
+
+    def forward(self, input_ids, labels, position_ids):
+        self.batches.append(input_ids.tolist())
+        return {"loss": self.weight.sum()}
+
+
+@pytest.mark.parametrize("stopped_at", [3, 8, 13])
+def test_the_trainer_resumes_in_the_middle_of_an_epoch_of_packs(model_folders, tmp_path, stopped_at):
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["hunyuan"])
+    dataset = ChatDataset(tiny_data(tmp_path / "a.jsonl", 40), tokenizer, LIMIT)
+    packed = PackedDataset(dataset, best_fit([len(sample["input_ids"]) for sample in dataset], LIMIT))
+
+    class Ordered(Trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return SeededSampler(len(packed), 5)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == stopped_at
+
+    def batches(folder, callbacks, resume=None):
+        model = OneWeight()
+        args = TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            max_steps=16,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            save_strategy="no",
+        )
+        collate = Collator(pad_token_id=0)
+        trainer = Ordered(model=model, args=args, train_dataset=packed, data_collator=collate, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return model.batches
+
+    assert 16 > -(-len(packed) // 2) > 3
+    whole = batches("whole", [])
+    first = batches("cut", [Stop()])
+    rest = batches("cut", [], str(tmp_path / "cut" / f"checkpoint-{stopped_at}"))
+    assert len(first) == stopped_at and first + rest == whole

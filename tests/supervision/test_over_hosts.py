@@ -1,0 +1,455 @@
+"""Runs over two real hosts: trained, stopped, resumed, killed, and ended everywhere whatever fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import need
+from hosts import Process, TestHosts, trusting, two_hosts
+from tiny import tiny_data, tiny_model
+
+from hynb.config import Config, to_yaml
+from hynb.runs import RunDir, RunReader
+from hynb.supervision import LAUNCH_VARIABLE, Membership
+from hynb.supervision.link import accept, connect
+
+STAGES = {"ZeRO-2": "ds_zero2_no_offload", "ZeRO-3": "ds_zero3_no_offload"}
+# Enough that a stop comes in the middle: a step of ZeRO-2 takes 20 ms here, one of ZeRO-3 100.
+STEPS = {"ZeRO-2": 200, "ZeRO-3": 60}
+# What the issue of a failure may take, until nothing of the run is left on any host that can be reached.
+END_SECONDS, KILL_SECONDS = 15.0, 5.0
+
+
+@dataclasses.dataclass
+class Job:
+    """A run launched on alpha, looked at from outside of both hosts."""
+
+    hosts: TestHosts
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """The run folder as the hosts see it."""
+        return self.hosts.alpha.disk / self.name
+
+    @property
+    def dir(self) -> RunDir:
+        """The run folder of alpha."""
+        return RunDir(self.hosts.alpha.path(self.folder))
+
+    def config(self, **values) -> Config:
+        disk = self.hosts.alpha.disk
+        given = {
+            "model_name_or_path": str(disk / "model"),
+            "train_data_file": str(disk / "train.jsonl"),
+            "output_dir": str(self.folder),
+            "hostfile": str(disk / "cluster" / "hostfile"),
+            "max_steps": 1_000_000,
+            "save_steps": 100_000,
+            "learning_rate": 1e-3,
+            "max_seq_length": 256,
+            "start_timeout_seconds": 60,
+        }
+        return Config(**(given | values))
+
+    def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess:
+        """The `hynb` command on alpha."""
+        command = [sys.executable, "-m", "hynb.cli", *map(str, words)]
+        return self.hosts.alpha.run(command, check=check, timeout=120)
+
+    def launch(self, *words: str, check: bool = True, **values) -> subprocess.CompletedProcess:
+        file = self.hosts.alpha.disk / f"{self.name}.yaml"
+        self.hosts.alpha.path(file).write_text(to_yaml(self.config(**values)))
+        return self.cli("launch", "--config", file, *words, check=check)
+
+    def losses(self) -> dict[int, float]:
+        events = RunReader(self.dir.path).events()
+        return {event["global_step"]: event["loss"] for event in events if event["kind"] == "log"}
+
+    def until(self, what: Callable[[], object], seconds: float) -> float:
+        """Waits until something holds, and says how long that took."""
+        started = time.monotonic()
+        while not what():
+            log = self.dir.launcher_log
+            said = log.read_text()[-2000:] if log.exists() else ""
+            assert time.monotonic() - started < seconds, (
+                f"{self.status()}\n{said}\n{RunReader(self.dir.path).log_tail()}"
+            )
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    def until_trains(self, steps: int = 2) -> None:
+        seen = len(self.losses())
+        self.until(lambda: len(self.losses()) >= seen + steps or self.dir.exit.exists(), 90)
+        assert not self.dir.exit.exists(), self.status()
+
+    def until_ended(self, seconds: float) -> float:
+        """Waits for the supervisor's last word and the end of all processes that can end."""
+        return self.until(lambda: self.dir.exit.exists() and not self.left(), seconds)
+
+    def status(self) -> dict:
+        """status.json, as rank 0 or the supervisor wrote it last."""
+        return json.loads(self.dir.status.read_text()) if self.dir.status.exists() else {}
+
+    def launch_id(self) -> str:
+        return json.loads(self.dir.launch.read_text())["id"]
+
+    def left(self, *names: str) -> list[Process]:
+        """Processes of this run on the hosts: by its mark, or its supervisor."""
+        mark, found = self.launch_id(), []
+        for host in self.hosts:
+            if not names or host.name in names:
+                for process in host.processes():
+                    marked = process.environment.get(LAUNCH_VARIABLE) == mark
+                    if marked or ("hynb.launch" in process.argv and mark in process.argv[-1]):
+                        found.append(process)
+        return found
+
+    def rank(self, number: int) -> Process:
+        """The process of one rank."""
+        names = ("RANK", "OMPI_COMM_WORLD_RANK")
+        (found,) = (
+            item
+            for item in self.left()
+            if "hynb.train_entry" in item.argv and str(number) in map(item.environment.get, names)
+        )
+        return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny_model(folder / "model", "hunyuan_v1_dense")
+    tiny_data(folder / "train.jsonl")
+    return folder
+
+
+def made_ready(hosts: TestHosts, files: Path) -> TestHosts:
+    trusting(hosts)
+    for host in [hosts.alpha] if hosts.alpha.shared else hosts:
+        shutil.copytree(files, host.path(host.disk), dirs_exist_ok=True)
+    return hosts
+
+
+@pytest.fixture(scope="module")
+def apart(files, tmp_path_factory):
+    """Two hosts with a disk of their own each."""
+    need(shutil.which("pdsh") is not None, "pdsh is not installed")
+    with two_hosts(tmp_path_factory.mktemp("apart"), shared=False) as hosts:
+        yield made_ready(hosts, files)
+
+
+@pytest.fixture(scope="module")
+def together(files, tmp_path_factory):
+    """Two hosts with one disk."""
+    need(shutil.which("pdsh") is not None, "pdsh is not installed")
+    with two_hosts(tmp_path_factory.mktemp("together"), shared=True) as hosts:
+        yield made_ready(hosts, files)
+
+
+@pytest.fixture(scope="module")
+def one_host_losses(apart) -> Callable[[str], dict[int, float]]:
+    """The losses of a stage on one host with two ranks, which its hostfile names."""
+    known: dict[str, dict[int, float]] = {}
+
+    def losses(stage: str) -> dict[int, float]:
+        if stage not in known:
+            job = Job(apart, f"alone {stage}")
+            hostfile = apart.alpha.disk / "one_host"
+            apart.alpha.path(hostfile).write_text("alpha slots=2\n")
+            job.launch(hostfile=str(hostfile), deepspeed=STAGES[stage], max_steps=STEPS[stage])
+            job.until(lambda: job.status().get("state") == "finished", 120)
+            known[stage] = job.losses()
+        return known[stage]
+
+    return losses
+
+
+@pytest.mark.parametrize(("place", "stage"), [("apart", "ZeRO-2"), ("apart", "ZeRO-3"), ("together", "ZeRO-3")])
+def test_losses_equal_those_of_one_host_through_a_stop_and_a_resume(place, stage, request, one_host_losses):
+    hosts = request.getfixturevalue(place)
+    job = Job(hosts, f"run of {stage}")
+    job.launch(deepspeed=STAGES[stage], max_steps=STEPS[stage])
+    job.until_trains()
+    stopped = job.cli("stop", job.folder)
+    assert "stopped on request after a checkpoint" in stopped.stdout
+    job.until_ended(KILL_SECONDS)
+    step = job.status()["global_step"]
+    assert 2 <= step < STEPS[stage] and job.status()["state"] == "stopped"
+    shared = place == "together"
+    says = "one folder, shared by all hosts" if shared else "a folder of its own on each host"
+    assert says in job.dir.rank_log(0).read_text()
+    for host in hosts:
+        checkpoint = host.path(job.folder) / f"checkpoint-{step}"
+        parts = sorted(path.name for path in checkpoint.glob("global_step*/*optim_states.pt"))
+        assert len(parts) == (2 if shared else 1), f"{host.name}: {parts}"
+        for name in ("model.safetensors", "trainer_state.json", "hynb_checkpoint.json", "tokenizer.json"):
+            assert (checkpoint / name).is_file(), f"{host.name}: {name}"
+    resumed = {"max_steps": STEPS[stage], "resume_from_checkpoint": "last"}
+    followed = job.launch("--follow", deepspeed=STAGES[stage], **resumed)
+    assert f"starting: all hosts have joined; output_dir is {says}" in followed.stdout
+    assert "waiting for" in followed.stdout and f"step {STEPS[stage]}/{STEPS[stage]}" in followed.stdout
+    job.until_ended(KILL_SECONDS)
+    assert job.status()["state"] == "finished", job.status()
+    assert job.losses() == pytest.approx(one_host_losses(stage), abs=1e-5)
+    assert list(job.losses()) == list(range(1, STEPS[stage] + 1))
+    manifest = json.loads(job.dir.manifest.read_text())
+    assert manifest["hosts"] == ["alpha", "beta"] and manifest["output_dir_shared"] is shared
+    assert len(job.dir.rank_logs()) == 2 and "train_loss" in job.dir.rank_logs()[1].read_text()
+    assert not list(job.dir.log.glob(".secret-*")), "no secret stays behind"
+    if not shared:
+        beside = hosts.beta.run([sys.executable, "-m", "hynb.cli", "status", job.folder], check=False)
+        assert beside.returncode == 2 and "led from alpha" in beside.stderr
+
+
+def test_each_failure_ends_the_run_everywhere_and_no_other_job(apart):
+    """Killed, a rank lost, a host frozen, a cable pulled: one run each, with another beside the first two."""
+    beside = Job(apart, "beside")
+    beside.launch()
+    beside.until_trains()
+    # Its ranks rest meanwhile, or they would take both cores; all else of it is awake.
+    resting = [beside.rank(0), beside.rank(1)]
+    for process in resting:
+        os.kill(process.pid, signal.SIGSTOP)
+    theirs = {process.pid for process in beside.left()}
+
+    killed = Job(apart, "killed")
+    killed.launch()
+    killed.until_trains()
+    assert len(killed.left("alpha")) >= 5 and len(killed.left("beta")) >= 3
+    started = time.monotonic()
+    said = killed.cli("stop", killed.folder, "--kill")
+    assert not killed.left() and time.monotonic() - started < KILL_SECONDS, killed.left()
+    assert "killed on request; there is no checkpoint" in said.stdout
+    assert {process.pid for process in beside.left()} == theirs
+
+    lost = Job(apart, "killed")
+    refused = lost.launch(check=False)
+    assert refused.returncode == 2 and "holds an earlier run (stopped)" in refused.stderr
+    old = apart.beta.path(lost.folder) / "checkpoint-7"
+    old.mkdir()
+    lost.launch(overwrite_output_dir=True)
+    lost.until_trains()
+    os.kill(lost.rank(1).pid, signal.SIGKILL)
+    took = lost.until_ended(END_SECONDS)
+    print(f"a killed rank: {took:.1f} s")
+    assert not old.exists(), "overwritten on each host"
+    status = lost.status()
+    assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
+    assert "rank 1 on beta ended without a word" in status["reason"]
+    assert "'loss'" in status["reason"] and "'loss'" in lost.dir.rank_log(1).read_text(), "its last lines are kept"
+    shown = lost.cli("status", lost.folder, check=False)
+    assert shown.returncode == 1 and "rank 1 on beta" in shown.stdout
+    assert {process.pid for process in beside.left()} == theirs
+
+    for process in resting:
+        os.kill(process.pid, signal.SIGCONT)
+    beside.until_trains()
+    apart.beta.freeze()
+    took = beside.until(lambda: beside.dir.exit.exists() and not beside.left("alpha"), END_SECONDS)
+    print(f"a frozen host: {took:.1f} s")
+    apart.beta.thaw()
+    beside.until(lambda: not beside.left(), KILL_SECONDS)
+    status = beside.status()
+    assert (status["state"], status["host"]) == ("failed", "beta") and "frozen or down" in status["reason"], status
+    assert "'loss'" in status["reason"]
+
+    cut = Job(apart, "cut")
+    cut.launch()
+    cut.until_trains()
+    apart.beta.link(up=False)
+    try:
+        # The host that is cut off ends what it has by itself.
+        took = cut.until_ended(END_SECONDS)
+    finally:
+        apart.beta.link(up=True)
+    print(f"a cut cable: {took:.1f} s")
+    status = cut.status()
+    assert (status["state"], status["host"]) == ("failed", "beta") and "the network to it is cut" in status["reason"]
+    assert not list(Path("/tmp").glob(f"hynb-{cut.launch_id()}-*"))
+
+
+def test_hosts_that_cannot_take_part_are_named(apart):
+    alpha, beta = apart
+    job = Job(apart, "refused")
+    (alpha.path(alpha.disk) / "train.jsonl").rename(alpha.path(alpha.disk) / "elsewhere.jsonl")
+    refused = job.launch(check=False)
+    (alpha.path(alpha.disk) / "elsewhere.jsonl").rename(alpha.path(alpha.disk) / "train.jsonl")
+    assert refused.returncode == 2 and "there is no such file" in refused.stderr
+    beta.stop_sshd()
+    refused = job.launch(check=False)
+    beta.start_sshd()
+    assert refused.returncode == 2 and "beta: nothing listens on port 36005" in refused.stderr
+    assert not job.dir.path.exists(), "nothing was begun"
+    for values, says in (
+        ({"include": "gamma"}, "gamma"),
+        ({"launcher": "mpich"}, "install mpich"),
+        ({"launcher": "slurm"}, "the program srun is not on this machine"),
+        ({"network_interface": "eth7"}, "this machine has none of that name; it has cable, lo"),
+        ({"network_interface": "lo"}, "no other host reaches this machine by its loopback"),
+        ({"include": "beta@alpha", "exclude": "beta"}, "include and exclude are both given"),
+    ):
+        refused = job.launch(check=False, **values)
+        assert refused.returncode == 2 and says in refused.stderr and "Traceback" not in refused.stderr, (
+            refused.stderr
+        )
+    (alpha.path(alpha.disk) / ".deepspeed_env").write_text("# ours\nNCCL_DEBUG=INFO\nno sign\n")
+    refused = job.launch(check=False)
+    assert refused.returncode == 2 and ".deepspeed_env:3: 'no sign' is no NAME=VALUE" in refused.stderr
+    (alpha.path(alpha.disk) / ".deepspeed_env").unlink()
+
+    # Only beta lacks its model; only beta's rank can say so.
+    job = Job(apart, "lacking")
+    (beta.path(beta.disk) / "model").rename(beta.path(beta.disk) / "gone")
+    job.launch()
+    job.until_ended(60)
+    (beta.path(beta.disk) / "gone").rename(beta.path(beta.disk) / "model")
+    status = job.status()
+    assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
+    assert "there is no such folder" in status["reason"]
+
+    # Alpha only launches, and sees nothing of what beta writes.
+    job = Job(apart, "elsewhere")
+    job.launch(include="beta")
+    job.until_ended(60)
+    assert "launch on beta, or put output_dir on a shared disk" in job.status()["reason"]
+
+    job = Job(apart, "absent")
+    job.launch(start_timeout_seconds=5)
+    beta.freeze()
+    job.until(lambda: job.dir.exit.exists() and not job.left("alpha"), 5 + END_SECONDS + 8)
+    beta.thaw()
+    status = job.status()
+    assert (status["state"], status["host"]) == ("failed", "beta"), status
+    assert "did not join within start_timeout_seconds = 5" in status["reason"]
+    assert "beta: no answer within 8 s" in status["reason"]
+    job.until(lambda: not job.left(), 25)
+
+
+def test_ranks_that_do_not_meet_end_the_run(apart):
+    job = Job(apart, "not met")
+    job.launch(start_timeout_seconds=10)
+    notes = Path(tempfile.gettempdir()) / f"hynb-{job.launch_id()}-1"
+    job.until((notes / "rank1.meeting").exists, 60)
+    # As if its packets to the master port were dropped.
+    os.kill(job.rank(1).pid, signal.SIGSTOP)
+    job.until_ended(10 + END_SECONDS)
+    status = job.status()
+    assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
+    assert "did not meet within start_timeout_seconds = 10" in status["reason"]
+    assert not notes.exists()
+
+
+def test_lines_pasted_by_hand(together):
+    """launcher no_ssh, with the user's own .deepspeed_env, and without ssh between the hosts."""
+    alpha, beta = together
+    job = Job(together, "pasted")
+    beta.stop_sshd()
+    (alpha.path(alpha.disk) / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
+    shown = job.launch(launcher="no_ssh", max_steps=3)
+    assert "waiting for" in job.cli("status", job.folder).stdout
+    assert "beta" in job.cli("status", job.folder).stdout
+    comment, line = shown.stdout.splitlines()[-2:]
+    assert comment == "# on beta:" and job.dir.paste.stat().st_mode & 0o77 == 0
+    pasted = beta.popen(
+        ["bash", "-c", line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    job.until(lambda: job.losses() or job.dir.exit.exists(), 60)
+    out, _ = pasted.communicate(timeout=60)
+    assert pasted.returncode == 0 and b"NCCL_DEBUG=INFO" in out, out
+    job.until_ended(KILL_SECONDS * 2)
+    assert job.status()["state"] == "finished" and len(job.losses()) == 3
+    assert not job.dir.paste.exists()
+    beta.start_sshd()
+    # Nobody pastes.
+    job = Job(together, "not pasted")
+    job.launch(launcher="no_ssh", start_timeout_seconds=5)
+    job.until_ended(5 + END_SECONDS)
+    assert job.status()["host"] == "beta" and "was its line pasted there" in job.status()["reason"]
+
+
+def test_a_host_that_only_launches(together):
+    job = Job(together, "launched from outside")
+    followed = job.launch("--follow", include="beta", max_steps=3)
+    assert "finished, step 3 of 3" in followed.stdout
+    manifest = json.loads(job.dir.manifest.read_text())
+    assert manifest["hosts"] == ["beta"] and manifest["world_size"] == 1
+    job.until_ended(KILL_SECONDS)
+
+
+def test_open_mpi_starts_the_ranks(together):
+    need(shutil.which("ompi_info") is not None, "Open MPI is not installed")
+    job = Job(together, "mpi")
+    job.launch(launcher="openmpi")
+    job.until_trains()
+    assert len(job.dir.rank_logs()) == 2
+    os.kill(job.rank(1).pid, signal.SIGKILL)
+    job.until_ended(END_SECONDS)
+    status = job.status()
+    assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
+
+
+def test_a_link_opens_only_between_ends_that_know_the_secret():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        said: list[object] = []
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            try:
+                link = accept(connection, "right")
+                said.append(link.receive(5))
+                link.send({"kind": "bye"})
+            except OSError as error:
+                said.append(str(error))
+
+        for secret in ("right", "wrong"):
+            thread = threading.Thread(target=serve)
+            thread.start()
+            if secret == "right":
+                link = connect(*server.getsockname(), secret)
+                link.send({"kind": "hello", "text": "ä" * 100_000})
+                assert link.receive(5) == {"kind": "bye"}
+                link.close()
+            else:
+                with pytest.raises(OSError):
+                    connect(*server.getsockname(), secret)
+            thread.join()
+    assert said[0]["text"] == "ä" * 100_000
+    assert "does not know the secret" in said[1]
+
+
+def test_a_host_that_cannot_reach_the_supervisor_says_so(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    membership = Membership(
+        launch_id=uuid.uuid4().hex,
+        run_folder=tmp_path / "run",
+        supervisor_host="alpha",
+        address="127.0.0.1",
+        port=port,
+        hosts=(("beta", 1),),
+        secret="known to nobody",
+        start_seconds=1,
+    )
+    code = "from hynb.supervision import Membership, join; join(Membership.from_environment(), 0)"
+    environment = os.environ | membership.variables(secret_file=None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert done.returncode == 1
+    said = RunDir(membership.run_folder).rank_log(0).read_text()
+    assert (
+        f"beta: the launching host alpha can't be reached from here at 127.0.0.1:{port}: Connection refused" in said
+    )

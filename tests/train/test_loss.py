@@ -1,0 +1,63 @@
+"""The loss in pieces in transformers' own Hunyuan classes: the loss and gradients of the whole logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+from hynb.train import save_loss_memory
+
+FAMILIES = ("hunyuan_v1_moe", "hunyuan_v1_dense", "hy_v3")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("loss"), request.param)
+
+
+def loss_and_gradients(model, **counted):
+    ids = torch.randint(1, 64, (3, 20), generator=torch.Generator().manual_seed(1))
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.5, -100)
+    model.zero_grad()
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, **counted)
+    output.loss.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return output, found
+
+
+@pytest.mark.parametrize("counted", [{}, {"num_items_in_batch": 37}])
+@pytest.mark.parametrize("targets", [None, "q_proj", "lm_head"])
+def test_pieces_equal_the_whole(folder, counted, targets, monkeypatch):
+    monkeypatch.setattr("hynb.train.model._LOSS_PIECE_TOKENS", 7)
+
+    def model(in_pieces: bool):
+        made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+        if in_pieces:
+            save_loss_memory(made)
+        if targets:
+            torch.manual_seed(0)
+            made = get_peft_model(made, LoraConfig(r=2, target_modules=[targets], init_lora_weights=False))
+        return made
+
+    whole, expected = loss_and_gradients(model(False), **counted)
+    pieces, found = loss_and_gradients(model(True), **counted)
+    assert whole.logits is not None
+    assert (pieces.logits is None) is (targets != "lm_head")
+    torch.testing.assert_close(pieces.loss, whole.loss, rtol=1e-6, atol=1e-6)
+    assert found.keys() == expected.keys() and found
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_without_labels_there_are_logits(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(1, 64, (1, 5))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        save_loss_memory(model)
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        assert torch.equal(model(ids).logits, expected)
+    assert model.generate(ids, max_new_tokens=3, eos_token_id=None, do_sample=False).shape == (1, 8)
