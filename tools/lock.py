@@ -1,4 +1,4 @@
-"""Pins what is installed in requirements.lock and environment.yml: `python tools/lock.py`."""
+"""Writes the installed versions to requirements.lock and environment.yml: `python tools/lock.py`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ dependencies:
 
 
 def direct_dependencies() -> list[str]:
-    """Names in pyproject.toml, those of the extra `dev` included, in their order there."""
+    """Names in pyproject.toml, those of the extras included, in their order there."""
+    return [re.match(r"[A-Za-z0-9_.-]+", item)[0] for item in requirements()]
+
+
+def requirements() -> list[str]:
+    """Requirements in pyproject.toml with their ranges, those of the extras included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    return [re.match(r"[A-Za-z0-9_.-]+", item)[0] for item in wanted]
+    extras = project["optional-dependencies"].values()
+    return [*project["dependencies"], *(item for extra in extras for item in extra)]
 
 
 def pinned(lock: str) -> dict[str, str]:
-    """Versions in a lock file's text by normalised name."""
+    """Versions in a lock file's text, keyed by normalised name."""
     lines = [line for line in lock.splitlines() if "==" in line and not line.startswith("#")]
     return {normalised(name): version for name, version in (line.split("==") for line in lines)}
 
@@ -41,8 +46,9 @@ def normalised(name: str) -> str:
 
 
 def main() -> None:
-    """Writes both files from the environment that runs this."""
-    command = [sys.executable, "-m", "pip", "freeze", "--exclude-editable"]
+    """Writes both files from the versions installed in the environment that runs this."""
+    # --all: setuptools too, which builds the wheel in the tests.
+    command = [sys.executable, "-m", "pip", "freeze", "--all", "--exclude", "pip", "--exclude-editable"]
     frozen = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = [re.sub(r" @ .*|\+cpu$|\+cu\d+$", "", line) for line in frozen.splitlines()]
     # A GPU build's own packages are chosen by torch; pinned here they would be installed on a CPU machine.
