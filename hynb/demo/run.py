@@ -16,6 +16,7 @@ from typing import Any
 from hynb.config import Config
 from hynb.demo.texts import car_samples, write_jsonl
 from hynb.errors import HynbError, RunFailedError
+from hynb.extras import require_notebook
 from hynb.files import write_json
 from hynb.runs import RunReader
 
@@ -116,6 +117,7 @@ def run_demo(folder: str | Path = "runs/demo", *, say: Callable[[str], None] = p
     Raises:
         RunFailedError: a notebook failed, or the demo doesn't show what it must.
     """
+    require_notebook()
     folder = Path(folder).absolute()
     if not NOTEBOOKS.is_dir():
         raise HynbError(f"{NOTEBOOKS}: the notebooks are not here; run the demo from a checkout of the project")
