@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK_HEADER = "# Exact versions of everything; written by `make lock`. PyTorch's CUDA packages follow from torch.\n"
@@ -29,9 +30,13 @@ def direct_dependencies() -> list[str]:
 
 def requirements() -> list[str]:
     """Requirements in pyproject.toml with their ranges, those of the extras included."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    return [*project["dependencies"], *(item for extra in extras for item in extra)]
+    extras = project()["optional-dependencies"].values()
+    return [*project()["dependencies"], *(item for extra in extras for item in extra)]
+
+
+def project() -> dict[str, Any]:
+    """The table `project` of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def pinned(lock: str) -> dict[str, str]:
