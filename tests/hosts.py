@@ -27,7 +27,7 @@ from conftest import need
 CHECKOUT = Path(__file__).resolve().parents[1]
 PORT = 36005
 ADDRESSES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
-PROGRAMS = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "/usr/sbin/sshd")
+PROGRAMS = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "sshd")
 PASSWORD = "let me in, 1 time"
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 # The first process of a host: sets up its mounts, then reaps what is left to it.
@@ -96,7 +96,7 @@ class TestHost:
 
     def environment(self, **more: str) -> dict[str, str]:
         """What a login on this host would have, with the checkout's programs first."""
-        programs = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         values = {"HOME": str(self.home), "PATH": programs, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "USER": "root"}
         return values | {"PYTHONDONTWRITEBYTECODE": "1"} | self._environment | more
 
@@ -202,7 +202,8 @@ class TestHost:
             settings.append(f"SetEnv LD_PRELOAD={_FAKETIME} FAKETIME={clock_shift_seconds:+d}s FAKETIME_DONT_RESET=1")
         (self.root / "etc" / "ssh" / "sshd_config").write_text("\n".join(settings) + "\n")
         with (self.root / "sshd.log").open("ab") as log:
-            command = ["/usr/sbin/sshd", "-D", "-e", "-p", str(port)]
+            # sshd starts itself anew for each connection, by its absolute path.
+            command = [str(shutil.which("sshd")), "-D", "-e", "-p", str(port)]
             self._sshd = self.popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
         self.until_listens(port)
 
