@@ -1,4 +1,4 @@
-"""Every mistake of a user's that hynb names: what is wrong, where, and what to do next."""
+"""The exceptions that hynb raises for a user's mistake, and the nearest valid name for a misspelled one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 
 class HynbError(Exception):
-    """A mistake that its user can mend; shown as its message alone, never as a traceback.
+    """A mistake that the user can fix; shown as its message alone, never as a traceback.
 
     Args:
-        problems: one message, or several that are shown together; each names the thing, its value,
-            the rule, where it stands (file:line, key, host) and the next act.
+        problems: one message, or several that are shown together; each names the thing, its value, the rule,
+            where it stands (file:line, key, host) and the next action.
     """
 
     exit_code = 2
@@ -21,7 +21,7 @@ class HynbError(Exception):
         super().__init__("\n".join(self.problems))
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in place of a traceback."""
+        """What IPython shows instead of a traceback."""
         return [f"{type(self).__name__}: {problem}" for problem in self.problems]
 
 
@@ -30,19 +30,19 @@ class ConfigError(HynbError):
 
 
 class DataError(HynbError):
-    """Training data that is broken, with file:line."""
+    """Broken training data, with file:line."""
 
 
 class ModelError(HynbError):
-    """A model, tokenizer or checkpoint folder that is absent, incomplete or of another kind."""
+    """A model, tokenizer or checkpoint folder that is missing, incomplete or of the wrong kind."""
 
 
 class RunError(HynbError):
-    """A run folder in the wrong state: live, absent, occupied, too little disk."""
+    """A run folder in the wrong state: a live run, no run, an earlier run, too little disk space."""
 
 
 class RunFailedError(RunError):
-    """A run that ended in failure; the message carries the reason and the end of its log."""
+    """A run that failed; the message has the reason and the end of its log."""
 
     exit_code = 1
 
@@ -56,8 +56,11 @@ class ClusterError(HynbError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """` (did you mean X?)` for the valid name that is nearest to a wrong one; empty when none is near."""
+    """` (did you mean X?)` for the valid name that is nearest to a wrong one; empty if none is near.
+
+    A valid name that begins with the wrong one wins over a similar one (`difflib.get_close_matches`).
+    """
     valid = list(valid)
-    begun = [item for item in valid if len(name) > 3 and item.startswith(name)]
-    found = begun or difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    return f" (did you mean {found[0]}?)" if found else ""
+    completions = [item for item in valid if len(name) > 3 and item.startswith(name)]
+    matches = completions or difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""

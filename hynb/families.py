@@ -1,4 +1,4 @@
-"""The supported model families, one entry each: everything that differs between them stands here."""
+"""The supported model families: one entry each, with everything in which they differ."""
 
 from __future__ import annotations
 
@@ -10,31 +10,40 @@ from typing import Any
 from hynb.errors import ModelError
 
 ModelConfig = Mapping[str, Any]
+"""The content of a config.json."""
 
 
 @dataclass(kw_only=True, frozen=True)
-class MlpCount:
-    """Parameters of one layer's router, routed experts (or its one dense MLP), and shared MLP."""
+class MlpSize:
+    """The size of one layer's MLP.
+
+    Args:
+        router: parameters of the router.
+        experts: parameters of the routed experts together, or of a dense layer's MLP.
+        shared: parameters of the shared MLP.
+        active_width: intermediate width that each token passes through: of its experts and the shared MLP together.
+    """
 
     router: int = 0
     experts: int
     shared: int = 0
+    active_width: int
 
 
 @dataclass(kw_only=True, frozen=True)
 class Family:
-    """A model family, whose code is in hynb or in transformers: code inside a model folder is never needed.
+    """A model family whose code is part of hynb or transformers; code inside a model folder is never needed.
 
     Args:
-        model_type: as config.json has it.
+        model_type: as in config.json.
         moe_block: module and class of the MoE block, which ZeRO-3 gathers whole when it is marked as a leaf;
             None for a dense family.
-        router: module and class of the router, which returns logits (tokens × experts), weights and ids of the
-            chosen experts; None for a dense family.
-        sigmoid_router: the router scores each expert by itself instead of by a softmax over all.
-        cross_layer_attention: layers may share K and V (`use_cla`, `cla_share_factor`).
-        qk_norm: the default of `use_qk_norm`.
-        mlp: parameters of one layer's MLP, from config.json's content and the layer's index.
+        router: module and class of the router, whose output is logits (tokens × experts), and weights and ids
+            (tokens × top-k) of the chosen experts; None for a dense family.
+        sigmoid_router: the router scores each expert by a sigmoid instead of by a softmax over all of them.
+        cross_layer_attention: layers may share K and V (`use_cla`, `cla_share_factor`; arXiv 2405.12981).
+        qk_norm: whether queries and keys are normalised if config.json has no `use_qk_norm`.
+        mlp_size: the size of one layer's MLP, from config.json and the layer's index.
     """
 
     model_type: str
@@ -43,68 +52,98 @@ class Family:
     sigmoid_router: bool = False
     cross_layer_attention: bool = False
     qk_norm: bool = True
-    mlp: Callable[[ModelConfig, int], MlpCount]
+    mlp_size: Callable[[ModelConfig, int], MlpSize]
 
     def moe_block_class(self) -> type | None:
-        """The class of the MoE block; imports the model's module, and torch with it."""
+        """The class of the MoE block; imports torch and the model's module."""
         return _load(self.moe_block)
 
     def router_class(self) -> type | None:
-        """The class of the router; imports the model's module, and torch with it."""
+        """The class of the router; imports torch and the model's module."""
         return _load(self.router)
-
-
-def of_layer(value: Any, index: int) -> Any:
-    """The value for one layer of a config field that may be a list with one entry per layer."""
-    return value[index] if isinstance(value, list) else value
 
 
 def family_of(model_type: str | None) -> Family:
     """The family of a config.json's `model_type`.
 
     Raises:
-        ModelError: hynb does not support the model type.
+        ModelError: hynb does not support this model type.
     """
     family = FAMILIES.get(model_type or "")
     if family is None:
-        raise ModelError(f"model_type = {model_type}: not supported; hynb knows {', '.join(FAMILIES)}")
+        raise ModelError(f"model_type = {model_type}: not supported; hynb supports {', '.join(FAMILIES)}")
     return family
 
 
-def _load(place: tuple[str, str] | None) -> type | None:
-    return getattr(importlib.import_module(place[0]), place[1]) if place else None
+def _load(location: tuple[str, str] | None) -> type | None:
+    return getattr(importlib.import_module(location[0]), location[1]) if location else None
 
 
-def _dense_mlp(model_config: ModelConfig, index: int) -> MlpCount:
-    return MlpCount(experts=3 * model_config["hidden_size"] * of_layer(model_config["intermediate_size"], index))
+def _of_layer(value: Any, index: int) -> int:
+    """A layer's value of a config field that may be a list with one entry per layer; 0 if it is missing."""
+    return (value[index] if isinstance(value, list) else value) or 0
 
 
-def _hunyuan_large_mlp(model_config: ModelConfig, index: int) -> MlpCount:
-    one = _dense_mlp(model_config, index).experts
-    experts = of_layer(model_config.get("num_experts") or 1, index)
+def _gated_mlp(hidden_size: int, width: int, bias: bool = False) -> int:
+    """Parameters of the gate, up and down projections."""
+    return 3 * hidden_size * width + (2 * width + hidden_size if bias else 0)
+
+
+def _dense_mlp(model_config: ModelConfig, index: int) -> MlpSize:
+    width = _of_layer(model_config["intermediate_size"], index)
+    return MlpSize(experts=_gated_mlp(model_config["hidden_size"], width), active_width=width)
+
+
+def _moe_mlp(
+    hidden_size: int, width: int, *, experts: int, top_k: int, shared: int, shared_bias: bool = False
+) -> MlpSize:
+    """A layer of `experts` routed experts of one width and a shared MLP that is `shared` times as wide."""
+    return MlpSize(
+        router=hidden_size * experts,
+        experts=_gated_mlp(hidden_size, width) * experts,
+        shared=_gated_mlp(hidden_size, width * shared, shared_bias) if shared else 0,
+        active_width=width * (top_k + shared),
+    )
+
+
+def _hunyuan_large_mlp(model_config: ModelConfig, index: int) -> MlpSize:
+    experts = _of_layer(model_config.get("num_experts"), index) or 1
     if experts == 1:
-        return MlpCount(experts=one)
-    width = of_layer(model_config.get("num_shared_expert", 1), index)
-    shared = one * width if model_config.get("use_mixed_mlp_moe") else 0
-    return MlpCount(router=model_config["hidden_size"] * experts, experts=one * experts, shared=shared)
+        return _dense_mlp(model_config, index)
+    shared = _of_layer(model_config.get("num_shared_expert", 1), index)
+    return _moe_mlp(
+        model_config["hidden_size"],
+        _of_layer(model_config["intermediate_size"], index),
+        experts=experts,
+        top_k=_of_layer(model_config.get("moe_topk"), index) or 1,
+        shared=shared if model_config.get("use_mixed_mlp_moe") else 0,
+    )
 
 
-def _v1_moe_mlp(model_config: ModelConfig, index: int) -> MlpCount:
-    one = _dense_mlp(model_config, index).experts
-    experts = of_layer(model_config.get("num_experts") or 1, index)
-    return MlpCount(router=model_config["hidden_size"] * experts, experts=one * experts, shared=one)
+def _v1_moe_mlp(model_config: ModelConfig, index: int) -> MlpSize:
+    return _moe_mlp(
+        model_config["hidden_size"],
+        _of_layer(model_config["intermediate_size"], index),
+        experts=_of_layer(model_config.get("num_experts"), index) or 1,
+        top_k=_of_layer(model_config.get("moe_topk"), index) or 1,
+        shared=1,
+    )
 
 
-def _hy_v3_mlp(model_config: ModelConfig, index: int) -> MlpCount:
-    hidden = model_config["hidden_size"]
-    kinds = model_config.get("mlp_layer_types")
-    if (kinds[index] if kinds else ("dense" if index == 0 else "sparse")) == "dense":
-        bias = 2 * model_config["intermediate_size"] + hidden if model_config.get("mlp_bias") else 0
-        return MlpCount(experts=_dense_mlp(model_config, index).experts + bias)
-    experts = of_layer(model_config.get("num_experts") or 1, index)
-    expert = 3 * hidden * model_config["moe_intermediate_size"]
-    shared = expert * (model_config.get("num_shared_experts") or 0)
-    return MlpCount(router=hidden * experts, experts=expert * experts, shared=shared)
+def _hy_v3_mlp(model_config: ModelConfig, index: int) -> MlpSize:
+    hidden_size, bias = model_config["hidden_size"], bool(model_config.get("mlp_bias"))
+    layer_types = model_config.get("mlp_layer_types")
+    if (layer_types[index] if layer_types else ("dense" if index == 0 else "sparse")) == "dense":
+        width = model_config["intermediate_size"]
+        return MlpSize(experts=_gated_mlp(hidden_size, width, bias), active_width=width)
+    return _moe_mlp(
+        hidden_size,
+        model_config["moe_intermediate_size"],
+        experts=model_config.get("num_experts") or 1,
+        top_k=model_config.get("num_experts_per_tok") or 1,
+        shared=model_config.get("num_shared_experts") or 0,
+        shared_bias=bias,
+    )
 
 
 _V1_MOE = "transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe"
@@ -116,21 +155,21 @@ _ENTRIES = (
         router=("hynb.hunyuan_large.modeling", "HunYuanLargeGate"),
         cross_layer_attention=True,
         qk_norm=False,
-        mlp=_hunyuan_large_mlp,
+        mlp_size=_hunyuan_large_mlp,
     ),
     Family(
         model_type="hunyuan_v1_moe",
         moe_block=(_V1_MOE, "HunYuanMoEV1Moe"),
         router=(_V1_MOE, "HunYuanMoEV1Gate"),
-        mlp=_v1_moe_mlp,
+        mlp_size=_v1_moe_mlp,
     ),
-    Family(model_type="hunyuan_v1_dense", mlp=_dense_mlp),
+    Family(model_type="hunyuan_v1_dense", mlp_size=_dense_mlp),
     Family(
         model_type="hy_v3",
         moe_block=(_HY_V3, "HYV3MoE"),
         router=(_HY_V3, "HYV3TopKRouter"),
         sigmoid_router=True,
-        mlp=_hy_v3_mlp,
+        mlp_size=_hy_v3_mlp,
     ),
 )
 FAMILIES = {entry.model_type: entry for entry in _ENTRIES}

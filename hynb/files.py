@@ -1,9 +1,11 @@
-"""Files that are replaced atomically: text and JSON."""
+"""Text and JSON files that are replaced atomically, and the hash of a file's content."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +13,41 @@ from hynb.errors import RunError
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A snapshot file's content; None when it is absent.
+    """The JSON object in a file; None if there is no such file.
 
     Raises:
-        RunError: when it is no JSON, which no writer of ours leaves behind.
+        RunError: the file cannot be read or does not contain a JSON object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); remove it, or the whole run folder") from None
+        raise RunError(f"{path}: cannot be read ({error}); remove the file or restore it") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: must be a JSON object, not {type(content).__name__}; remove the file or restore it")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces a snapshot file at once: a reader sees the old content or the new."""
+    """Replaces a JSON file atomically: a reader sees either the old content or the new one."""
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces a text file at once."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    """Replaces a UTF-8 text file atomically: a reader sees either the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_hash(paths: Sequence[Path]) -> str:
+    """SHA-256 of the content of one file, or of several files' hashes in the given order."""
+    hashes = [file_hash(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

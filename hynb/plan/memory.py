@@ -1,47 +1,57 @@
-"""Memory that a run takes on each GPU, each host and the disk, from a model's config.json alone."""
+"""Memory that a run takes on each GPU and each host, and disk space per checkpoint, from a model's config.json."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from hynb.errors import ModelError
-from hynb.families import Family, family_of, of_layer
+from hynb.families import Family, ModelConfig, family_of
 from hynb.plan.zero import PRESETS, Preset
 
-# Mixed precision Adam (arXiv 1910.02054, section 3.1): a float32 copy of each trained weight and two moments.
+# Mixed-precision Adam (arXiv 1910.02054, section 3.1): a float32 copy of each trained weight and two moments.
 _OPTIMIZER_BYTES = 12
-# What CUDA, NCCL and the allocator's gaps were seen to take beside the tensors.
+# CUDA context and NCCL buffers per GPU.
 _CONTEXT_BYTES = 3 << 30
+# Share of the tensors' size that the caching allocator loses to fragmentation.
 _FRAGMENTATION = 0.08
+# DeepSpeed's default `reduce_bucket_size`, and the one of the preset with the smallest buffers.
 _BUCKET_ELEMENTS = 500_000_000
+_SMALL_BUCKET_ELEMENTS = 1_000_000
+# Python with its libraries, and a shard of the checkpoint while it is loaded, per process.
+_PROCESS_BYTES = 6 << 30
 
 
 @dataclass(kw_only=True, frozen=True)
 class LayerCount:
-    """Parameters of one decoder layer by part, and the shapes (out, in) of its attention's projections."""
+    """Parameters of one decoder layer by part.
+
+    Args:
+        active_width: intermediate width that each token passes through in the MLP.
+        projections: shapes (out, in) of the attention's projections.
+    """
 
     attention: int
     router: int
     experts: int
     shared: int
     norms: int
+    active_width: int
     projections: dict[str, tuple[int, int]]
 
     @property
     def total(self) -> int:
-        """All of the layer."""
+        """All parameters of the layer."""
         return self.attention + self.router + self.experts + self.shared + self.norms
 
     @property
     def moe_block(self) -> int:
-        """Router, experts and shared MLP: what ZeRO-3 gathers at once when the block is a leaf."""
+        """Router, experts and shared MLP: what ZeRO-3 gathers at once if the block is a leaf."""
         return self.router + self.experts + self.shared
 
 
 @dataclass(kw_only=True, frozen=True)
 class ParameterCount:
-    """A model's parameters."""
+    """Parameters of a model by part."""
 
     layers: tuple[LayerCount, ...]
     embeddings: int
@@ -50,7 +60,7 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        """All of the model; a tied output layer counts once."""
+        """All parameters of the model; a tied output layer counts once."""
         return sum(layer.total for layer in self.layers) + self.embeddings + self.lm_head + self.final_norm
 
     @property
@@ -59,176 +69,177 @@ class ParameterCount:
         return sum(layer.attention for layer in self.layers)
 
     def lora(self, rank: int, targets: tuple[str, ...]) -> int:
-        """Parameters of an adapter on those of the attention's projections that are named."""
+        """Parameters of an adapter of this rank on the named projections of the attention."""
         return sum(
-            rank * (out + width)
+            rank * (out_features + in_features)
             for layer in self.layers
-            for name, (out, width) in layer.projections.items()
+            for name, (out_features, in_features) in layer.projections.items()
             if name in targets
         )
 
 
 @dataclass(kw_only=True, frozen=True)
-class MemoryPlan:
-    """What one way of training takes.
+class Workload:
+    """What is trained on how many GPUs; fields named as the parameters of a run, where there is one.
 
-    gpu_bytes: of each GPU; host_bytes: of each host; disk_bytes: of each checkpoint.
-    parts: gpu_bytes by what they hold.
+    Args:
+        max_seq_length: tokens.
+        weight_bytes: bytes per weight in training: 2 for bf16 and fp16, 4 for float32.
+    """
+
+    world_size: int
+    gpus_per_host: int
+    use_lora: bool = False
+    lora_rank: int = 64
+    lora_target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    train_attention_params_only: bool = False
+    micro_batch_size: int = 1
+    max_seq_length: int = 2048
+    gradient_checkpointing: bool = True
+    make_moe_param_leaf_module: bool = False
+    weight_bytes: int = 2
+
+
+@dataclass(kw_only=True, frozen=True)
+class MemoryPlan:
+    """What a run takes under one preset.
+
+    Args:
+        gpu_bytes: of each GPU.
+        host_bytes: of each host.
+        disk_bytes: of each checkpoint.
+        parts: gpu_bytes by what they hold.
     """
 
     preset: Preset
     gpu_bytes: int
     host_bytes: int
     disk_bytes: int
-    parts: dict[str, int] = field(default_factory=dict)
-    reason: str = ""
+    parts: dict[str, int]
 
 
-def count_parameters(model_config: dict[str, Any]) -> ParameterCount:
-    """Parameters of a model of the Hunyuan families, from its config.json.
+def count_parameters(model_config: ModelConfig) -> ParameterCount:
+    """Parameters of a model of a supported family.
+
+    Args:
+        model_config: the content of its config.json.
 
     Raises:
-        ModelError: for another family, or a config without the sizes.
+        ModelError: another family, or a config without the sizes.
     """
     family = family_of(model_config.get("model_type"))
     try:
-        hidden, vocab = model_config["hidden_size"], model_config["vocab_size"]
+        hidden_size, vocab_size = model_config["hidden_size"], model_config["vocab_size"]
         layers = tuple(_layer(model_config, family, index) for index in range(model_config["num_hidden_layers"]))
     except (KeyError, TypeError, IndexError) as error:
         raise ModelError(f"config.json of {family.model_type}: a size is missing or invalid: {error}") from None
-    tied = model_config.get("tie_word_embeddings", False)
+    embeddings = vocab_size * hidden_size
     return ParameterCount(
-        layers=layers, embeddings=vocab * hidden, lm_head=0 if tied else vocab * hidden, final_norm=hidden
+        layers=layers,
+        embeddings=embeddings,
+        lm_head=0 if model_config.get("tie_word_embeddings", False) else embeddings,
+        final_norm=hidden_size,
     )
 
 
-def estimate(
-    model_config: dict[str, Any],
-    *,
-    preset: str,
-    world_size: int,
-    gpus_per_host: int,
-    use_lora: bool = False,
-    lora_rank: int = 64,
-    lora_target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
-    train_attention_params_only: bool = False,
-    micro_batch_size: int = 1,
-    max_seq_length: int = 2048,
-    gradient_checkpointing: bool = True,
-    make_moe_param_leaf_module: bool = False,
-    weight_bytes: int = 2,
-) -> MemoryPlan:
-    """What a run takes, spread as the preset spreads it (ZeRO: arXiv 1910.02054, offload: 2101.06840).
+def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> MemoryPlan:
+    """What a run takes under a preset (ZeRO: arXiv 1910.02054, ZeRO-Offload: arXiv 2101.06840).
 
     Args:
-        weight_bytes: of one weight in training: 2 for bf16 and fp16, 4 for float32.
+        model_config: the content of the model's config.json.
+
+    Raises:
+        ModelError: as `count_parameters`.
     """
     chosen, count = PRESETS[preset], count_parameters(model_config)
-    adapter = count.lora(lora_rank, tuple(lora_target_modules)) if use_lora else 0
-    trained = adapter or (count.attention if train_attention_params_only else count.total)
-    weights = (count.total + adapter) * weight_bytes
-    gradients, optimizer = trained * weight_bytes, trained * _OPTIMIZER_BYTES
-    spread_weights = weights // world_size if chosen.stage == 3 else weights
-    largest = _largest_gathered(count, make_moe_param_leaf_module) * weight_bytes
-    small_buffers = preset.endswith("no_auto")
-    bucket = min(trained, 1_000_000 if small_buffers else _BUCKET_ELEMENTS) * weight_bytes
-    tokens = micro_batch_size * max_seq_length
+    adapter = count.lora(workload.lora_rank, workload.lora_target_modules) if workload.use_lora else 0
+    trained = adapter or (count.attention if workload.train_attention_params_only else count.total)
+    weights_bytes = (count.total + adapter) * workload.weight_bytes
+    gradients_bytes, optimizer_bytes = trained * workload.weight_bytes, trained * _OPTIMIZER_BYTES
+    weights_per_gpu = weights_bytes // workload.world_size if chosen.stage == 3 else weights_bytes
     parts = {
-        "weights": 0 if chosen.offload else spread_weights,
-        "gradients": gradients // world_size,
-        "optimizer": 0 if chosen.offload else optimizer // world_size,
-        "buckets": bucket,
-        "gathered layers": largest * (1 if small_buffers else 2) if chosen.stage == 3 else 0,
-        "activations": _activation_bytes(model_config, count, tokens, weight_bytes, gradient_checkpointing),
-        # Logits and their gradient in float32, and the logits in the model's own dtype.
-        "logits": tokens * model_config["vocab_size"] * (8 + weight_bytes),
+        "weights": 0 if chosen.offload else weights_per_gpu,
+        "gradients": gradients_bytes // workload.world_size,
+        "optimizer": 0 if chosen.offload else optimizer_bytes // workload.world_size,
+        **_buffers(chosen, count, trained, workload),
+        "activations": _activation_bytes(model_config["hidden_size"], count, workload),
+        "logits": _logits_bytes(model_config["vocab_size"], workload),
     }
-    parts["gaps"] = int(sum(parts.values()) * _FRAGMENTATION)
+    parts["fragmentation"] = int(sum(parts.values()) * _FRAGMENTATION)
     parts["CUDA"] = _CONTEXT_BYTES
-    on_host = (weights + optimizer + gradients) // world_size * gpus_per_host if chosen.offload else 0
-    # Every process has its own Python, and reads shards of the checkpoint when it begins.
-    host = on_host + gpus_per_host * (6 << 30)
-    saved = adapter or count.total
-    disk = saved * weight_bytes * 2 + trained * _OPTIMIZER_BYTES
+    state_bytes = weights_bytes + optimizer_bytes + gradients_bytes
+    offloaded_bytes = state_bytes // workload.world_size * workload.gpus_per_host if chosen.offload else 0
     return MemoryPlan(
         preset=chosen,
         gpu_bytes=sum(parts.values()),
-        host_bytes=host,
-        disk_bytes=disk,
+        host_bytes=offloaded_bytes + workload.gpus_per_host * _PROCESS_BYTES,
+        # The model's or the adapter's file, DeepSpeed's copy of the same weights, and the optimizer.
+        disk_bytes=(adapter or count.total) * workload.weight_bytes * 2 + optimizer_bytes,
         parts=parts,
-        reason=(
-            f"{count.total / 1e9:.4g}B parameters, {trained / 1e9:.4g}B of them trained, on {world_size} GPUs: "
-            f"{chosen.help}"
-        ),
     )
 
 
-def compare(model_config: dict[str, Any], **choices: Any) -> list[MemoryPlan]:
-    """The same run under each preset, in the presets' order; arguments as `estimate` takes them."""
-    return [
-        estimate(
-            model_config,
-            preset=name,
-            # A leaf is a thing of ZeRO-3 alone.
-            **(choices | ({"make_moe_param_leaf_module": False} if item.stage != 3 else {})),
-        )
-        for name, item in PRESETS.items()
-    ]
+def compare(model_config: ModelConfig, workload: Workload) -> list[MemoryPlan]:
+    """The same run under each preset, in the order of the presets.
+
+    Raises:
+        ModelError: as `count_parameters`.
+    """
+    return [estimate(model_config, workload, preset=name) for name in PRESETS]
 
 
-def describe(plan: MemoryPlan) -> str:
-    """A plan in a few lines."""
-    lines = [
-        f"{plan.preset.title} ({plan.preset.name}): {plan.gpu_bytes / 1e9:.1f} GB on each GPU, "
-        f"{plan.host_bytes / 1e9:.1f} GB on each host, {plan.disk_bytes / 1e9:.3g} GB a checkpoint",
-        plan.reason,
-    ]
-    lines += [f"  {name}: {size / 1e9:.2f} GB" for name, size in plan.parts.items()]
-    return "\n".join(lines)
-
-
-def _layer(model_config: dict[str, Any], family: Family, index: int) -> LayerCount:
-    hidden, heads = model_config["hidden_size"], model_config["num_attention_heads"]
+def _layer(model_config: ModelConfig, family: Family, index: int) -> LayerCount:
+    hidden_size, heads = model_config["hidden_size"], model_config["num_attention_heads"]
     kv_heads = model_config.get("num_key_value_heads") or heads
-    head_dim = model_config.get("head_dim") or hidden // heads
-    projections = {"q_proj": (heads * head_dim, hidden), "o_proj": (hidden, heads * head_dim)}
-    shares = family.cross_layer_attention and model_config.get("use_cla")
-    share = model_config.get("cla_share_factor", 1) if shares else 1
-    if index % share == 0:
-        projections |= {"k_proj": (kv_heads * head_dim, hidden), "v_proj": (kv_heads * head_dim, hidden)}
+    head_dim = model_config.get("head_dim") or hidden_size // heads
+    projections = {"q_proj": (heads * head_dim, hidden_size), "o_proj": (hidden_size, heads * head_dim)}
+    shares_kv = family.cross_layer_attention and model_config.get("use_cla")
+    if index % (model_config.get("cla_share_factor", 1) if shares_kv else 1) == 0:
+        projections |= {"k_proj": (kv_heads * head_dim, hidden_size), "v_proj": (kv_heads * head_dim, hidden_size)}
     bias = sum(out for out, _ in projections.values()) if model_config.get("attention_bias") else 0
     head_norms = 2 * head_dim if model_config.get("use_qk_norm", family.qk_norm) else 0
-    mlp = family.mlp(model_config, index)
+    mlp = family.mlp_size(model_config, index)
     return LayerCount(
         attention=sum(out * width for out, width in projections.values()) + bias + head_norms,
         router=mlp.router,
         experts=mlp.experts,
         shared=mlp.shared,
-        norms=2 * hidden,
+        norms=2 * hidden_size,
+        active_width=mlp.active_width,
         projections=projections,
     )
 
 
-def _largest_gathered(count: ParameterCount, leaf: bool) -> int:
-    """Parameters that ZeRO-3 holds whole at once: a layer's largest module, or the MoE block as a leaf.
+def _buffers(preset: Preset, count: ParameterCount, trained: int, workload: Workload) -> dict[str, int]:
+    """Bytes of the reduction buckets, and of the layers that ZeRO-3 gathers while it computes."""
+    small = preset.name.endswith("no_auto")
+    bucket = min(trained, _SMALL_BUCKET_ELEMENTS if small else _BUCKET_ELEMENTS)
+    gathered = 0
+    if preset.stage == 3:
+        # One layer while it computes and, unless the buffers are at their smallest, the next one prefetched.
+        gathered = _largest_gathered(count, workload.make_moe_param_leaf_module) * (1 if small else 2)
+    return {"buckets": bucket * workload.weight_bytes, "gathered layers": gathered * workload.weight_bytes}
 
-    Experts are one fused module here, so that they are gathered together in any case.
+
+def _largest_gathered(count: ParameterCount, leaf: bool) -> int:
+    """Parameters that ZeRO-3 holds whole at once: the largest module, or the MoE block if it is a leaf.
+
+    transformers 5 keeps all experts of a layer in one module, so that they are gathered together in any case.
     """
     block = max(layer.moe_block if leaf else layer.experts for layer in count.layers)
     return max(block, count.embeddings)
 
 
-def _activation_bytes(
-    model_config: dict[str, Any], count: ParameterCount, tokens: int, weight_bytes: int, checkpointing: bool
-) -> int:
-    """Saved activations of the layers: their inputs when recomputed, and one layer whole (arXiv 2205.05198)."""
-    hidden = model_config["hidden_size"]
-    width = model_config.get("moe_intermediate_size") or of_layer(model_config["intermediate_size"], 0)
-    active = of_layer(model_config.get("moe_topk") or model_config.get("num_experts_per_tok") or 1, 0)
-    shared = of_layer(model_config.get("num_shared_expert") or model_config.get("num_shared_experts") or 0, 0)
-    mlps = active + shared if any(layer.router for layer in count.layers) else 1
-    # Residual, norms, q, k, v, attention's output and projection; gate, up, product for each MLP a token passes.
-    one_layer = tokens * (10 * hidden + 4 * width * mlps) * weight_bytes
-    if checkpointing:
-        return len(count.layers) * tokens * hidden * weight_bytes + one_layer
-    return len(count.layers) * one_layer
+def _activation_bytes(hidden_size: int, count: ParameterCount, workload: Workload) -> int:
+    """Saved activations of the layers (arXiv 2205.05198); with recomputation their inputs and one whole layer."""
+    tokens = workload.micro_batch_size * workload.max_seq_length
+    # Residual, norms, q, k, v, attention's output and projection; gate, up, product of the MLPs of each token.
+    layers = [tokens * (10 * hidden_size + 4 * layer.active_width) * workload.weight_bytes for layer in count.layers]
+    if workload.gradient_checkpointing:
+        return len(layers) * tokens * hidden_size * workload.weight_bytes + max(layers)
+    return sum(layers)
+
+
+def _logits_bytes(vocab_size: int, workload: Workload) -> int:
+    """Logits and their gradient in float32, and the logits in the model's own dtype."""
+    return workload.micro_batch_size * workload.max_seq_length * vocab_size * (8 + workload.weight_bytes)

@@ -19,7 +19,7 @@ from hynb.widgets.table import Table, size_text
 def preset_costs(config: Config) -> Table | str:
     """One row a preset: memory of a GPU and of the host, checkpoint; or in words why it can't be told."""
     try:
-        plans = memory.compare(model_config(config), **_choices(config))
+        plans = memory.compare(model_config(config), _workload(config))
     except HynbError as error:
         return f"What each preset takes can't be told: {error}"
     gpu_bytes = min((gpu.memory_bytes for gpu in _gpus()), default=0)
@@ -50,7 +50,7 @@ def memory_plan(config: Config) -> Table:
         text = f"not worked out for {config.deepspeed}, which is no preset"
         return Table(columns=("what", "value"), rows=[("memory", text)], title=_title(config))
     try:
-        plan = memory.estimate(model_config(config), preset=config.deepspeed, **_choices(config))
+        plan = memory.estimate(model_config(config), _workload(config), preset=config.deepspeed)
     except HynbError as error:
         return Table(columns=("what", "value"), rows=[("memory", f"not known: {error}")], title=_title(config))
     machine = this_machine(config.output_dir)
@@ -107,26 +107,26 @@ def _vocabulary(config: Config) -> int:
     raise ConfigError(f"there is no tokenizer in {folder}")
 
 
-def _choices(config: Config) -> dict[str, Any]:
-    """A Config in the words of `memory.estimate`."""
+def _workload(config: Config) -> memory.Workload:
+    """The parameters on which memory depends."""
     if config.hostfile is None:
         # More ranks than there are GPUs: a plan for another machine may be made on this one.
         slots = [config.num_processes or len(_gpus()) or 1]
     else:
         slots = [host.slots for host in hostfile.read(config.hostfile)]
-    return {
-        "world_size": sum(slots),
-        "gpus_per_host": max(slots),
-        "use_lora": config.use_lora,
-        "lora_rank": config.lora_rank,
-        "lora_target_modules": tuple(config.lora_target_modules),
-        "train_attention_params_only": config.train_attention_params_only,
-        "micro_batch_size": config.per_device_train_batch_size,
-        "max_seq_length": config.max_seq_length,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "make_moe_param_leaf_module": config.make_moe_param_leaf_module,
-        "weight_bytes": 2 if config.bf16 or config.fp16 else 4,
-    }
+    return memory.Workload(
+        world_size=sum(slots),
+        gpus_per_host=max(slots),
+        use_lora=config.use_lora,
+        lora_rank=config.lora_rank,
+        lora_target_modules=tuple(config.lora_target_modules),
+        train_attention_params_only=config.train_attention_params_only,
+        micro_batch_size=config.per_device_train_batch_size,
+        max_seq_length=config.max_seq_length,
+        gradient_checkpointing=config.gradient_checkpointing,
+        make_moe_param_leaf_module=config.make_moe_param_leaf_module,
+        weight_bytes=2 if config.bf16 or config.fp16 else 4,
+    )
 
 
 @functools.cache
