@@ -265,6 +265,14 @@ class TestHosts:
         return iter((self.alpha, self.beta))
 
 
+def need_two_hosts() -> None:
+    """Skips a test where this machine can't have two hosts."""
+    need(os.geteuid() == 0, "only root can make network namespaces")
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    need(not missing, f"programs are missing: {', '.join(missing)}")
+    need(subprocess.run(["unshare", "--net", "--pid", "--fork", "true"]).returncode == 0, "no namespaces here")
+
+
 @contextlib.contextmanager
 def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m") -> Iterator[TestHosts]:
     """Two hosts, alpha and beta, whose files lie in a folder.
@@ -274,10 +282,7 @@ def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m
         sshd: start one on each.
         shm: size of each /dev/shm.
     """
-    need(os.geteuid() == 0, "only root can make network namespaces")
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    need(not missing, f"programs are missing: {', '.join(missing)}")
-    need(subprocess.run(["unshare", "--net", "--pid", "--fork", "true"]).returncode == 0, "no namespaces here")
+    need_two_hosts()
     home, disk = folder / "home", folder / "disk"
     for path in (home, disk):
         path.mkdir(parents=True)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import CHECKOUT, PORT, trusting, two_hosts
+from hosts import CHECKOUT, PORT, need_two_hosts, trusting, two_hosts
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,7 @@ def test_each_way_to_fail_is_named(hosts):
 
 
 def test_a_killed_test_leaves_nothing_behind(tmp_path):
+    need_two_hosts()
     code = (
         "import sys, time; from pathlib import Path; from hosts import two_hosts\n"
         "with two_hosts(Path(sys.argv[1]), shared=True) as made:\n"
