@@ -212,12 +212,11 @@ def _layer(model_config: ModelConfig, family: Family, index: int) -> LayerCount:
 
 def _buffers(preset: Preset, count: ParameterCount, trained: int, workload: Workload) -> dict[str, int]:
     """Bytes of the reduction buckets, and of the layers that ZeRO-3 gathers while it computes."""
-    small = preset.name.endswith("no_auto")
-    bucket = min(trained, _SMALL_BUCKET_ELEMENTS if small else _BUCKET_ELEMENTS)
+    bucket = min(trained, _SMALL_BUCKET_ELEMENTS if preset.small_buffers else _BUCKET_ELEMENTS)
     gathered = 0
     if preset.stage == 3:
         # One layer while it computes and, unless the buffers are at their smallest, the next one prefetched.
-        gathered = _largest_gathered(count, workload.make_moe_param_leaf_module) * (1 if small else 2)
+        gathered = _largest_gathered(count, workload.make_moe_param_leaf_module) * (1 if preset.small_buffers else 2)
     return {"buckets": bucket * workload.weight_bytes, "gathered layers": gathered * workload.weight_bytes}
 
 
