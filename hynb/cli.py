@@ -143,12 +143,11 @@ def _stop(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from hynb.config import absolute_paths
     from hynb.runs import check_run
-    from hynb.supervision import command_text, make_plan, over_hosts
+    from hynb.supervision import command_text, make_plan
 
     config = absolute_paths(read_config(args.config, args.set))
     check_run(config)
-    if over_hosts(config):
-        make_plan(config)
+    make_plan(config)
     print("all is well; this would run:")
     print(command_text(config))
     return 0

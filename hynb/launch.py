@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,24 +18,22 @@ from typing import Any
 
 import psutil
 
-from hynb.cluster import gpu_count, hostfile
+from hynb.cluster import gpu_count
 from hynb.config import Config, absolute_paths, check_config, to_yaml
 from hynb.errors import ConfigError, RunError, RunFailedError
 from hynb.files import read_json, replace_text, write_json
 from hynb.runs import ProcessId, RunDir, RunReader, RunStatus, check_run, clear_run_folder
 from hynb.supervision import (
     LAUNCH_VARIABLE,
-    chosen_hosts,
-    deepspeed_command,
+    Start,
     kill,
+    killed_reason,
     make_plan,
-    over_hosts,
     paste_lines,
     prepare,
     processes_of,
     rank_count,
     supervise,
-    whole_hosts,
 )
 
 _START_SECONDS = 30.0
@@ -94,15 +92,16 @@ class Run:
             RunFailedError: with the reason and the end of the log, if `check`.
         """
         reader = RunReader(self.output_dir)
-        for status, _ in Run(self.output_dir).follow(timeout_seconds=timeout_seconds):
-            last = status
+        last = self.status()
+        for last, _ in Run(self.output_dir).follow(timeout_seconds=timeout_seconds):
+            pass
         launcher = self._launcher()
         if launcher is not None:
             # The ranks have said how they ended; the processes take a moment to go.
             deadline = time.monotonic() + 60
             while launcher.alive() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            # Of several hosts the supervisor knows best why the run ended, and says it last.
+            # The supervisor knows best why the run ended, and writes it last.
             last = self.status()
         if check and last.state == "failed":
             raise RunFailedError(f"{self.output_dir}: {last}\nThe end of its log:\n{reader.log_tail()}")
@@ -130,8 +129,7 @@ class Run:
         if launch is None or launcher is None:
             raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
         live = self.status().live
-        if "membership" in launch:
-            kill(self.dir, launch, supervisor_alive=launcher.alive() is not False, seconds=_KILL_SECONDS)
+        kill(self.dir, launch, supervisor_alive=launcher.alive() is not False, seconds=_KILL_SECONDS)
         if launcher.alive():
             os.killpg(launcher.pid, signal.SIGKILL)
         left = processes_of(launch["id"])
@@ -141,14 +139,12 @@ class Run:
         deadline = time.monotonic() + 5
         while launcher.alive() and time.monotonic() < deadline:
             time.sleep(0.02)
-        if live:
-            kept = self.checkpoints()
-            what = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
-            reason = f"killed on request; {what}"
-            write_json(self.dir.exit, {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": reason})
-            # A killed process is seen until the system has cleared it away.
-            while self.status().live and time.monotonic() < deadline:
-                time.sleep(0.02)
+        if live and not self.dir.exit.exists():
+            record = {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": killed_reason(self.dir)}
+            write_json(self.dir.exit, record)
+        # A killed process is visible until the system has cleared it away.
+        while self.status().live and time.monotonic() < deadline:
+            time.sleep(0.02)
         return self.status()
 
     def paste_lines(self) -> str:
@@ -175,7 +171,7 @@ def launch(config: Config) -> Run:
         raise ConfigError(problems)
     run_dir = RunDir(config.output_dir)
     check_run(config)
-    plan = make_plan(config) if over_hosts(config) else None
+    plan = make_plan(config)
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with _launch_lock(run_dir):
         # Again under the lock: two launches at the same moment must not both go on.
@@ -183,40 +179,34 @@ def launch(config: Config) -> Run:
         clear_run_folder(config)
         replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
         run_dir.log.mkdir(exist_ok=True)
-        launch_id = uuid.uuid4().hex
-        ours = _environment(config)
-        environment = os.environ | ours
-        listeners: list[socket.socket] = []
-        if config.hostfile is not None:
-            hostfile.write(run_dir.hostfile, whole_hosts(chosen_hosts(config)))
-        if plan is None:
-            start = {"id": launch_id, "argv": deepspeed_command(config, run_dir), "cwd": str(Path.cwd())}
-            environment |= {LAUNCH_VARIABLE: launch_id}
-        else:
-            # The supervisor carries no mark of the launch: it is the one that outlives its processes.
-            environment.pop(LAUNCH_VARIABLE, None)
-            start = {"id": launch_id} | prepare(plan, config, run_dir, launch_id, ours)
-            listeners = start.pop("listeners")
-            start["fds"] = [listener.fileno() for listener in listeners]
-        with run_dir.launcher_log.open("ab") as log:
-            subprocess.run(
-                [sys.executable, "-m", "hynb.launch", str(run_dir.path), json.dumps(start)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=[listener.fileno() for listener in listeners],
-                check=False,
-            )
-        for listener in listeners:
-            listener.close()
-        deadline = time.monotonic() + _START_SECONDS
-        while not run_dir.launch.exists():
-            if time.monotonic() > deadline:
-                raise RunError(f"{run_dir.path}: the launcher did not start: {run_dir.launcher_log}")
-            time.sleep(0.02)
+        _start_supervisor(run_dir, prepare(plan, config, run_dir, uuid.uuid4().hex, _environment(config)))
     return Run(run_dir.path)
+
+
+def _start_supervisor(run_dir: RunDir, start: Start) -> None:
+    """Starts the detached supervisor and waits until it has written launch.json."""
+    file_descriptors = [listener.fileno() for listener in start.listeners]
+    environment = os.environ | start.environment
+    environment.pop(LAUNCH_VARIABLE, None)
+    command = [sys.executable, "-m", "hynb.launch", str(run_dir.path)]
+    with run_dir.launcher_log.open("ab") as log:
+        subprocess.run(
+            [*command, json.dumps(start.record), json.dumps(file_descriptors)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=file_descriptors,
+            check=False,
+        )
+    for listener in start.listeners:
+        listener.close()
+    deadline = time.monotonic() + _START_SECONDS
+    while not run_dir.launch.exists():
+        if time.monotonic() > deadline:
+            raise RunError(f"{run_dir.path}: the supervisor did not start; its output is in {run_dir.launcher_log}")
+        time.sleep(0.02)
 
 
 def attach(output_dir: str | Path) -> Run:
@@ -256,30 +246,19 @@ def _launch_lock(run_dir: RunDir) -> Iterator[None]:
         os.close(folder)
 
 
-def _supervise(output_dir: str, start: dict[str, Any]) -> None:
-    """Runs the launcher as the leader of its own session and records how it ended."""
-    # The caller gets its process back at once and no zombie later.
+def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[int]) -> None:
+    """Runs the supervisor as the leader of its own process group and records how the run ended."""
+    # The caller gets its process back at once, and no zombie later.
     if os.fork():
         os._exit(0)
-    # The child of a session's leader is none itself; a group of its own is what `kill` ends.
+    # The child of a session leader leads no session; a group of its own is what `kill` ends.
     os.setpgid(0, 0)
+    logging.basicConfig(level=logging.INFO, format="hynb: %(message)s", stream=sys.stdout)
     run_dir = RunDir(output_dir)
     process = vars(ProcessId.of(os.getpid()))
-    write_json(run_dir.launch, start | {"process": process, "started_at": time.time()})
-    if "membership" in start:
-        record = supervise(run_dir, start)
-        write_json(run_dir.exit, record | {"ended_at": time.time()})
-        return
-    ended = subprocess.run(start["argv"], check=False, stdin=subprocess.DEVNULL)
-    reason = ""
-    if ended.returncode:
-        lines = RunReader(output_dir).log_tail(8)
-        reason = f"the launcher ended with exit code {ended.returncode}; the end of the log:\n{lines}"
-    else:
-        reason = "the launcher ended, but the ranks never reported the end of training"
-    record = {"state": "failed", "exit_code": ended.returncode, "reason": reason, "ended_at": time.time()}
-    write_json(run_dir.exit, record)
+    write_json(run_dir.launch, record | {"process": process, "started_at": time.time()})
+    write_json(run_dir.exit, supervise(run_dir, record, file_descriptors) | {"ended_at": time.time()})
 
 
 if __name__ == "__main__":
-    _supervise(sys.argv[1], json.loads(sys.argv[2]))
+    _supervise(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]))

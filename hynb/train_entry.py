@@ -116,6 +116,8 @@ def _read(argv: list[str]) -> Reading:
     words = [word for word in argv if not word.startswith("--local_rank")]
     if len(words) == 1 and not words[0].startswith("--"):
         return read_yaml(words[0])
+    if not words and (membership := Membership.from_environment()):
+        return read_yaml(str(RunDir(membership.run_folder).config))
     if not words:
         raise ConfigError(
             "no parameters were given: name a YAML file (hynb.train_entry run.yaml) or flags "

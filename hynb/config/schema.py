@@ -257,10 +257,18 @@ class Config:
         "OpenSSH settings for the hosts; automatic: the file ssh_config beside the hostfile, else your own.",
     )
     start_timeout_seconds: int = _parameter(
-        120,
+        300,
         "launch",
-        "A run over several hosts ends when one of them has not joined by then.",
+        "The run ends when a host has not joined, or the ranks have not connected to each other, within this time.",
         minimum=5,
+        maximum=86400,
+        unit="seconds",
+    )
+    silence_timeout_seconds: int = _parameter(
+        10,
+        "launch",
+        "The run ends when a host is silent, or a rank is stopped by a signal, for this long.",
+        minimum=2,
         maximum=86400,
         unit="seconds",
     )

@@ -1,4 +1,9 @@
-"""A TCP connection of JSON lines between two hosts, whose ends prove to each other that they know a secret."""
+"""A TCP connection of JSON lines between two hosts whose ends share a secret; every message is authenticated.
+
+The handshake proves to each end that the other knows the secret (challenge and response, HMAC-SHA256, RFC 2104).
+After it every line begins with a MAC over a counter and the message, under a key of its own for each direction and
+connection, so that a message can be neither forged nor changed, repeated, left out or sent back.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +20,20 @@ from typing import Any
 
 _HANDSHAKE_SECONDS = 5.0
 _LONGEST_LINE_BYTES = 64 << 20
-# A send that waits longer has lost its reader: with a cut cable the system's buffer fills up.
+# A send that waits longer has lost its reader: when a cable is cut, the system's buffer fills up.
 _SEND_SECONDS = 3.0
+_GUARD, _SUPERVISOR = "guard", "supervisor"
 
 
 class Link:
-    """One end of a connection; any thread may send, one receives."""
+    """One end of a connection; any thread may send, one thread receives."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._buffer = bytearray()
         self._sending = threading.Lock()
+        self._send_key = self._receive_key = b""
+        self._sent = self._received = 0
         connection.settimeout(_SEND_SECONDS)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -45,36 +53,41 @@ class Link:
         Raises:
             OSError: the connection is gone, or the other end has read nothing for seconds.
         """
-        line = json.dumps(message, ensure_ascii=False).encode() + b"\n"
+        text = json.dumps(message, ensure_ascii=False).encode()
         with self._sending:
-            self._socket.sendall(line)
+            if self._send_key:
+                text = _mac(self._send_key, self._sent, text) + b" " + text
+                self._sent += 1
+            self._socket.sendall(text + b"\n")
 
     def receive(self, timeout_seconds: float) -> dict[str, Any] | None:
         """The next message; None when there is none within the time.
 
         Raises:
-            OSError: the connection is gone, or what came is no message.
+            OSError: the connection is gone, or a line is not a message of the other end.
         """
-        deadline = time.monotonic() + timeout_seconds
-        while (end := self._buffer.find(b"\n")) < 0:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return None
-            data = self._read(left)
-            if data is None:
-                return None
-            self._buffer += data
-            if len(self._buffer) > _LONGEST_LINE_BYTES:
-                raise ConnectionError("a line without an end")
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
+        line = self._read_line(timeout_seconds)
+        if line is None:
+            return None
+        if self._receive_key:
+            mac, _, line = line.partition(b" ")
+            if not hmac.compare_digest(mac, _mac(self._receive_key, self._received, line)):
+                raise ConnectionError("received a message that the other end of this run did not send")
+            self._received += 1
         try:
             message = json.loads(line)
         except ValueError as error:
-            raise ConnectionError("a line that is no JSON") from error
+            raise ConnectionError("received a line that is not JSON") from error
         if not isinstance(message, dict):
-            raise ConnectionError("a line that is no message")
+            raise ConnectionError("received a line that is not a message")
         return message
+
+    def authenticate(self, secret: str, side: str, guard_challenge: str, supervisor_challenge: str) -> None:
+        """From now on every message in both directions carries a MAC under keys of this connection alone."""
+        other = _SUPERVISOR if side == _GUARD else _GUARD
+        challenges = f"{guard_challenge}:{supervisor_challenge}"
+        self._send_key = _digest(secret, f"key:{side}:{challenges}")
+        self._receive_key = _digest(secret, f"key:{other}:{challenges}")
 
     def close(self) -> None:
         """Closes both directions; a waiting `receive` ends."""
@@ -82,10 +95,25 @@ class Link:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
+    def _read_line(self, timeout_seconds: float) -> bytes | None:
+        deadline = time.monotonic() + timeout_seconds
+        while (end := self._buffer.find(b"\n")) < 0:
+            left_seconds = deadline - time.monotonic()
+            if left_seconds <= 0:
+                return None
+            data = self._read(left_seconds)
+            if data is None:
+                return None
+            self._buffer += data
+            if len(self._buffer) > _LONGEST_LINE_BYTES:
+                raise ConnectionError("received a line without an end")
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
     def _read(self, seconds: float) -> bytes | None:
-        # A time limit of the socket's own would hold for a send of another thread, too.
-        readable = _wait_readable(self._socket, seconds)
-        if not readable:
+        # A timeout of the socket itself would also apply to a send in another thread.
+        if not _wait_readable(self._socket, seconds):
             return None
         data = self._socket.recv(1 << 16)
         if not data:
@@ -94,42 +122,52 @@ class Link:
 
 
 def accept(connection: socket.socket, secret: str) -> Link:
-    """The supervisor's half of the handshake on a connection that a guard opened.
+    """The supervisor's half of the handshake, on a connection that a guard opened.
 
     Raises:
-        OSError: the other end does not know the secret, or says nothing.
+        OSError: the other end does not know the secret, or does not answer.
     """
     link = Link(connection)
     challenge = secrets.token_hex(16)
     link.send({"challenge": challenge})
     answer = link.receive(_HANDSHAKE_SECONDS) or {}
     theirs = str(answer.get("challenge", ""))
-    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(secret, "guard", challenge, theirs)):
+    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(secret, _GUARD, challenge, theirs)):
         link.close()
         raise ConnectionError("the other end does not know the secret of this run")
-    link.send({"proof": _proof(secret, "supervisor", theirs, challenge)})
+    link.send({"proof": _proof(secret, _SUPERVISOR, theirs, challenge)})
+    link.authenticate(secret, _SUPERVISOR, theirs, challenge)
     return link
 
 
 def connect(address: str, port: int, secret: str, *, timeout_seconds: float = 5.0) -> Link:
-    """The guard's half: opens the connection and makes sure that the supervisor is the one of this run.
+    """The guard's half: opens the connection and makes sure that the other end is the supervisor of this run.
 
     Raises:
-        OSError: nobody answers there, or somebody who does not know the secret.
+        OSError: nothing answers there, or something that does not know the secret.
     """
     link = Link(socket.create_connection((address, port), timeout=timeout_seconds))
-    asked = link.receive(_HANDSHAKE_SECONDS) or {}
-    theirs, challenge = str(asked.get("challenge", "")), secrets.token_hex(16)
-    link.send({"challenge": challenge, "proof": _proof(secret, "guard", theirs, challenge)})
+    greeting = link.receive(_HANDSHAKE_SECONDS) or {}
+    theirs, challenge = str(greeting.get("challenge", "")), secrets.token_hex(16)
+    link.send({"challenge": challenge, "proof": _proof(secret, _GUARD, theirs, challenge)})
     answer = link.receive(_HANDSHAKE_SECONDS) or {}
-    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(secret, "supervisor", challenge, theirs)):
+    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(secret, _SUPERVISOR, challenge, theirs)):
         link.close()
         raise ConnectionError("another program, or another run, answers there")
+    link.authenticate(secret, _GUARD, challenge, theirs)
     return link
 
 
 def _proof(secret: str, side: str, first: str, second: str) -> str:
-    return hmac.new(secret.encode(), f"{side}:{first}:{second}".encode(), hashlib.sha256).hexdigest()
+    return _digest(secret, f"{side}:{first}:{second}").hex()
+
+
+def _digest(secret: str, text: str) -> bytes:
+    return hmac.new(secret.encode(), text.encode(), hashlib.sha256).digest()
+
+
+def _mac(key: bytes, counter: int, text: bytes) -> bytes:
+    return hmac.new(key, counter.to_bytes(8, "big") + text, hashlib.sha256).hexdigest().encode()
 
 
 def _wait_readable(connection: socket.socket, seconds: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import shutil
 import socket
@@ -20,7 +21,7 @@ from hynb.errors import ClusterError
 
 # The folder that holds the package: it is at the same path on every host, and the ranks begin there.
 CODE = Path(__file__).resolve().parents[2]
-_SSH_SECONDS = 20.0
+SSH_SECONDS = 20.0
 _PROGRAMS = {
     "pdsh": ("pdsh", "pdsh (Debian, Ubuntu) or pdsh and pdsh-rcmd-ssh (Red Hat)"),
     "openmpi": ("ompi_info", "openmpi-bin (Debian, Ubuntu) or openmpi (Red Hat)"),
@@ -31,23 +32,27 @@ _PROGRAMS = {
 
 @dataclass(kw_only=True, frozen=True)
 class Plan:
-    """Hosts of a run and how they reach each other.
+    """The hosts of a run and how they reach each other; a run on one machine is a run over one host.
 
     Args:
+        launcher: as in the config; "local" where this machine is the only host.
         hosts: those that take part, in the order of their ranks.
-        here: this machine's place among them; None when it only launches.
-        reach: ssh to the others; None for launchers that do without.
+        here: this machine's index among them; None when it only launches.
+        ssh: how the others are reached; None for launchers that do without.
         address: by which the other hosts reach this one.
         master_address: by which all hosts reach rank 0's.
+        devices: of a local run, what CUDA_VISIBLE_DEVICES names (indices, UUIDs or MIG names), one per rank; None
+            where the variable is not set.
     """
 
     launcher: str
     hosts: tuple[Host, ...]
     here: int | None
-    reach: Ssh | None
+    ssh: Ssh | None
     address: str
     master_address: str
     master_port: int
+    devices: tuple[str, ...] | None = None
 
     @property
     def others(self) -> list[Host]:
@@ -56,27 +61,22 @@ class Plan:
 
 
 def chosen_hosts(config: Config) -> list[Host]:
-    """The hosts and slots of a Config's hostfile that include and exclude leave, this machine's first.
+    """The hosts and slots of a run: this machine first, which without a hostfile is the only one.
 
-    Rank 0 writes the run folder, so that it belongs on the host that is launched from.
+    Rank 0 writes the run folder, so it runs on the host that launches.
 
     Raises:
-        ClusterError: a wrong line or filter, or nothing is left.
+        ClusterError: a wrong line or filter, nothing is left, or more ranks than GPUs.
     """
+    if config.hostfile is None:
+        return [Host(name=socket.gethostname(), slots=_local_slots(config))]
     hosts = hostfile.select(hostfile.read(config.hostfile), include=config.include, exclude=config.exclude)
     return sorted(hosts, key=lambda host: not is_local(host.name))
 
 
-def over_hosts(config: Config) -> bool:
-    """Whether a run needs more than this machine.
-
-    Raises:
-        ClusterError: the hostfile or a filter is wrong.
-    """
-    if config.hostfile is None:
-        return False
-    hosts = chosen_hosts(config)
-    return len(hosts) > 1 or not is_local(hosts[0].name)
+def is_local_run(hosts: Sequence[Host]) -> bool:
+    """Whether this machine is the only host."""
+    return len(hosts) == 1 and is_local(hosts[0].name)
 
 
 def make_plan(config: Config) -> Plan:
@@ -86,42 +86,87 @@ def make_plan(config: Config) -> Plan:
         ClusterError: every mistake found, at once, with its host.
     """
     hosts = chosen_hosts(config)
+    if is_local_run(hosts):
+        return _local_plan(config, hosts[0])
     local = [index for index, host in enumerate(hosts) if is_local(host.name)]
     problems = _launcher_problems(config, hosts)
+    if any(character in config.output_dir for character in "\n\r"):
+        problems.append(f"output_dir = {config.output_dir!r}: a line break cannot be passed to other hosts")
     if len(local) > 1:
         names = ", ".join(hosts[index].name for index in local)
         problems.append(f"hostfile = {config.hostfile}: {names} are all this machine; list it once")
     if config.launcher == "no_ssh" and not local:
         problems.append(f"launcher = no_ssh: {socket.gethostname()} is none of the hosts; launch on {hosts[0].name}")
-    reach = None if config.launcher in ("no_ssh", "slurm") else Ssh(config=ssh_config(config))
+    ssh = None if config.launcher in ("no_ssh", "slurm") else Ssh(config=ssh_config(config))
     here = local[0] if local else None
     others = [host for index, host in enumerate(hosts) if index != here]
-    if reach is not None and not problems:
+    if ssh is not None and not problems:
         # pdsh logs in on this machine too, as on any other.
-        problems += _unready_hosts(reach, hosts if config.launcher == "pdsh" else others)
+        problems += _unready_hosts(ssh, hosts if config.launcher == "pdsh" else others)
     if problems:
         raise ClusterError(problems)
-    return _plan(config, hosts, here, reach)
+    return _plan(config, hosts, here, ssh)
 
 
-def _plan(config: Config, hosts: Sequence[Host], here: int | None, reach: Ssh | None) -> Plan:
-    address = _own_address(config, hosts, here, reach)
+def plan_unchecked(config: Config) -> Plan:
+    """The plan of a run as its config says, without asking any host.
+
+    Raises:
+        ClusterError: the hostfile or a filter is wrong, or a host's name or the network is unknown here.
+    """
+    hosts = chosen_hosts(config)
+    if is_local_run(hosts):
+        return _local_plan(config, hosts[0])
+    ssh = None if config.launcher in ("no_ssh", "slurm") else Ssh(config=ssh_config(config))
+    return _plan(config, hosts, 0 if is_local(hosts[0].name) else None, ssh)
+
+
+def _local_plan(config: Config, host: Host) -> Plan:
+    return Plan(
+        launcher="local",
+        hosts=(host,),
+        here=0,
+        ssh=None,
+        address="127.0.0.1",
+        master_address="127.0.0.1",
+        master_port=config.master_port or free_port(),
+        devices=_visible_devices(host),
+    )
+
+
+def _visible_devices(host: Host) -> tuple[str, ...] | None:
+    """What the user's CUDA_VISIBLE_DEVICES names, for the ranks of this machine.
+
+    DeepSpeed's launcher sets the variable anew from the slots that it is given (deepspeed 0.19.8,
+    launcher/launch.py),
+    so that slots 0, 1, … would be other devices than the user's.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in (visible or "").split(",") if name.strip() not in ("", "-1")]
+    if not names:
+        return None
+    slots = host.slot_ids or tuple(range(host.slots))
+    return tuple(names[slot] for slot in slots) if max(slots) < len(names) else None
+
+
+def _plan(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None) -> Plan:
+    address = _own_address(config, hosts, here, ssh)
     return Plan(
         launcher=config.launcher,
         hosts=tuple(hosts),
         here=here,
-        reach=reach,
+        ssh=ssh,
         address=address,
-        master_address=address if here == 0 else _address_of(hosts[0].name, reach),
+        master_address=address if here == 0 else _address_of(hosts[0].name, ssh),
         master_port=config.master_port or free_port_at(address),
     )
 
 
 def ssh_config(config: Config) -> Path | None:
-    """The OpenSSH settings to use: those named, those beside the hostfile, or the user's own."""
+    """The OpenSSH configuration to use: the one named, the one beside the hostfile, or None for the user's own."""
     if config.ssh_config is not None:
         return Path(config.ssh_config)
-    return hostfile.ssh_config_of(config.hostfile)
+    return hostfile.ssh_config_of(config.hostfile) if config.hostfile is not None else None
 
 
 def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
@@ -155,7 +200,7 @@ def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
     return problems
 
 
-def _unready_hosts(reach: Ssh, hosts: Sequence[Host]) -> list[str]:
+def _unready_hosts(ssh: Ssh, hosts: Sequence[Host]) -> list[str]:
     """What keeps the ranks from starting on hosts, asked of all at once."""
     python = sys.executable
     script = (
@@ -164,7 +209,7 @@ def _unready_hosts(reach: Ssh, hosts: Sequence[Host]) -> list[str]:
     )
 
     def ask(host: Host) -> list[str]:
-        answer = reach.run(host.name, ["sh", "-c", script], deadline_seconds=_SSH_SECONDS, always=True)
+        answer = ssh.run(host.name, ["sh", "-c", script], deadline_seconds=SSH_SECONDS, always=True)
         if answer.problem:
             return [answer.problem if host.name in answer.problem else f"{host.name}: {answer.problem}"]
         missing = answer.out.splitlines()
@@ -175,7 +220,7 @@ def _unready_hosts(reach: Ssh, hosts: Sequence[Host]) -> list[str]:
         return [problem for problems in pool.map(ask, hosts) for problem in problems]
 
 
-def _own_address(config: Config, hosts: Sequence[Host], here: int | None, reach: Ssh | None) -> str:
+def _own_address(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None) -> str:
     """The address by which the other hosts reach this machine."""
     if config.network_interface is not None:
         name = config.network_interface
@@ -191,19 +236,19 @@ def _own_address(config: Config, hosts: Sequence[Host], here: int | None, reach:
                     return item.address
         raise ClusterError(f"network_interface = {name}: has no address on this machine")
     others = [host for index, host in enumerate(hosts) if index != here]
-    other = _address_of(others[0].name, reach)
+    other = _address_of(others[0].name, ssh)
     source = source_address(other)
     if source is None:
         raise ClusterError(f"{others[0].name}: no way leads to {other}; `ip route` shows those that there are")
     return source
 
 
-def _address_of(name: str, reach: Ssh | None) -> str:
+def _address_of(name: str, ssh: Ssh | None) -> str:
     """The address of a host that may be known to ssh alone."""
-    if reach is not None:
-        name, _ = reach.address(name)
+    if ssh is not None:
+        name, _ = ssh.address(name)
     try:
-        return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise ClusterError(
             f"{name}: this name can't be resolved here: {error.strerror}; add it to /etc/hosts"
@@ -235,14 +280,17 @@ def whole_hosts(hosts: Sequence[Host]) -> list[Host]:
 
 
 def rank_count(config: Config) -> int:
-    """Ranks on this machine: its slots, or as many as asked for, else one a GPU, else one on the CPU.
+    """Ranks on this machine.
 
     Raises:
-        ClusterError: more ranks than GPUs.
+        ClusterError: a wrong hostfile or filter, or more ranks than GPUs.
     """
+    return chosen_hosts(config)[0].slots
+
+
+def _local_slots(config: Config) -> int:
+    """Ranks on this machine without a hostfile: as many as requested, else one per GPU, else one on the CPU."""
     gpus = gpu_count()
-    if config.hostfile is not None:
-        return chosen_hosts(config)[0].slots
     if config.num_processes is None:
         return gpus or 1
     if gpus and config.num_processes > gpus:

@@ -1,9 +1,8 @@
-"""Plans a run over several hosts: who takes part, how each is reached, the command and its environment."""
+"""Prepares what a launch needs in the run folder and on its hosts, and runs the supervisor on it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import secrets
@@ -11,40 +10,51 @@ import shlex
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hynb.cluster import Host, Ssh, is_local
+from hynb.cluster import Host, Ssh, hostfile, is_local
 from hynb.config import Config
 from hynb.errors import ClusterError
 from hynb.files import replace_text
 from hynb.runs import RunDir
-from hynb.supervision.commands import _paste_text, command
-from hynb.supervision.node_guard import Membership
-from hynb.supervision.plan import _SSH_SECONDS, CODE, Plan
-from hynb.supervision.supervisor import Supervisor, kill_over_ssh
+from hynb.supervision.commands import launch_command, paste_text
+from hynb.supervision.membership import LAUNCH_VARIABLE, Membership
+from hynb.supervision.plan import CODE, SSH_SECONDS, Plan, whole_hosts
+from hynb.supervision.processes import kill_over_ssh
+from hynb.supervision.supervisor import Supervisor
 
 # What the launching process has of these goes to the ranks of all hosts, as it would on one.
 _FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "HF_HOME", "CUDA_HOME", "DS_SKIP", "OMP_NUM_THREADS")
 _SECRET_BYTES = 32
 
 
-def prepare(
-    plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environment: dict[str, str]
-) -> dict[str, Any]:
+@dataclass(kw_only=True, frozen=True)
+class Start:
+    """What `prepare` hands to the supervisor's process.
+
+    Args:
+        record: plain values, for launch.json.
+        environment: variables of the supervisor and the launcher beyond this process's own.
+        listeners: sockets that the guards connect to; the supervisor inherits their file descriptors.
+    """
+
+    record: dict[str, Any]
+    environment: dict[str, str]
+    listeners: list[socket.socket]
+
+
+def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environment: dict[str, str]) -> Start:
     """Writes what the launcher needs into the run folder and to the other hosts.
 
     Args:
         environment: what every rank needs on any host.
 
-    Returns:
-        What `supervise` takes, plain values alone, and the listening sockets' file descriptors as `fds`.
-
     Raises:
         ClusterError: a host could not be written to, or no port is free.
     """
     listeners = _listen(plan.address)
-    secret = secrets.token_hex(_SECRET_BYTES)
     membership = Membership(
         launch_id=launch_id,
         run_folder=run_dir.path,
@@ -52,85 +62,83 @@ def prepare(
         address=plan.address,
         port=listeners[0].getsockname()[1],
         hosts=tuple((host.name, host.slots) for host in plan.hosts),
-        secret=secret,
+        secret=secrets.token_hex(_SECRET_BYTES),
         start_seconds=config.start_timeout_seconds,
+        silence_seconds=config.silence_timeout_seconds,
     )
-    _write_secret(run_dir.secret(launch_id), secret)
-    if plan.reach is not None:
-        _send_secret(plan, run_dir.secret(launch_id), secret)
-    # Slurm hands the environment itself on, and no ssh took a file to its hosts.
-    secret_file = None if plan.launcher == "slurm" else run_dir.secret(launch_id)
-    variables = rank_environment(config, environment) | membership.variables(secret_file=secret_file)
+    secret_file = run_dir.secret(launch_id)
+    _write_private(secret_file, membership.secret)
+    hostfile.write(run_dir.hostfile, whole_hosts(plan.hosts))
+    if plan.ssh is not None:
+        _send_secret(plan, plan.ssh, secret_file, membership.secret)
+    # Slurm passes the environment on itself, and no ssh carries a file to its hosts.
+    needs_secret = plan.launcher == "slurm"
+    variables = rank_environment(config, environment)
+    variables |= membership.variables(secret_file=None if needs_secret else secret_file)
     if plan.launcher in ("openmpi", "mpich", "slurm"):
-        # Where rank 0 is, the supervisor knows when it has joined.
+        # The address of rank 0's host is known to the supervisor once it has joined.
         variables["MASTER_PORT"] = str(plan.master_port)
-    exported = {name: value for name, value in variables.items() if name != "HYNB_SECRET"}
-    # For its owner alone, as the user's own variables may be.
-    _write_secret(run_dir.deepspeed_env, "".join(f"{name}={value}\n" for name, value in exported.items()))
+    _write_deepspeed_env(plan, run_dir, variables)
     if plan.launcher == "no_ssh":
-        pasted = variables | {"HYNB_SECRET": secret}
-        pasted.pop("HYNB_SECRET_FILE")
-        _write_secret(run_dir.paste, _paste_text(plan, run_dir, pasted))
-    described = dataclasses.asdict(membership) | {"run_folder": str(run_dir.path)}
-    described.pop("secret")
-    return {
-        "membership": described,
-        "argv": command(plan, run_dir),
+        _write_private(run_dir.paste, paste_text(plan, run_dir, variables, secret_file))
+    record = {
+        "id": launch_id,
+        "membership": membership.record(),
+        "argv": launch_command(plan, run_dir),
         "cwd": str(CODE),
-        "needs_secret": secret_file is None,
-        "launcher_environment": _launcher_environment(plan, run_dir),
-        "ssh": None if plan.reach is None else str(plan.reach.config or ""),
+        "needs_secret": needs_secret,
+        "ssh": None if plan.ssh is None else str(plan.ssh.config or ""),
         "overwrite": config.overwrite_output_dir,
-        "listeners": listeners,
     }
+    # The supervisor outlives the processes of its launch, so it does not carry their mark.
+    own = {name: value for name, value in variables.items() if name not in (LAUNCH_VARIABLE, "HYNB_SECRET")}
+    return Start(record=record, environment=own | _launcher_environment(plan, run_dir), listeners=listeners)
 
 
-def supervise(run_dir: RunDir, start: dict[str, Any]) -> dict[str, Any]:
-    """Runs what `prepare` has described until it has ended; returns the record of its end."""
-    secret = run_dir.secret(start["id"]).read_text().strip()
-    described = start["membership"]
-    hosts = tuple((name, ranks) for name, ranks in described["hosts"])
-    membership = Membership(**(described | {"hosts": hosts, "run_folder": run_dir.path, "secret": secret}))
-    environment = os.environ | _read_environment(run_dir.deepspeed_env) | start["launcher_environment"]
-    if start["needs_secret"]:
+def supervise(run_dir: RunDir, launch: dict[str, Any], file_descriptors: list[int]) -> dict[str, Any]:
+    """Runs what `prepare` has prepared until it has ended; returns the record of its end.
+
+    Args:
+        launch: the content of launch.json.
+        file_descriptors: of the listening sockets.
+    """
+    secret = run_dir.secret(launch["id"]).read_text(encoding="utf-8").strip()
+    environment = os.environ | {LAUNCH_VARIABLE: launch["id"]}
+    if launch["needs_secret"]:
         environment["HYNB_SECRET"] = secret
     return Supervisor(
-        membership,
-        command=start["argv"],
-        cwd=Path(start["cwd"]),
+        Membership.from_record(launch["membership"], secret),
+        command=launch["argv"],
+        cwd=Path(launch["cwd"]),
         environment=environment,
-        listeners=[socket.socket(fileno=fd) for fd in start["fds"]],
-        reach=reach_of(start),
-        overwrite=start["overwrite"],
+        listeners=[socket.socket(fileno=number) for number in file_descriptors],
+        ssh=_ssh_of(launch),
+        overwrite=launch["overwrite"],
     ).run()
 
 
-def reach_of(start: dict[str, Any]) -> Ssh | None:
-    """The ssh of a launch's record."""
-    return None if start["ssh"] is None else Ssh(config=Path(start["ssh"]) if start["ssh"] else None)
-
-
-def kill(run_dir: RunDir, start: dict[str, Any], *, supervisor_alive: bool, seconds: float) -> None:
-    """Ends a run on all its hosts: by its supervisor, or over ssh when that is gone or late.
+def kill(run_dir: RunDir, launch: dict[str, Any], *, supervisor_alive: bool, seconds: float) -> None:
+    """Ends a run on all its hosts: through its supervisor, or over ssh when that is gone or late.
 
     Args:
-        supervisor_alive: whether it is there to be asked.
-        seconds: how long it may take.
+        launch: the content of launch.json.
+        supervisor_alive: whether the supervisor runs and can be asked.
+        seconds: the longest time that this takes.
     """
     replace_text(run_dir.kill_request, f"{time.time()}\n")
     deadline = time.monotonic() + seconds
     while supervisor_alive and not run_dir.exit.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    reach = reach_of(start)
-    if reach is not None and not run_dir.exit.exists():
-        others = [name for name, _ in start["membership"]["hosts"] if not is_local(name)]
-        kill_over_ssh(reach, others, start["id"], seconds=seconds)
+    ssh = _ssh_of(launch)
+    if ssh is not None and not run_dir.exit.exists():
+        others = [name for name, _ in launch["membership"]["hosts"] if not is_local(name)]
+        kill_over_ssh(ssh, others, launch["id"], seconds=seconds)
 
 
 def paste_lines(run_dir: RunDir) -> str:
     """What a person pastes on the other hosts of a `no_ssh` run that waits for them; empty for other runs."""
     with contextlib.suppress(OSError):
-        return run_dir.paste.read_text()
+        return run_dir.paste.read_text(encoding="utf-8")
     return ""
 
 
@@ -138,7 +146,7 @@ def rank_environment(config: Config, environment: dict[str, str]) -> dict[str, s
     """The variables of the ranks on every host: the user's .deepspeed_env, the forwarded ones and ours.
 
     Raises:
-        ClusterError: a line of a .deepspeed_env that is no NAME=VALUE.
+        ClusterError: a line of a .deepspeed_env is not NAME=VALUE.
     """
     values = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
     named = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
@@ -160,21 +168,34 @@ def _read_environment(path: Path) -> dict[str, str]:
             continue
         name, sign, value = text.partition("=")
         if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
-            problems.append(f"{path}:{number}: {line.strip()!r} is no NAME=VALUE")
+            problems.append(f"{path}:{number}: {line.strip()!r} is not NAME=VALUE")
         values[name.strip()] = value.strip()
     if problems:
         raise ClusterError(problems)
     return values
 
 
-def _send_secret(plan: Plan, path: Path, secret: str) -> None:
+def _write_deepspeed_env(plan: Plan, run_dir: RunDir, variables: dict[str, str]) -> None:
+    """Writes the variables that DeepSpeed's runner exports on every host, for their owner's eyes alone."""
+    lines = []
+    for name, value in variables.items():
+        if name == "HYNB_SECRET" or "\n" in value:
+            continue
+        if plan.launcher == "pdsh":
+            # The runner puts the value between double quotes into a shell's command line, and pdsh expands %.
+            value = re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
+        lines.append(f"{name}={value}\n")
+    _write_private(run_dir.deepspeed_env, "".join(lines))
+
+
+def _send_secret(plan: Plan, ssh: Ssh, path: Path, secret: str) -> None:
     quoted, folder = shlex.quote(str(path)), shlex.quote(str(path.parent))
     script = f"[ -e {quoted} ] || {{ mkdir -p {folder} && umask 077 && cat > {quoted}; }}"
 
     def send(host: Host) -> str:
-        answer = plan.reach.run(host.name, ["sh", "-c", script], deadline_seconds=_SSH_SECONDS, input=secret)
+        answer = ssh.run(host.name, ["sh", "-c", script], deadline_seconds=SSH_SECONDS, input=secret)
         if answer.problem or answer.code:
-            return f"{host.name}: output_dir can't be written there: {answer.problem or answer.err.strip()}"
+            return f"{host.name}: output_dir cannot be written there: {answer.problem or answer.err.strip()}"
         return ""
 
     with ThreadPoolExecutor(max(1, len(plan.others))) as pool:
@@ -197,17 +218,24 @@ def _listen(address: str) -> list[socket.socket]:
     raise ClusterError(f"{address}: no port is free on it and on 127.0.0.1")
 
 
-def _write_secret(path: Path, text: str) -> None:
+def _write_private(path: Path, text: str) -> None:
+    """Writes a file that its owner alone can read."""
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def _ssh_of(launch: dict[str, Any]) -> Ssh | None:
+    """The ssh of a launch's record."""
+    return None if launch["ssh"] is None else Ssh(config=Path(launch["ssh"]) if launch["ssh"] else None)
 
 
 def _launcher_environment(plan: Plan, run_dir: RunDir) -> dict[str, str]:
     """What the launcher itself needs on this machine."""
     values = {"DS_ENV_FILE": str(run_dir.deepspeed_env)}
     if plan.launcher == "pdsh":
-        # ssh may never ask: nobody is there to answer.
-        values["PDSH_SSH_ARGS"] = f"-a -x {shlex.join(plan.reach.options())} %h"
+        assert plan.ssh is not None, "pdsh starts the ranks over ssh"
+        # ssh must never ask: nobody is there to answer.
+        values["PDSH_SSH_ARGS"] = f"-a -x {shlex.join(plan.ssh.options())} %h"
         values["PDSH_RCMD_TYPE"] = "ssh"
     return values

@@ -1,11 +1,13 @@
-"""Watches a run over several hosts from the launching one, and ends it everywhere when a part of it fails."""
+"""Watches a run from the launching host, and ends it on all hosts when a part of it fails."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,23 +21,27 @@ from typing import Any
 from hynb.cluster import Ssh
 from hynb.files import write_json
 from hynb.runs import RunDir, RunReader, RunWriter
-from hynb.supervision.link import Link, accept
-from hynb.supervision.node_guard import SILENCE_SECONDS, Membership, kill_processes
+from hynb.supervision import link as links
+from hynb.supervision.link import Link
+from hynb.supervision.membership import Membership
+from hynb.supervision.processes import kill_over_ssh, kill_processes
+
+logger = logging.getLogger(__name__)
 
 # Time for the other ranks to write their reasons, once one has failed.
 GRACE_SECONDS = 3.0
 _TURN_SECONDS = 0.1
-# A guard ends its host's processes within this time, or they are ended over ssh.
+# A guard ends its host's processes within this time; otherwise they are ended over ssh.
 _KILL_SECONDS = 2.0
 # The launcher's own processes end after the ranks.
 _LAUNCHER_END_SECONDS = 30.0
 _QUOTED_LINES = 8
-_NAME = re.compile(r"\d{14}_rank\d+\.log|failure_rank\d+\.json")
+_LOG_NAME = re.compile(r"\d{14}_rank\d+\.log|failure_rank\d+\.json")
 
 
 @dataclass(kw_only=True)
 class Node:
-    """One host as the supervisor knows it."""
+    """One host as the supervisor knows it: waiting, joined, done or gone."""
 
     name: str
     ranks: range
@@ -52,7 +58,7 @@ class Cause:
     """Why a run failed, and where.
 
     Args:
-        weight: of several causes the heaviest is told; of equal ones the first.
+        weight: of several causes the heaviest is reported; of equal ones the first.
     """
 
     reason: str
@@ -62,11 +68,11 @@ class Cause:
 
 
 class Supervisor:
-    """Runs the launcher of a run over several hosts and decides when the run has ended or must.
+    """Runs the launcher of a run and decides when the run has ended or must end.
 
     Args:
         listeners: sockets that the guards connect to, already listening.
-        reach: how hosts are reached when their guard can't be; None where there is no ssh.
+        ssh: how hosts are reached when their guard cannot be; None where there is no ssh.
         overwrite: hosts with a run folder of their own clear it first.
     """
 
@@ -78,7 +84,7 @@ class Supervisor:
         cwd: Path,
         environment: dict[str, str],
         listeners: Sequence[socket.socket],
-        reach: Ssh | None,
+        ssh: Ssh | None,
         overwrite: bool,
     ) -> None:
         self._membership = membership
@@ -87,7 +93,7 @@ class Supervisor:
         self._cwd = cwd
         self._environment = environment
         self._listeners = listeners
-        self._reach = reach
+        self._ssh = ssh
         self._overwrite = overwrite
         names = [name for name, _ in membership.hosts]
         self._nodes = [Node(name=name, ranks=membership.ranks_of(index)) for index, name in enumerate(names)]
@@ -98,9 +104,10 @@ class Supervisor:
         self._met: set[int] = set()
         self._ending = False
         self._folder_text = ""
-        self._gone_at: float | None = None
-        self._met_deadline: float | None = None
+        self._launcher_ended_at: float | None = None
+        self._meeting_deadline: float | None = None
         self._log_start = self._dir.launcher_log.stat().st_size
+        self._started_at = time.time()
 
     def run(self) -> dict[str, Any]:
         """Starts the launcher, watches until nothing of the run is left, and returns the record of its end."""
@@ -108,7 +115,7 @@ class Supervisor:
         self._write_hosts()
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-        self._runner = subprocess.Popen(
+        self._launcher = subprocess.Popen(
             self._command, cwd=self._cwd, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
         self._start_deadline = time.monotonic() + self._membership.start_seconds
@@ -122,100 +129,117 @@ class Supervisor:
     def _watch(self) -> dict[str, Any]:
         while True:
             self._read_inbox(_TURN_SECONDS)
+            if record := self._requested_end():
+                return record
             now = time.monotonic()
-            if self._dir.kill_request.exists():
-                self._end_everywhere()
-                return {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": self._killed_reason()}
-            waiting = any(node.state == "waiting" for node in self._nodes)
-            if waiting and self._dir.stop_request.exists():
-                self._end_everywhere()
-                return {
-                    "state": "stopped",
-                    "exit_code": 0,
-                    "reason": "stopped on request before all hosts had joined",
-                }
             if self._failed_at is None:
-                self._look(now)
+                self._look_for_failures(now)
             done = all(node.state == "done" for node in self._nodes)
             if self._failed_at is not None and (done or now >= self._failed_at):
                 self._end_everywhere()
                 return self._failure_record()
             if done:
-                for node in self._nodes:
-                    self._tell(node, {"kind": "bye"})
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._runner.wait(_LAUNCHER_END_SECONDS)
-                if self._runner.poll() is None:
-                    self._end_everywhere()
-                ended = RunReader(self._dir.path).status()
-                if ended.state in ("finished", "stopped"):
-                    return {"state": ended.state, "exit_code": 0, "reason": ended.reason}
-                reason = "the ranks ended, but never reported the end of training"
-                return {"state": "failed", "exit_code": self._runner.returncode, "reason": reason}
+                return self._normal_end()
 
-    def _look(self, now: float) -> None:
-        """Everything that shows by the time that passes."""
+    def _requested_end(self) -> dict[str, Any] | None:
+        """Ends the run where a person asked for it: killed at any time, or stopped before all hosts had joined."""
+        if self._dir.kill_request.exists():
+            self._end_everywhere()
+            return {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": killed_reason(self._dir)}
+        waiting = any(node.state == "waiting" for node in self._nodes)
+        if waiting and self._dir.stop_request.exists():
+            self._end_everywhere()
+            reason = "stopped on request before all hosts had joined"
+            return {"state": "stopped", "exit_code": 0, "reason": reason}
+        return None
+
+    def _normal_end(self) -> dict[str, Any]:
+        """All ranks have ended without a failure."""
+        for node in self._nodes:
+            self._send(node, {"kind": "bye"})
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._launcher.wait(_LAUNCHER_END_SECONDS)
+        if self._launcher.poll() is None:
+            self._end_everywhere()
+        ended = RunReader(self._dir.path).status()
+        if ended.state in ("finished", "stopped"):
+            return {"state": ended.state, "exit_code": 0, "reason": ended.reason}
+        reason = "the ranks ended, but did not report the end of training"
+        return {"state": "failed", "exit_code": self._launcher.returncode, "reason": reason}
+
+    def _look_for_failures(self, now: float) -> None:
+        """Finds what shows only by the time that passes."""
         waiting = [node for node in self._nodes if node.state == "waiting"]
         if waiting:
             self._look_at_start(now, waiting)
             return
+        self._look_for_silence(now)
+        self._look_at_meeting(now)
+        if self._launcher.poll() is None:
+            self._launcher_ended_at = None
+        elif self._launcher_ended_at is None:
+            self._launcher_ended_at = now
+        elif now - self._launcher_ended_at > GRACE_SECONDS and self._launcher.returncode:
+            self._fail(f"the launcher ended with exit code {self._launcher.returncode}", None, grace_seconds=0)
+
+    def _look_for_silence(self, now: float) -> None:
+        limit = self._membership.silence_seconds
         for node in self._nodes:
-            if node.state == "joined" and now - node.heard_at > SILENCE_SECONDS:
+            if node.state == "joined" and now - node.heard_at > limit:
                 self._fail(
-                    f"{node.name}: nothing was heard from this host for {SILENCE_SECONDS:g} seconds: it is frozen or "
-                    "down, or the network to it is cut",
+                    f"{node.name}: this host has been silent for {limit:g} seconds (silence_timeout_seconds): it is "
+                    "frozen or down, or the network to it is cut",
                     node,
                     weight=2,
                     grace_seconds=0,
                 )
-        everyone = set(range(self._nodes[-1].ranks[-1] + 1))
-        if self._met_deadline is None and self._meeting == everyone:
-            self._met_deadline = now + self._membership.start_seconds
-        if self._met_deadline is not None and now > self._met_deadline and self._met != everyone:
+
+    def _look_at_meeting(self, now: float) -> None:
+        everyone = set(range(self._membership.world_size))
+        limit = self._membership.start_seconds
+        if self._meeting_deadline is None and self._meeting == everyone:
+            self._meeting_deadline = now + limit
+        if self._meeting_deadline is not None and now > self._meeting_deadline and self._met != everyone:
             missing = sorted(everyone - self._met)
             node = self._nodes[self._membership.node_of(missing[-1])]
             self._fail(
-                f"{node.name}: the ranks did not meet within start_timeout_seconds = "
-                f"{self._membership.start_seconds:g}; still apart: ranks {', '.join(map(str, missing))}. Open "
-                "master_port between all hosts, or choose the network that they share with network_interface",
+                f"{node.name}: the ranks did not connect to each other within start_timeout_seconds = {limit:g}; "
+                f"missing: ranks {', '.join(map(str, missing))}. Open master_port between all hosts, or choose the "
+                "network that they share with network_interface",
                 node,
                 rank=missing[-1],
             )
-        if self._runner.poll() is None:
-            self._gone_at = None
-        elif self._gone_at is None:
-            self._gone_at = now
-        elif now - self._gone_at > GRACE_SECONDS and self._runner.returncode:
-            self._fail(f"the launcher ended with exit code {self._runner.returncode}", None, grace_seconds=0)
 
     def _look_at_start(self, now: float, waiting: list[Node]) -> None:
         for node in waiting:
-            if self._launcher_says(node.name, r"ssh exited with exit code \d+"):
-                self._fail(f"{node.name}: did not join: {self._ask(node)}", node, weight=3, grace_seconds=0)
+            if self._launcher_lines_of(node.name, r"ssh exited with exit code \d+"):
+                self._fail(f"{node.name}: did not join: {self._diagnose(node)}", node, weight=3, grace_seconds=0)
                 return
         names = ", ".join(node.name for node in waiting)
-        if self._runner.poll() is not None and self._runner.returncode:
-            code = self._runner.returncode
-            node = waiting[0] if len(waiting) < len(self._nodes) else None
-            why = f"the launcher ended with exit code {code} before {names} joined"
-            self._fail(why + self._launcher_tail(), node, weight=3, grace_seconds=0)
+        if self._launcher.poll() is not None and self._launcher.returncode:
+            code = self._launcher.returncode
+            node = waiting[0] if len(waiting) < len(self._nodes) or len(self._nodes) == 1 else None
+            reason = f"the launcher ended with exit code {code} before {names} joined"
+            self._fail(reason + self._start_log(node), node, weight=3, grace_seconds=0)
         elif now > self._start_deadline:
-            why = f"{names}: did not join within start_timeout_seconds = {self._membership.start_seconds:g}"
-            reasons = "".join(f"\n{node.name}: {self._ask(node)}" for node in waiting)
-            self._fail(why + reasons, waiting[0], weight=3, grace_seconds=0)
+            reason = f"{names}: did not join within start_timeout_seconds = {self._membership.start_seconds:g}"
+            details = "".join(f"\n{node.name}: {self._diagnose(node)}" for node in waiting)
+            self._fail(reason + details, waiting[0], weight=3, grace_seconds=0)
 
-    def _ask(self, node: Node) -> str:
+    def _diagnose(self, node: Node) -> str:
         """What can be found out about a host that did not join."""
-        said = self._launcher_says(node.name, ".+")
-        if self._reach is None:
+        printed = self._launcher_lines_of(node.name, ".+")
+        if self._dir.paste.exists():
             return f"was its line pasted there? It is in {self._dir.paste}"
-        folder = self._dir.log
-        script = f'f=$(ls -t "{folder}"/*_rank*.log 2>/dev/null | head -n 1); [ -z "$f" ] || tail -n 6 "$f"'
-        answer = self._reach.run(node.name, ["sh", "-c", script], deadline_seconds=8)
+        folder = shlex.quote(str(self._dir.log))
+        script = f'f=$(ls -t {folder}/*_rank*.log 2>/dev/null | head -n 1); [ -z "$f" ] || tail -n 6 "$f"'
+        if self._ssh is None:
+            return self._start_log(node).removeprefix("; ") or "none of its ranks has written a line yet"
+        answer = self._ssh.run(node.name, ["sh", "-c", script], deadline_seconds=8)
         if answer.problem:
             return answer.problem
-        told = [line for line in (said, answer.out.strip()) if line]
-        return "it answers ssh; " + ("\n".join(told) if told else "no rank of it has written a line yet")
+        found = [text for text in (printed, answer.out.strip()) if text]
+        return "it answers ssh; " + ("\n".join(found) if found else "none of its ranks has written a line yet")
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -226,17 +250,18 @@ class Supervisor:
     def _serve(self, connection: socket.socket) -> None:
         """One guard's connection: pings are answered here, all else goes to the watching thread."""
         node = None
+        limit = self._membership.silence_seconds
         try:
-            link = accept(connection, self._membership.secret)
-            hello = link.receive(SILENCE_SECONDS) or {}
+            link = links.accept(connection, self._membership.secret)
+            hello = link.receive(limit) or {}
             index = hello.get("node")
-            if hello.get("kind") != "hello" or index not in range(len(self._nodes)):
-                raise ConnectionError("no guard of this run")
+            if hello.get("kind") != "hello" or not isinstance(index, int) or index not in range(len(self._nodes)):
+                raise ConnectionError("not a guard of this run")
             node = self._nodes[index]
             node.heard_at = time.monotonic()
             self._inbox.put((node, hello | {"link": link}))
             while True:
-                message = link.receive(SILENCE_SECONDS)
+                message = link.receive(limit)
                 if message is None:
                     continue
                 node.heard_at = time.monotonic()
@@ -261,9 +286,7 @@ class Supervisor:
     def _handle(self, node: Node, message: dict[str, Any] | None) -> None:
         if message is None:
             if node.state == "joined":
-                self._fail(
-                    f"{node.name}: its guard was ended: the host went down, or somebody killed it", node, weight=2
-                )
+                self._fail(f"{node.name}: its guard ended: the host went down, or somebody killed it", node, weight=2)
             node.state, node.link = "gone" if node.state != "done" else "done", None
             return
         match message["kind"]:
@@ -272,9 +295,11 @@ class Supervisor:
             case "stage":
                 (self._met if message["stage"] == "met" else self._meeting).add(message["rank"])
             case "file":
-                self._keep(message["name"], message["data"])
+                self._append_to_log(message["name"], message["data"])
             case "ended":
-                self._ended(node, message["rank"], message["code"])
+                self._rank_ended(node, message["rank"], message["code"], message["absent"])
+            case "frozen":
+                self._rank_frozen(node, message["rank"], message["seconds"])
             case "bye" if node.state == "joined":
                 node.state = "done"
                 self._write_hosts()
@@ -286,17 +311,16 @@ class Supervisor:
         node.state, node.link = "joined", hello["link"]
         node.hostname, node.shared = hello["hostname"], hello["shared"]
         self._write_hosts()
-        print(f"hynb: {node.name} joined ({node.hostname})", flush=True)
+        logger.info("%s joined (%s)", node.name, node.hostname)
         if any(other.state == "waiting" for other in self._nodes):
             return
         apart = [other for other in self._nodes if not other.shared]
-        shared = not apart
-        here = socket.gethostname()
         folder = self._membership.run_folder
         if len(apart) == len(self._nodes):
+            here = socket.gethostname()
             self._fail(
-                f"{here}: is none of the run's hosts, and output_dir = {folder} is no folder that they share: launch "
-                f"on {self._nodes[0].name}, or put output_dir on a shared disk",
+                f"{here}: does not take part in the run, and its hosts do not share output_dir = {folder} with it: "
+                f"launch on {self._nodes[0].name}, or put output_dir on a shared disk",
                 None,
             )
         elif 0 < len(apart) < len(self._nodes) - 1:
@@ -307,37 +331,55 @@ class Supervisor:
                 apart[0],
             )
         else:
-            self._folder_text = "one folder, shared by all hosts" if shared else "a folder of its own on each host"
-            print(f"hynb: output_dir = {folder}: {self._folder_text}", flush=True)
-            self._write_hosts()
-            master = self._nodes[0].link.peer_address
-            go = {
-                "kind": "go",
-                "shared": shared,
-                "overwrite": self._overwrite,
-                "config": self._dir.config.read_text(),
-            }
-            go["master_address"] = self._membership.address if master.startswith("127.") else master
-            for other in self._nodes:
-                self._tell(other, go)
+            self._go(shared=not apart)
 
-    def _keep(self, name: str, data: str) -> None:
+    def _go(self, *, shared: bool) -> None:
+        """All hosts have joined: their ranks go on."""
+        if len(self._nodes) > 1:
+            self._folder_text = "one folder, shared by all hosts" if shared else "a folder of its own on each host"
+            logger.info("output_dir = %s: %s", self._membership.run_folder, self._folder_text)
+        self._write_hosts()
+        first = self._nodes[0].link
+        master = first.peer_address if first else self._membership.address
+        message = {
+            "kind": "go",
+            "shared": shared,
+            "overwrite": self._overwrite,
+            "config": self._dir.config.read_text(encoding="utf-8"),
+            "master_address": self._membership.address if master.startswith("127.") else master,
+        }
+        for node in self._nodes:
+            self._send(node, message)
+
+    def _append_to_log(self, name: str, data: str) -> None:
         """Writes what a host's guard sent of a log or a failure record into the run folder."""
-        if _NAME.fullmatch(name):
+        if _LOG_NAME.fullmatch(name):
             with (self._dir.log / name).open("ab") as file:
                 file.write(data.encode("latin-1"))
 
-    def _ended(self, node: Node, rank: int, code: int | None) -> None:
-        node.ended[rank] = code
-        if code == 0:
+    def _rank_ended(self, node: Node, rank: int, exit_code: int | None, absent: Sequence[int]) -> None:
+        node.ended[rank] = exit_code
+        if exit_code == 0:
             return
-        if code is None:
-            failing = any(ended for ended in node.ended.values())
-            reason = f"rank {rank} on {node.name} ended without a word: killed, or out of memory"
-            # Where another rank of the host has failed, the launcher there ended this one.
-            self._fail(reason, node, rank=rank, weight=0 if failing else 2)
+        if exit_code is not None:
+            self._fail(f"rank {rank} on {node.name} ended with exit code {exit_code}", node, rank=rank, weight=1)
             return
-        self._fail(f"rank {rank} on {node.name} ended with exit code {code}", node, rank=rank, weight=1)
+        if absent:
+            # The launcher ends all ranks of a host when one of them ends.
+            first = absent[0]
+            self._fail(f"rank {first} on {node.name} ended before it had started up", node, rank=first, weight=2)
+            return
+        # Where another rank of the host has failed, the launcher there ended this one.
+        failing = any(code for code in node.ended.values())
+        reason = f"rank {rank} on {node.name} was killed (by a person, or by the system for lack of memory)"
+        self._fail(reason, node, rank=rank, weight=0 if failing else 2)
+
+    def _rank_frozen(self, node: Node, rank: int, seconds: float) -> None:
+        reason = (
+            f"rank {rank} on {node.name} has been stopped by a signal (SIGSTOP) for {seconds:.0f} seconds "
+            "(silence_timeout_seconds), and the other ranks wait for it"
+        )
+        self._fail(reason, node, rank=rank, grace_seconds=0)
 
     def _fail(
         self,
@@ -356,25 +398,31 @@ class Supervisor:
 
     def _failure_record(self) -> dict[str, Any]:
         """The heaviest cause, in the failed rank's own words where it left some, with the end of its log."""
-        spoken = [record for record in self._dir.failures() if not record.get("lost_connection")]
+        reports = [record for record in self._dir.failures() if not record.get("lost_connection")]
         cause = max(self._causes, key=lambda cause: cause.weight)
-        if cause.weight < 2 and spoken:
-            rank = spoken[0]["rank"]
+        if cause.weight < 2 and reports:
+            rank = reports[0]["rank"]
             host = self._nodes[self._membership.node_of(rank)].name
-            reason = f"rank {rank} on {host}: {spoken[0]['reason']}"
+            reason = f"rank {rank} on {host}: {reports[0]['reason']}"
             cause = Cause(reason=reason, host=host, rank=rank, weight=2)
         reason = cause.reason
-        if tail := self._quote(cause):
+        if tail := self._log_tail(cause):
             reason += f"\nThe end of its log:\n{tail}"
-        ended = {"exit_code": 1, "reason": reason, "host": cause.host, "rank": cause.rank}
         known = RunReader(self._dir.path).status()
         # Rank 0 is gone: its file has no other writer any more.
-        steps = {"global_step": known.global_step, "max_steps": known.max_steps}
-        RunWriter(self._dir.path).status("failed", **ended, **steps)
-        return {"state": "failed"} | ended
+        RunWriter(self._dir.path).status(
+            "failed",
+            exit_code=1,
+            reason=reason,
+            host=cause.host,
+            rank=cause.rank,
+            global_step=known.global_step,
+            max_steps=known.max_steps,
+        )
+        return {"state": "failed", "exit_code": 1, "reason": reason, "host": cause.host, "rank": cause.rank}
 
-    def _quote(self, cause: Cause) -> str:
-        ranks = [cause.rank] if cause.rank is not None else []
+    def _log_tail(self, cause: Cause) -> str:
+        ranks: Sequence[int] = [cause.rank] if cause.rank is not None else []
         if cause.host is not None and not ranks:
             ranks = next(node.ranks for node in self._nodes if node.name == cause.host)
         for rank in ranks:
@@ -383,48 +431,50 @@ class Supervisor:
                 return "\n".join(lines[-_QUOTED_LINES:])
         return ""
 
-    def _killed_reason(self) -> str:
-        kept = self._dir.checkpoints()
-        what = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
-        return f"killed on request; {what}"
-
     def _end_everywhere(self) -> None:
         """Ends all processes of the run on all hosts, and nothing else there."""
         self._ending = True
-        now = time.monotonic()
-        told = [node for node in self._nodes if node.link is not None and now - node.heard_at < SILENCE_SECONDS]
+        now, limit = time.monotonic(), self._membership.silence_seconds
+        reached = [node for node in self._nodes if node.link is not None and now - node.heard_at < limit]
         for node in self._nodes:
-            threading.Thread(target=self._tell, args=(node, {"kind": "kill"}), daemon=True).start()
+            threading.Thread(target=self._send, args=(node, {"kind": "kill"}), daemon=True).start()
         # Never with a signal that it can handle: the pdsh runner would end every DeepSpeed job on all hosts.
-        if self._runner.poll() is None:
-            os.killpg(self._runner.pid, signal.SIGKILL)
-            self._runner.wait()
-        untold = [node.name for node in self._nodes if node not in told and node.state != "done"]
-        self._kill_over_ssh(untold, _KILL_SECONDS)
+        if self._launcher.poll() is None:
+            os.killpg(self._launcher.pid, signal.SIGKILL)
+            self._launcher.wait()
+        unreached = [node.name for node in self._nodes if node not in reached and node.state != "done"]
+        self._kill_over_ssh(unreached)
         deadline = time.monotonic() + _KILL_SECONDS
-        while any(node.link is not None for node in told) and time.monotonic() < deadline:
+        while any(node.link is not None for node in reached) and time.monotonic() < deadline:
             self._read_inbox(_TURN_SECONDS)
-        self._kill_over_ssh([node.name for node in told if node.link is not None], _KILL_SECONDS)
+        self._kill_over_ssh([node.name for node in reached if node.link is not None])
         kill_processes(self._membership.launch_id)
 
-    def _kill_over_ssh(self, hosts: Sequence[str], seconds: float) -> None:
-        if self._reach is not None:
-            kill_over_ssh(self._reach, hosts, self._membership.launch_id, seconds=seconds)
+    def _kill_over_ssh(self, hosts: Sequence[str]) -> None:
+        if self._ssh is not None:
+            kill_over_ssh(self._ssh, hosts, self._membership.launch_id, seconds=_KILL_SECONDS)
 
-    def _tell(self, node: Node, message: dict[str, Any]) -> None:
+    def _send(self, node: Node, message: dict[str, Any]) -> None:
         # A connection that is gone shows where messages are received.
         with contextlib.suppress(OSError):
             if (link := node.link) is not None:
                 link.send(message)
 
-    def _launcher_says(self, host: str, pattern: str) -> str:
-        """The last lines that pdsh printed for one host, if one of them is like the pattern; else empty."""
+    def _launcher_lines_of(self, host: str, pattern: str) -> str:
+        """The last lines that pdsh printed for one host, if one of them matches the pattern; else empty."""
         lines = [line for line in self._launcher_lines() if re.match(rf"(pdsh@\S+: )?{re.escape(host)}: ", line)]
         if not any(re.search(pattern, line) for line in lines):
             return ""
         return "\n".join(lines[-_QUOTED_LINES:])
 
-    def _launcher_tail(self) -> str:
+    def _start_log(self, node: Node | None) -> str:
+        """The last lines of the launcher, or of a rank of the host, behind a semicolon; empty when there are none."""
+        for path in [self._dir.rank_log(rank) for rank in (node.ranks if node else ())]:
+            # An earlier run of this folder left its logs there too.
+            if path is None or path.stat().st_mtime < self._started_at:
+                continue
+            if lines := path.read_text(errors="replace").strip().splitlines():
+                return "; the end of its log:\n" + "\n".join(lines[-_QUOTED_LINES:])
         lines = [line for line in self._launcher_lines() if line.strip()][-_QUOTED_LINES:]
         return "; the end of the log:\n" + "\n".join(lines) if lines else ""
 
@@ -438,20 +488,8 @@ class Supervisor:
         write_json(self._dir.hosts, {"hosts": hosts, "output_dir": self._folder_text})
 
 
-def kill_over_ssh(reach: Ssh, hosts: Sequence[str], launch_id: str, *, seconds: float) -> None:
-    """Ends the processes of one launch on hosts whose guard can't be told.
-
-    Args:
-        seconds: the longest wait; a host that answers later does it later.
-    """
-    # Whole variables are compared, so that no other job is touched; needs no Python on the host.
-    script = (
-        f"for i in 1 2 3; do p=$(grep -lzxF HYNB_LAUNCH_ID={launch_id} /proc/[0-9]*/environ 2>/dev/null "
-        '| cut -d/ -f3); [ -z "$p" ] && exit 0; kill -9 $p 2>/dev/null; sleep 0.2; done'
-    )
-    threads = [threading.Thread(target=reach.run, args=(host, ["sh", "-c", script]), daemon=True) for host in hosts]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + seconds
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+def killed_reason(run_dir: RunDir) -> str:
+    """The reason of a run that was killed on request, with what is kept of it."""
+    kept = run_dir.checkpoints()
+    what = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
+    return f"killed on request; {what}"
