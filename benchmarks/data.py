@@ -1,4 +1,4 @@
-"""Index, check and tokenise a large file, beside Hugging Face datasets: `python benchmarks/data.py --mb 1000`."""
+"""Indexing, checking and tokenizing a file, compared with Hugging Face datasets: `python benchmarks/data.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = 20_000
 
 
 def write_file(path: Path, size_mb: float) -> None:
-    """Conversations of the demo's kind until the file is so large; a number in each keeps them apart."""
+    """Writes numbered conversations like the demo's until the file has the given size."""
     from hynb.demo.texts import car_samples
 
     rng = random.Random(0)
@@ -28,7 +28,7 @@ def write_file(path: Path, size_mb: float) -> None:
         while written < size_mb * 1e6:
             turns = []
             for _ in range(rng.randint(1, 4)):
-                # The demo's samples may open with a system's message, which only a first one may be.
+                # The demo's samples may start with a system message, which is valid only as the first message.
                 turns += [m for m in rng.choice(samples)["messages"] if m["role"] != "system"]
             turns[0] = turns[0] | {"content": f"{number} " + turns[0]["content"]}
             line = json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
@@ -49,7 +49,7 @@ def load_tokenizer(folder: str):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def act_index(path: str, tokenizer_folder: str) -> dict[str, float]:
+def run_index(path: str, tokenizer_folder: str) -> dict[str, float]:
     from hynb.data import ChatDataset
 
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -61,8 +61,8 @@ def act_index(path: str, tokenizer_folder: str) -> dict[str, float]:
     return {"seconds": indexed, "first_sample_seconds": first, "peak_above_imports_mb": peak_mb() - before}
 
 
-def act_hynb(path: str, tokenizer_folder: str) -> dict[str, float]:
-    """The whole check, tokenising included; by far the most is tokenising."""
+def run_hynb(path: str, tokenizer_folder: str) -> dict[str, float]:
+    """The whole check including tokenizing, which takes most of the time."""
     from hynb.data import check_data
 
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -79,7 +79,7 @@ def act_hynb(path: str, tokenizer_folder: str) -> dict[str, float]:
     }
 
 
-def act_format(path: str, tokenizer_folder: str) -> dict[str, float]:
+def run_format(path: str, tokenizer_folder: str) -> dict[str, float]:
     from hynb.data import check_data
 
     before, start = peak_mb(), time.perf_counter()
@@ -91,8 +91,8 @@ def act_format(path: str, tokenizer_folder: str) -> dict[str, float]:
     }
 
 
-def act_datasets(path: str, tokenizer_folder: str) -> dict[str, float]:
-    """load_dataset and map: the template's text of each, tokenised in batches, answers found in the offsets."""
+def run_datasets(path: str, tokenizer_folder: str) -> dict[str, float]:
+    """load_dataset and map: renders the chat template, tokenizes in batches, labels the answers between markers."""
     import datasets
     import numpy as np
 
@@ -106,10 +106,10 @@ def act_datasets(path: str, tokenizer_folder: str) -> dict[str, float]:
         labels = []
         for row in ids:
             array = np.asarray(row)
-            # Inside an answer: more markers opened than ended before this token.
-            opened = np.cumsum(array == start_id)
+            # Inside an answer, more answers have started than ended before this token.
+            started = np.cumsum(array == start_id)
             ended = np.cumsum(array == end_id) - (array == end_id)
-            labels.append(np.where((opened > ended) & (array != start_id), array, -100).tolist())
+            labels.append(np.where((started > ended) & (array != start_id), array, -100).tolist())
         return {"input_ids": ids, "labels": labels}
 
     datasets.disable_progress_bars()
@@ -118,7 +118,7 @@ def act_datasets(path: str, tokenizer_folder: str) -> dict[str, float]:
         before, start = peak_mb(), time.perf_counter()
         loaded = datasets.load_dataset("json", data_files=path, split="train", cache_dir=cache)
         loaded_seconds = time.perf_counter() - start
-        # Two times the default batch of 1000 rows is no faster here.
+        # Twice the default batch size of 1000 rows is not faster here.
         mapped = loaded.map(encode, batched=True, num_proc=processes, remove_columns=["messages"])
         seconds = time.perf_counter() - start
         tokens = trained = 0
@@ -136,8 +136,8 @@ def act_datasets(path: str, tokenizer_folder: str) -> dict[str, float]:
     }
 
 
-def in_its_own_process(act: str, path: Path, tokenizer_folder: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--act", act, "--file", str(path), "--tokenizer", tokenizer_folder]
+def in_new_process(task: str, path: Path, tokenizer_folder: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--task", task, "--file", str(path), "--tokenizer", tokenizer_folder]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1:]}
@@ -146,29 +146,29 @@ def in_its_own_process(act: str, path: Path, tokenizer_folder: str) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mb", type=float, default=1000, help="size of the file that is indexed and read")
-    parser.add_argument("--tokenise_mb", type=float, default=100, help="size of the file that is tokenised by both")
+    parser.add_argument("--mb", type=float, default=1000, help="size of the file that is indexed and checked")
+    parser.add_argument("--tokenize_mb", type=float, default=100, help="size of the file that both tokenize")
     parser.add_argument(
         "--tokenizer", default=str(Path(__file__).resolve().parents[1] / "hynb" / "demo" / "base_model")
     )
-    parser.add_argument("--act", help=argparse.SUPPRESS)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.act:
-        print(json.dumps(globals()[f"act_{args.act}"](args.file, args.tokenizer)))
+    if args.task:
+        print(json.dumps(globals()[f"run_{args.task}"](args.file, args.tokenizer)))
         return
     with tempfile.TemporaryDirectory() as folder:
         large, small = Path(folder) / "large.jsonl", Path(folder) / "small.jsonl"
         write_file(large, args.mb)
-        write_file(small, args.tokenise_mb)
+        write_file(small, args.tokenize_mb)
         results = {
-            "index": in_its_own_process("index", large, args.tokenizer),
-            "format": in_its_own_process("format", large, args.tokenizer),
-            "hynb": in_its_own_process("hynb", small, args.tokenizer),
-            "datasets": in_its_own_process("datasets", small, args.tokenizer),
+            "index": in_new_process("index", large, args.tokenizer),
+            "format": in_new_process("format", large, args.tokenizer),
+            "hynb": in_new_process("hynb", small, args.tokenizer),
+            "datasets": in_new_process("datasets", small, args.tokenizer),
         }
     for name, result in results.items():
-        size_mb = args.mb if name in ("index", "format") else args.tokenise_mb
+        size_mb = args.mb if name in ("index", "format") else args.tokenize_mb
         rate = f"{size_mb / result['seconds']:8.1f} MB/s" if "seconds" in result else ""
         pairs = ((key, f"{value:.2f}" if isinstance(value, float) else value) for key, value in result.items())
         shown = ", ".join(f"{key} {value}" for key, value in pairs)
@@ -179,8 +179,8 @@ def main() -> None:
             theirs["samples"],
             theirs["tokens"],
             theirs["trained"],
-        ), "the two did not do the same work"
-        print(f"check and tokenise: {theirs['seconds'] / ours['seconds']:.2f} × the rate of datasets")
+        ), "hynb and datasets did not find the same samples, tokens and labels"
+        print(f"check and tokenize: {theirs['seconds'] / ours['seconds']:.2f} × the rate of datasets")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory of each rank while ZeRO-3 loads a checkpoint, against its size: `python benchmarks/loading.py`."""
+"""Memory of each rank while ZeRO-3 loads a checkpoint, relative to its size: `python benchmarks/loading.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPERTS, HIDDEN, INTERMEDIATE = 16, 1024, 2048
 
 
 def make_model(folder: Path, gigabytes: float) -> int:
-    """Writes a bf16 model, a shard a layer, without holding it; returns its bytes."""
+    """Writes a bf16 model with one shard per layer, holding one shard at a time; returns its bytes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = write_tokenizer(folder, vocab_size=700, samples=500)
@@ -66,14 +66,14 @@ def make_model(folder: Path, gigabytes: float) -> int:
 
 
 def memory_of_self() -> tuple[int, int]:
-    """Bytes of this process's own memory, and of file pages that it has mapped (the page cache's)."""
+    """Bytes of this process's own memory, and of the file pages it has mapped, which belong to the page cache."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     own = int(lines["RssAnon"].split()[0]) + int(lines["RssShmem"].split()[0])
     return own << 10, int(lines["RssFile"].split()[0]) << 10
 
 
-def load(folder: str, preset: str, answers: str) -> None:
-    """What each rank runs: loads as a training run does and writes its peaks."""
+def load(folder: str, preset: str, results: str) -> None:
+    """Runs in each rank: loads the model as a training run does and writes the peaks."""
     import deepspeed
 
     from hynb import train_entry
@@ -82,10 +82,10 @@ def load(folder: str, preset: str, answers: str) -> None:
 
     train_entry._set_up_process()
     train_entry._init_distributed(False)
-    config = Config(model_name_or_path=folder, output_dir=answers, deepspeed=preset, bf16=True, max_steps=1)
+    config = Config(model_name_or_path=folder, output_dir=results, deepspeed=preset, bf16=True, max_steps=1)
     ds_config = zero.for_machine(zero.load(preset), on_cpu=True)
     tokenizer, _ = load_tokenizer(config, Path(folder))
-    # Kept, because ZeRO-3 is in force only as long as they live.
+    # Kept alive: ZeRO-3 is enabled only as long as this object exists.
     args = train_entry._training_arguments(config, ds_config, print, evaluates=False)
     assert args.hf_deepspeed_config.is_zero3()
     torch.distributed.barrier()
@@ -105,12 +105,12 @@ def load(folder: str, preset: str, answers: str) -> None:
     held = sum(weight.ds_tensor.numel() * weight.ds_tensor.element_size() for weight in model.parameters())
     rank = torch.distributed.get_rank()
     found = {"own": peak[0] - before[0], "mapped": peak[1] - before[1], "held": held, "seconds": seconds}
-    Path(answers, f"{rank}.json").write_text(json.dumps(found))
+    Path(results, f"{rank}.json").write_text(json.dumps(found))
     deepspeed.comm.barrier()
 
 
 def main() -> None:
-    """Prints a line a rank."""
+    """Prints one line per rank."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
@@ -125,18 +125,18 @@ def main() -> None:
             f"checkpoint {total / 1e9:.2f} GB, experts of one layer {block / 1e6:.0f} MB; {args.preset}", flush=True
         )
         for ranks in args.ranks:
-            answers = Path(name, f"answers-{ranks}")
-            answers.mkdir()
+            results = Path(name, f"results-{ranks}")
+            results.mkdir()
             command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-            command += ["--master_port", str(free_port()), __file__, "--load", str(folder), args.preset, str(answers)]
+            command += ["--master_port", str(free_port()), __file__, "--load", str(folder), args.preset, str(results)]
             environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-            found = [json.loads(Path(answers, f"{rank}.json").read_text()) for rank in range(ranks)]
+            found = [json.loads(Path(results, f"{rank}.json").read_text()) for rank in range(ranks)]
             for rank, row in enumerate(found):
                 print(
                     f"{ranks} ranks, rank {rank}: own memory {row['own'] / 1e9:.2f} GB at its peak = "
-                    f"{row['own'] / total:.2f} of the checkpoint; its share {row['held'] / 1e9:.2f} GB; "
+                    f"{row['own'] / total:.2f} of the checkpoint; its partition {row['held'] / 1e9:.2f} GB; "
                     f"file pages mapped {row['mapped'] / 1e9:.2f} GB; {row['seconds']:.1f} s"
                 )
             own = sum(row["own"] for row in found)

@@ -1,4 +1,4 @@
-"""Merging against `cp -r` of the same folder, in one run: `python benchmarks/merge.py [--gigabytes 8] [FOLDER]`."""
+"""Merging compared with `cp -r` of the same folder: `python benchmarks/merge.py [--gigabytes 8] [FOLDER]`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-# As Hunyuan-Large's proportions: nearly all bytes are in the experts.
+# Proportions like Hunyuan-Large's: nearly all bytes are in the experts.
 HIDDEN, EXPERTS, HEADS, KV_HEADS, HEAD_DIM, RANK = 2048, 16, 16, 4, 128, 64
 MERGE = """
 import re, sys, time
 from pathlib import Path
-# Not ru_maxrss: it survives exec, so it would be the peak of the benchmark that started this process.
+# Not ru_maxrss: it survives exec, so it would report the peak of the benchmark that started this process.
 peak_bytes = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 began = time.monotonic()
 from hynb.merge import merge_lora
@@ -34,14 +34,14 @@ print(time.monotonic() - imported, imported - began, idle, peak, result.tensors_
 
 
 def make_base(folder: Path, gigabytes: float, layers: int = 8) -> None:
-    """Writes a bf16 model of one shard a layer; the expert's width follows from the size that is wanted."""
+    """Writes a bf16 model of about the given size with one shard per layer."""
     folder.mkdir(parents=True)
     width = int(gigabytes * 1e9 / 2 / layers / ((EXPERTS + 1) * 3 * HIDDEN)) // 64 * 64
     weight_map, total = {}, 0
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
-        # One random block again and again: random numbers for 16 GB take longer than all merges.
+        # Repeats one random block: generating 16 GB of random numbers takes longer than all merges.
         block = torch.randn(min(1 << 22, shape[0] * shape[1]), generator=generator).to(torch.bfloat16)
         count = shape[0] * shape[1]
         return block.repeat(-(-count // len(block)))[:count].view(shape).clone()
@@ -67,7 +67,11 @@ def make_base(folder: Path, gigabytes: float, layers: int = 8) -> None:
 
 
 def make_adapter(folder: Path, base: Path, only: str = "") -> int:
-    """LoRA r=64 on q, k, v, o of the layers that are named; returns the largest touched tensor's float32 bytes."""
+    """Writes LoRA r=64 on q, k, v, o of the layers whose names contain `only`.
+
+    Returns:
+        float32 bytes of the largest changed tensor.
+    """
     folder.mkdir()
     largest, tensors = 0, {}
     names = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
@@ -86,7 +90,7 @@ def make_adapter(folder: Path, base: Path, only: str = "") -> int:
 
 
 def copied(base: Path, target: Path) -> float:
-    """Seconds of `cp -r`, the disk written behind it not counted, as for the merge."""
+    """Seconds of `cp -r` without flushing to disk, as for the merge."""
     began = time.monotonic()
     subprocess.run(["cp", "-r", base, target], check=True)
     seconds = time.monotonic() - began
@@ -95,7 +99,7 @@ def copied(base: Path, target: Path) -> float:
 
 
 def merged(base: Path, adapter: Path, target: Path, dtype: str, *more: str) -> tuple[float, float, int, int]:
-    """Seconds of the merge and of its imports, memory after the imports and at the peak."""
+    """Seconds of the merge and of its imports, bytes of memory after the imports and at the peak."""
     command = [sys.executable, "-c", MERGE, str(base), str(adapter), str(target), dtype, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, imports, idle, peak, _ = map(float, done.stdout.split())
@@ -104,11 +108,11 @@ def merged(base: Path, adapter: Path, target: Path, dtype: str, *more: str) -> t
 
 
 def main() -> None:
-    """Prints one line a comparison."""
+    """Prints one line per comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[8.0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("folder", nargs="?", help="on the disk that is measured; a temporary one by default")
+    parser.add_argument("folder", nargs="?", help="a folder on the disk to measure; default: a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         work = Path(name)
@@ -116,7 +120,7 @@ def main() -> None:
             base, adapter, target = work / "base", work / "adapter", work / "out"
             make_base(base, gigabytes)
             largest = make_adapter(adapter, base)
-            # Both find the base in the page cache, as far as memory holds it.
+            # Puts the base into the page cache for both, as far as memory allows.
             subprocess.run(["cat", *map(str, base.glob("*"))], stdout=subprocess.DEVNULL, check=True)
             rounds = []
             for _ in range(args.rounds):
@@ -129,8 +133,8 @@ def main() -> None:
             print(
                 f"{gigabytes:g} GB: cp -r {cp:.2f} s, merge {seconds:.2f} s = {seconds / cp:.2f}× "
                 f"(with imports {seconds + imports:.2f} s = {(seconds + imports) / cp:.2f}×), "
-                f"peak {peak / 1e6:.0f} MB, {idle / 1e6:.0f} MB of it imports; "
-                f"bound {600 + 3 * largest / 1e6:.0f} MB",
+                f"peak {peak / 1e6:.0f} MB, {idle / 1e6:.0f} MB of it the imports; "
+                f"limit {600 + 3 * largest / 1e6:.0f} MB",
                 flush=True,
             )
             subprocess.run(["sync"], check=True)
@@ -139,7 +143,7 @@ def main() -> None:
             one = work / "one_layer"
             make_adapter(one, base, only=".layers.0.")
             seconds, *_ = merged(base, one, target, "keep", "link")
-            print(f"  --link, 1 of 8 shards touched: {seconds:.2f} s = {seconds / cp:.2f}×", flush=True)
+            print(f"  --link, 1 of 8 shards changed: {seconds:.2f} s = {seconds / cp:.2f}×", flush=True)
             shutil.rmtree(one)
             shutil.rmtree(base)
             shutil.rmtree(adapter)

@@ -1,18 +1,19 @@
-"""Sparse experts against the original's dense dispatch and the loop over experts: `python benchmarks/moe.py`."""
+"""Grouped experts compared with upstream's dense dispatch and a loop over experts: `python benchmarks/moe.py`."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import time
+from collections.abc import Callable
 
 import torch
 import transformers
 
 from hynb.hunyuan_large import HunYuanLargeConfig, HunYuanLargeForCausalLM, HunYuanLargeMoE
 
-# The smaller fits into a CPU's cache with all its experts, which spares the loop its cost; the larger doesn't,
-# as no real model does.
+# All experts of the small size fit into a CPU's cache, which hides the cost of the loop; those of the large size do not,
+# like those of any real model.
 SIZES = {"small": {"hidden_size": 256, "intermediate_size": 512}, "large": {"hidden_size": 1024}}
 COMMON = {
     "vocab_size": 512,
@@ -31,7 +32,7 @@ COMMON = {
 
 
 def dense_dispatch(moe: HunYuanLargeMoE, hidden: torch.Tensor) -> torch.Tensor:
-    """One-hot dispatch of capacity = tokens: every expert computes every slot, as in the original."""
+    """One-hot dispatch with capacity = tokens: every expert computes every slot, as in upstream's model code."""
     tokens = hidden.reshape(-1, hidden.shape[-1])
     _, weights, chosen = moe.gate(tokens)
     one_hot = torch.nn.functional.one_hot(chosen[:, 0], moe.gate.num_experts)
@@ -46,8 +47,8 @@ def dense_dispatch(moe: HunYuanLargeMoE, hidden: torch.Tensor) -> torch.Tensor:
     return routed if moe.shared_mlp is None else moe.shared_mlp(hidden) + routed
 
 
-def step(module: torch.nn.Module, run: object, on_gpu: bool) -> tuple[float, int, float]:
-    """Seconds of forward and backward, bytes saved for the backward pass, and the loss."""
+def step(module: torch.nn.Module, run: Callable[[], torch.Tensor], on_gpu: bool) -> tuple[float, int, float]:
+    """Seconds of a forward and backward pass, bytes saved for the backward pass, and the loss."""
     seen: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,11 +69,17 @@ def step(module: torch.nn.Module, run: object, on_gpu: bool) -> tuple[float, int
     return seconds, sum(size for place, size in seen.items() if place not in weights), loss.item()
 
 
-def compare(name: str, module: torch.nn.Module, run_of: object, lengths: list[int], args: argparse.Namespace) -> None:
-    """Prints one line a length.
+def compare(
+    name: str,
+    module: torch.nn.Module,
+    run_of: Callable[[int], Callable[[], torch.Tensor]],
+    lengths: list[int],
+    args: argparse.Namespace,
+) -> None:
+    """Prints one line per length.
 
     Args:
-        run_of: makes of a length the function that computes a loss.
+        run_of: returns, for a length in tokens, the function that computes a loss.
     """
     config = module.config if hasattr(module, "config") else module.experts.config
     sparse = HunYuanLargeMoE.forward
@@ -88,27 +95,32 @@ def compare(name: str, module: torch.nn.Module, run_of: object, lengths: list[in
             found[kind] = min(step(module, run, args.device != "cpu") for _ in range(rounds))
         HunYuanLargeMoE.forward = sparse
         seconds, saved, loss = found["grouped_mm"]
-        line = f"{name}, {length} tokens: grouped_mm {seconds:.4f} s, {saved / length / 1e3:.1f} kB saved a token"
+        line = f"{name}, {length} tokens: grouped_mm {seconds:.4f} s, {saved / length / 1e3:.1f} kB saved per token"
         for kind in ("eager", "dense"):
             if kind in found:
                 other = found[kind]
-                assert abs(other[2] - loss) < 2e-2 * max(1, abs(loss)), "all three compute the same"
+                assert abs(other[2] - loss) < 2e-2 * max(1, abs(loss)), "the three variants differ"
                 line += f"; {kind} {other[0] / seconds:.1f}×, {other[1] / length / 1e3:.0f} kB"
         print(line, flush=True)
 
 
 def model_of(size: str, args: argparse.Namespace) -> HunYuanLargeForCausalLM:
-    """A whole model of 4 layers."""
+    """A whole model with 4 layers."""
     config = HunYuanLargeConfig(**COMMON | SIZES[size])
     model = HunYuanLargeForCausalLM._from_config(config, dtype=torch.float32).train()
     return model.to(args.device, getattr(torch, args.dtype))
 
 
 def main() -> None:
-    """Prints experts alone (router included) and the whole model."""
+    """Measures the experts alone (router included) and the whole model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--dense_up_to", type=int, default=2048, help="the dense dispatch takes length² of memory")
+    parser.add_argument(
+        "--dense_up_to",
+        type=int,
+        default=2048,
+        help="the dense dispatch takes memory proportional to the square of the length",
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +134,7 @@ def main() -> None:
         block = model.model.layers[0].mlp
         shared, block.shared_mlp = block.shared_mlp, None
 
-        def experts(length: int, block: HunYuanLargeMoE = block) -> object:
+        def experts(length: int, block: HunYuanLargeMoE = block) -> Callable[[], torch.Tensor]:
             width = block.gate.wg.in_features
             hidden = torch.randn(1, length, width, device=args.device, dtype=getattr(torch, args.dtype))
             hidden.requires_grad_()
@@ -131,7 +143,7 @@ def main() -> None:
         compare(f"{size}, experts alone", block, experts, args.lengths, args)
         block.shared_mlp = shared
 
-        def whole(length: int, model: HunYuanLargeForCausalLM = model) -> object:
+        def whole(length: int, model: HunYuanLargeForCausalLM = model) -> Callable[[], torch.Tensor]:
             ids = torch.randint(0, COMMON["vocab_size"], (1, length), device=args.device)
             return lambda: model(input_ids=ids, labels=ids).loss
 

@@ -1,4 +1,4 @@
-"""Real tokens per second with plain padding, like lengths together, and packing: `python benchmarks/padding.py`."""
+"""Tokens per second with plain padding, with group_by_length and with packing: `python benchmarks/padding.py`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--max_seq_length", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=8, help="samples of a padded batch")
-    parser.add_argument("--median", type=float, default=70.0, help="of the lognormal lengths")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples per padded batch")
+    parser.add_argument("--median", type=float, default=70.0, help="median of the lognormal lengths, in tokens")
     parser.add_argument("--sigma", type=float, default=0.9)
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -32,7 +32,7 @@ def main() -> None:
         half = len(sample["input_ids"]) // 2
         sample["labels"] = [IGNORED] * half + sample["input_ids"][half:]
     packed = PackedDataset(samples, best_fit(lengths, limit))
-    # As many places a step as a padded batch has on average, so that a step takes like memory.
+    # As many positions per step as a padded batch has on average, so that a step takes as much memory.
     plain_order = list(SeededSampler(len(samples), 0))
     grouped_order = list(SeededSampler(len(samples), 0, lengths=lengths, group=args.batch_size))
     collate = Collator(pad_token_id=0)
@@ -41,12 +41,12 @@ def main() -> None:
         return [collate([dataset[index] for index in order[at : at + size]]) for at in range(0, len(order), size)]
 
     plain = batches(samples, plain_order, args.batch_size)
-    places = sum(batch["input_ids"].numel() for batch in plain)
-    packs_a_step = max(1, round(places / len(plain) / limit))
+    positions = sum(batch["input_ids"].numel() for batch in plain)
+    packs_per_step = max(1, round(positions / len(plain) / limit))
     work = {
         "plain padding": plain,
         "group_by_length": batches(samples, grouped_order, args.batch_size),
-        "packing": batches(packed, list(SeededSampler(len(packed), 0)), packs_a_step),
+        "packing": batches(packed, list(SeededSampler(len(packed), 0)), packs_per_step),
     }
     config = HunYuanLargeConfig(
         vocab_size=1000,
@@ -66,7 +66,7 @@ def main() -> None:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    # Small matrices: two threads would mostly wait for each other.
+    # With matrices this small, two threads would mostly wait for each other.
     torch.set_num_threads(1)
     model = HunYuanLargeForCausalLM(config)
 
@@ -78,7 +78,7 @@ def main() -> None:
         return time.perf_counter() - start
 
     model(**work["packing"][0]).loss.backward()
-    # In turns: what else the machine does falls on all alike.
+    # Alternating, so that other load on the machine affects all of them equally.
     seconds = {name: [] for name in work}
     for _ in range(args.rounds):
         for name in work:
@@ -90,8 +90,8 @@ def main() -> None:
         middle = statistics.median(of_rounds)
         filled = tokens / sum(batch["input_ids"].numel() for batch in work[name])
         print(
-            f"{name:16} {tokens / middle:8.0f} real tokens/s   {base / middle:5.2f} × plain   "
-            f"{filled:6.1%} of places filled   {len(work[name])} steps"
+            f"{name:16} {tokens / middle:8.0f} tokens/s   {base / middle:5.2f} × plain   "
+            f"{filled:6.1%} of positions hold a token   {len(work[name])} steps"
         )
 
 
