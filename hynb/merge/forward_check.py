@@ -1,8 +1,9 @@
-"""A forward pass through the first layers of a merged model, where memory holds them."""
+"""A forward pass through the first layers of a merged model, if the memory of this machine suffices."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -15,41 +16,53 @@ from hynb.plan import memory
 
 _LAYERS = 2
 _TOKENS = 16
+_FLOAT32_BYTES = 4
 
 
 def first_layers_pass(folder: Path) -> str:
-    """Loads the embeddings and the first layers as transformers does, and looks at what comes out.
+    """Loads the embeddings and the first layers of a model with transformers and checks that the logits are finite.
 
     Returns:
-        a line that says what was done, or why not.
+        one line that says what was checked, or why nothing was.
 
     Raises:
-        MergeError: the folder doesn't load, or its output is no number.
+        MergeError: transformers cannot load the folder, or the logits contain NaN or infinity.
     """
     try:
         model_config = read_json(folder / "config.json") or {}
-        few = model_config | {"num_hidden_layers": min(_LAYERS, model_config.get("num_hidden_layers", 0))}
-        needed = memory.count_parameters(few).total * 4
+        layers = min(_LAYERS, model_config.get("num_hidden_layers", 0))
+        parameters = memory.count_parameters(model_config | {"num_hidden_layers": layers}).total
     except HynbError as error:
         return f"no forward pass: {error}"
-    available = psutil.virtual_memory().available
-    if needed > available // 2:
-        return f"no forward pass: {_LAYERS} layers take {needed / 1e9:.3g} GB and {available / 1e9:.3g} GB are free"
+    needed_bytes, available_bytes = parameters * _FLOAT32_BYTES, psutil.virtual_memory().available
+    if needed_bytes > available_bytes // 2:
+        return (
+            f"no forward pass: {layers} layers need {needed_bytes / 1e9:.3g} GB of memory, more than half of the "
+            f"{available_bytes / 1e9:.3g} GB that are free"
+        )
+    model = _load(folder, layers)
+    with torch.no_grad():
+        logits = model.eval()(torch.arange(_TOKENS)[None] % model.config.vocab_size).logits
+    if not torch.isfinite(logits).all():
+        raise MergeError(f"{folder}: the first {layers} layers give logits that are NaN or infinite")
+    return f"forward pass: the first {layers} layers load and give finite logits"
+
+
+def _load(folder: Path, layers: int) -> Any:
+    """The model of a folder with its first layers alone, in float32."""
     config = AutoConfig.from_pretrained(folder)
-    config.num_hidden_layers = few["num_hidden_layers"]
+    config.num_hidden_layers = layers
     if getattr(config, "mlp_layer_types", None):
-        config.mlp_layer_types = config.mlp_layer_types[: config.num_hidden_layers]
+        config.mlp_layer_types = config.mlp_layer_types[:layers]
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # transformers' annotation leaves out the pair that output_loading_info returns.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise MergeError(f"{folder}: transformers cannot load it: {error}") from error
+        raise MergeError(f"{folder}: transformers cannot load the model: {error}") from error
+    model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise MergeError(f"{folder}: transformers misses {', '.join(names[:5])}")
-    with torch.no_grad():
-        logits = model.eval()(torch.arange(_TOKENS)[None] % config.vocab_size).logits
-    if not torch.isfinite(logits).all():
-        raise MergeError(f"{folder}: the first {config.num_hidden_layers} layers give an output that is no number")
-    return f"forward pass: the first {config.num_hidden_layers} layers load and give finite logits"
+        raise MergeError(f"{folder}: tensors are missing or have the wrong shape: {', '.join(names[:5])}")
+    return model

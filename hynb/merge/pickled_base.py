@@ -1,10 +1,10 @@
-"""A base whose weights are pickled `.bin` files, written once as safetensors for a merge to read."""
+"""A base whose weights are pickled `.bin` files, converted once to safetensors so that a merge can read it."""
 
 from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,32 +18,34 @@ from hynb.runs import base_identity
 
 
 @contextmanager
-def as_safetensors(base: Path, beside: Path) -> Iterator[Path]:
-    """The base itself, or where it holds `.bin` files a converted copy that is removed at the end.
+def as_safetensors(base: Path, output: Path) -> Iterator[Path]:
+    """The base itself, or for a base of `.bin` files a converted copy that is removed when the merge has succeeded.
 
-    Weights are read with `weights_only`, so that no code in a pickle runs, one file at a time.
+    The files are read one at a time and with `weights_only`, so that no code in a pickle runs. After a failure the
+    copy stays, and the next merge uses it again.
 
     Args:
-        beside: where the copy goes; one that an earlier, broken-off merge finished is used again.
+        output: the copy is made beside this path.
 
     Raises:
-        MergeError: a file that holds more than tensors, or is cut off, by name.
+        MergeError: a file contains more than tensors or is truncated, or the disk has too little space.
     """
     pickled = sorted(base.glob("pytorch_model*.bin")) if base.is_dir() else []
     if not pickled or any(base.glob("*.safetensors")):
         yield base
         return
-    copy, record = (beside.with_name(f".{beside.name}.converted{ending}") for ending in ("", ".json"))
-    identity = base_identity(base) if (base / "config.json").is_file() else None
-    if identity is None:
-        raise MergeError(f"base_model_path = {base}: has no config.json, so it is no model folder")
+    copy, record = (output.with_name(f".{output.name}.converted{ending}") for ending in ("", ".json"))
+    if not (base / "config.json").is_file():
+        raise MergeError(f"base_model_path = {base}: has no config.json, so it is not a model folder")
+    identity = base_identity(base)
     if read_json(record) != identity or not copy.is_dir():
         shutil.rmtree(copy, ignore_errors=True)
-        needed, free = identity["weight_bytes"], shutil.disk_usage(beside.parent).free
-        if needed > free:
+        needed_bytes, free_bytes = identity["weight_bytes"], shutil.disk_usage(output.parent).free
+        if needed_bytes > free_bytes:
             raise MergeError(
-                f"{base}: its .bin files are first written as safetensors, which takes {needed / 1e9:.3g} GB beside "
-                f"{beside}, and the disk has {free / 1e9:.3g} GB free"
+                f"{base}: its .bin files are first converted to safetensors, which needs {needed_bytes / 1e9:.3g} GB "
+                f"beside {output}, and the disk has {free_bytes / 1e9:.3g} GB free. Free some space, or choose "
+                "another disk"
             )
         copy.mkdir(parents=True)
         _convert(base, pickled, copy)
@@ -53,17 +55,17 @@ def as_safetensors(base: Path, beside: Path) -> Iterator[Path]:
     shutil.rmtree(copy)
 
 
-def _convert(base: Path, pickled: list[Path], copy: Path) -> None:
-    tied = (read_json(base / "config.json") or {}).get("tie_word_embeddings", False)
+def _convert(base: Path, pickled: Sequence[Path], copy: Path) -> None:
+    is_tied = (read_json(base / "config.json") or {}).get("tie_word_embeddings", False)
     weight_map: dict[str, str] = {}
     for path in pickled:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            # Each on its own: a pickle lets tensors share memory, safetensors doesn't.
+            # Tensors of a pickle may share memory; those of a safetensors file may not.
             kept = {
                 name: tensor.clone().contiguous()
                 for name, tensor in tensors.items()
-                if not (tied and name == "lm_head.weight")
+                if not (is_tied and name == "lm_head.weight")
             }
         except (pickle.UnpicklingError, RuntimeError, AttributeError, ValueError, EOFError, OSError) as error:
             reason = str(error).splitlines()[0]

@@ -2,66 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
 
 from hynb.errors import MergeError
 from hynb.files import read_json
 from hynb.merge import shards
+from hynb.merge.changes import Change, changed_tensor
 from hynb.merge.pickled_base import as_safetensors
-from hynb.merge.plan import Change, MergePlan, changed_tensor, plan_merge
+from hynb.merge.plan import MergePlan, plan_merge
 from hynb.merge.shards import TensorEntry
-from hynb.merge.write import RECEIPT, TORCH_DTYPES, _bytes_of
+from hynb.merge.tensors import TORCH_DTYPES, read_tensor, tensor_bytes
+from hynb.merge.write import RECEIPT
 
 
 def verify_merge(output_path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:
-    """Reads a merged folder back: copied tensors are identical to the base's, changed ones computed anew.
+    """Reads a merged folder back: copied tensors must be identical to the base's, changed ones are recomputed.
+
+    Args:
+        output_path: a folder that `merge_lora` wrote.
+        progress: called with the number of compared tensors and the number of all tensors.
 
     Returns:
-        how many tensors were compared.
+        the number of tensors that were compared.
 
     Raises:
-        MergeError: each tensor that differs, by name; or base and adapters are no longer what they were.
+        MergeError: every tensor that differs, by name; or the base or an adapter has changed since the merge.
     """
-    output = Path(output_path).absolute()
+    output = Path(output_path).expanduser().absolute()
     receipt = read_json(output / RECEIPT)
     if receipt is None:
-        raise MergeError(f"{output}: has no {RECEIPT}: it was not made by hynb merge")
+        raise MergeError(f"{output}: has no {RECEIPT}, so it was not written by hynb merge")
     base = Path(receipt["base"]["path"])
     adapters = [Path(item["path"]) for item in receipt["adapters"]]
     weights = [item["weight"] for item in receipt["adapters"]]
     with as_safetensors(base, output.with_name(f"{output.name}.verify")) as source:
-        plan = plan_merge(source, adapters, weights, original=base)
+        plan = plan_merge(source, adapters, weights, converted_from=base)
         if plan.base_identity["hash"] != receipt["base"]["hash"]:
-            raise MergeError(f"{base}: is not the base that {output} was merged from: it has changed since")
+            raise MergeError(f"{base}: the base has changed since {output} was merged from it")
         return _compare(plan, output, progress)
 
 
 def _compare(plan: MergePlan, output: Path, progress: Callable[[int, int], None] | None) -> int:
-    made = {entry.name: entry for entry in shards.entries(shards.model_shards(output))}
-    originals = {entry.name: entry for entry in shards.entries(plan.shards)}
-    if plan.untied:
-        originals[plan.untied.name] = plan.untied
-    problems = [f"{output}: tensor {name} is missing" for name in sorted(originals.keys() - made.keys())]
-    problems += [f"{output}: tensor {name} is not the base's" for name in sorted(made.keys() - originals.keys())]
-    for count, (name, original) in enumerate(originals.items(), 1):
-        if name in made and not _as_expected(original, made[name], plan.changes.get(name, [])):
-            problems.append(f"{made[name].shard}: tensor {name} is not what base and adapter make")
+    merged = {entry.name: entry for entry in shards.entries(shards.model_shards(output))}
+    base = {entry.name: entry for entry in plan.tensors()}
+    problems = [f"{output}: tensor {name} is missing" for name in sorted(base.keys() - merged.keys())]
+    problems += [
+        f"{output}: tensor {name} does not belong to the base" for name in sorted(merged.keys() - base.keys())
+    ]
+    for count, (name, entry) in enumerate(base.items(), 1):
+        if name in merged and not _is_expected(entry, merged[name], plan.changes.get(name, [])):
+            problems.append(f"{merged[name].shard}: tensor {name} differs from what base and adapter give")
         if progress:
-            progress(count, len(originals))
+            progress(count, len(base))
     if problems:
         raise MergeError(problems)
-    return len(originals)
+    return len(base)
 
 
-def _as_expected(original: TensorEntry, made: TensorEntry, changes: list[Change]) -> bool:
-    if original.shape != made.shape:
+def _is_expected(base: TensorEntry, merged: TensorEntry, changes: Sequence[Change]) -> bool:
+    if base.shape != merged.shape:
         return False
-    if not changes and original.dtype == made.dtype:
-        return shards.read_bytes(original) == shards.read_bytes(made)
-    tensor = torch.frombuffer(shards.read_bytes(original), dtype=TORCH_DTYPES[original.dtype])
+    if not changes and base.dtype == merged.dtype:
+        return shards.read_bytes(base) == shards.read_bytes(merged)
+    tensor = read_tensor(base)
     if changes:
-        tensor = changed_tensor(tensor.view(original.shape).float(), changes)
-    return bytes(_bytes_of(tensor.to(TORCH_DTYPES[made.dtype]))) == bytes(shards.read_bytes(made))
+        tensor = changed_tensor(tensor.float(), changes)
+    return tensor_bytes(tensor.to(TORCH_DTYPES[merged.dtype])) == memoryview(shards.read_bytes(merged))

@@ -1,4 +1,4 @@
-"""Safetensors headers and byte ranges: as the safetensors library reads them; broken files are named."""
+"""Safetensors headers and byte ranges are those of the safetensors library; broken files are named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A file with a tensor of each dtype, one of them empty and one without dimensions."""
+    """A file with a tensor of each dtype, an empty tensor and a scalar."""
     generator = torch.Generator().manual_seed(0)
     tensors = {str(dtype): torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for dtype in DTYPES}
     tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(7.0)}
@@ -28,7 +28,7 @@ def saved(tmp_path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_a_header_says_what_the_library_reads(saved):
+def test_a_header_is_read_as_the_library_reads_it(saved):
     shard, expected = shards.read_shard(saved), load_file(saved)
     assert {entry.name for entry in shard.tensors} == expected.keys()
     assert shard.metadata == {"format": "pt"} and shard.size_bytes == saved.stat().st_size
@@ -41,7 +41,7 @@ def test_a_header_says_what_the_library_reads(saved):
 def test_a_written_header_is_read_by_the_library(saved, tmp_path):
     shard, made = shards.read_shard(saved), tmp_path / "made.safetensors"
     listed = [(entry.name, entry.dtype, entry.shape) for entry in shard.tensors]
-    header = shards.header_of(listed, {"format": "pt"})
+    header = shards.file_header(listed, {"format": "pt"})
     made.write_bytes(header + b"".join(bytes(shards.read_bytes(entry)) for entry in shard.tensors))
     assert len(header) % 8 == 0, "the format aligns its data"
     expected, found = load_file(saved), load_file(made)
@@ -52,16 +52,16 @@ def test_a_written_header_is_read_by_the_library(saved, tmp_path):
 
 @pytest.mark.parametrize("error", [None, errno.EXDEV, errno.EOPNOTSUPP])
 def test_a_range_is_copied_by_the_kernel(tmp_path, monkeypatch, error):
-    """Where the file system has no copy_file_range, sendfile makes the same bytes."""
+    """On a file system without copy_file_range, sendfile copies the same bytes."""
     content = os.urandom(1 << 16)
     (tmp_path / "from").write_bytes(content)
     monkeypatch.setattr(shards, "_COPY_BYTES", 5000)
     if error:
 
-        def refused(*_):
-            raise OSError(error, "no")
+        def fail(*_):
+            raise OSError(error, "not supported")
 
-        monkeypatch.setattr(os, "copy_file_range", refused)
+        monkeypatch.setattr(os, "copy_file_range", fail)
     counts = []
     with (tmp_path / "from").open("rb") as source, (tmp_path / "to").open("wb") as target:
         numbers = source.fileno(), target.fileno()
@@ -71,11 +71,11 @@ def test_a_range_is_copied_by_the_kernel(tmp_path, monkeypatch, error):
     assert sum(counts) == 60_000 and len(counts) >= 12
 
 
-def test_another_error_of_the_disk_is_not_swallowed(tmp_path, monkeypatch):
-    def full(*_):
+def test_another_error_of_the_disk_is_raised(tmp_path, monkeypatch):
+    def fail(*_):
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(os, "copy_file_range", fail)
     (tmp_path / "from").write_bytes(b"x" * 10)
     with (
         (tmp_path / "from").open("rb") as source,
@@ -96,25 +96,25 @@ def test_a_source_that_became_shorter_is_noticed(tmp_path):
 
 
 def with_header(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
-    """What breaks a file by its header alone."""
+    """Damages a file in its header alone."""
 
-    def broken(content: bytes) -> bytes:
+    def damage(content: bytes) -> bytes:
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
         change(header)
         text = json.dumps(header).encode()
         return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
-    return broken
+    return damage
 
 
 BROKEN = {
     "empty": lambda content: b"",
-    "cut in its header": lambda content: content[:40],
-    "cut in its data": lambda content: content[:-1],
-    "longer than its header says": lambda content: content + b"\0",
-    "no safetensors": lambda content: b"\xff" * len(content),
-    "a shape that doesn't fill the range": with_header(lambda header: header["scalar"].update(shape=[2])),
+    "truncated in its header": lambda content: content[:40],
+    "truncated in its data": lambda content: content[:-1],
+    "longer than its header requires": lambda content: content + b"\0",
+    "not safetensors": lambda content: b"\xff" * len(content),
+    "a shape that does not fill its range": with_header(lambda header: header["scalar"].update(shape=[2])),
     "an unknown dtype": with_header(lambda header: header["scalar"].update(dtype="F5")),
     "overlapping ranges": with_header(lambda header: header["scalar"].update(data_offsets=[1, 5])),
     "no offsets": with_header(lambda header: header["scalar"].pop("data_offsets")),
@@ -128,7 +128,7 @@ def test_a_broken_file_is_named(saved, case):
         shards.read_shard(saved)
 
 
-def test_a_folder_is_whole_or_refused(saved, tmp_path):
+def test_an_incomplete_model_folder_is_refused(saved, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(ModelError, match="no safetensors file"):
@@ -148,13 +148,13 @@ def test_a_folder_is_whole_or_refused(saved, tmp_path):
         "model-1.safetensors",
         "model-2.safetensors",
     ]
-    for weight_map, says in (
+    for weight_map, message in (
         (whole | {"tensor3": "model-2.safetensors"}, "such as tensor3"),
         (whole | {"tensor3": "model-3.safetensors"}, "model-3.safetensors: the shard is missing"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(ModelError, match=message):
             shards.model_shards(folder)
     index.write_text("{")
-    with pytest.raises(ModelError, match="no valid index"):
+    with pytest.raises(ModelError, match="not a valid index"):
         shards.model_shards(folder)

@@ -1,0 +1,271 @@
+"""Writes the shards of a merged model, several at a time, into a folder that is renamed when it is complete."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from hynb.errors import MergeError
+from hynb.files import read_json, write_json
+from hynb.merge import shards
+from hynb.merge.changes import Change, changed_tensor
+from hynb.merge.plan import MergePlan
+from hynb.merge.shards import SAVE_DTYPES, Shard, TensorEntry
+from hynb.merge.tensors import TORCH_DTYPES, read_tensor, tensor_bytes
+
+# The output layer that was tied to the embeddings gets a shard of its own. The base's single shard is then renamed,
+# because transformers reads model.safetensors as the whole model.
+UNTIED_SHARD, _FIRST_OF_TWO = "model-lm_head.safetensors", "model-base.safetensors"
+_THREADS = 4
+_CHUNK_ELEMENTS = 4 << 20
+
+
+@dataclass(kw_only=True, frozen=True)
+class MergeProgress:
+    """How far a merge has come.
+
+    Args:
+        done_bytes, total_bytes: of the output's weights.
+        shard: file name of the shard that was worked on last.
+        seconds: since the merge began to write.
+    """
+
+    done_bytes: int
+    total_bytes: int
+    shard: str
+    seconds: float
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The remaining time, estimated from the bytes so far; None before the first byte."""
+        return self.seconds * (self.total_bytes / self.done_bytes - 1) if self.done_bytes else None
+
+
+@dataclass(kw_only=True, frozen=True)
+class TensorChange:
+    """By how much a merge changed one tensor, over the absolute differences of its elements."""
+
+    largest: float
+    mean: float
+    elements: int
+
+
+class ShardWriter:
+    """Writes every shard of one merge; an interrupted merge continues with the shards that are missing.
+
+    Args:
+        folder: where the shards are written.
+        save_dtype: one of SAVE_DTYPES.
+        link: hard-link shards that no adapter touches.
+        progress: called from several threads, one at a time.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        folder: Path,
+        *,
+        save_dtype: str,
+        link: bool,
+        progress: Callable[[MergeProgress], None] | None,
+    ) -> None:
+        self._plan, self._folder, self._link, self._progress = plan, folder, link, progress
+        self.dtypes = {entry.name: _output_dtype(entry, save_dtype) for entry in plan.tensors()}
+        self.total_bytes = self._output_bytes(plan.tensors())
+        self.changes: dict[str, TensorChange] = {}
+        self.resumed_shards = self.linked_shards = 0
+        self._done_bytes = 0
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        # Changed tensors are computed one at a time, which bounds the memory of a merge.
+        self._computing = threading.Lock()
+
+    def missing_bytes(self) -> int:
+        """The bytes that are still to be written."""
+        missing = [self._plan.untied] if self._plan.untied else []
+        for shard in self._plan.shards:
+            if not (self._target(shard).exists() or self._is_linked(shard)):
+                missing += shard.tensors
+        return self._output_bytes(missing)
+
+    def write(self) -> None:
+        """Writes all shards.
+
+        Raises:
+            MergeError: a changed tensor has NaN or infinite elements, or a shard cannot be linked.
+            OSError: a shard cannot be written.
+        """
+        with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(self._write_shard, self._plan.shards):
+                pass
+        if self._plan.untied:
+            self._write_untied(self._plan.untied)
+
+    def weight_map(self) -> dict[str, str]:
+        """The shard of each tensor, as an index file lists them; empty for a model in a single file."""
+        if len(self._plan.shards) == 1 and not self._plan.untied:
+            return {}
+        found = {entry.name: self._target(shard).name for shard in self._plan.shards for entry in shard.tensors}
+        if self._plan.untied:
+            found[self._plan.untied.name] = UNTIED_SHARD
+        return dict(sorted(found.items()))
+
+    def _write_shard(self, shard: Shard) -> None:
+        """Writes one shard under a temporary name and renames it when it is complete."""
+        target = self._target(shard)
+        record, temporary = target.with_suffix(".changes.json"), target.with_suffix(".tmp")
+        resumed = target.exists()
+        if resumed:
+            done = {name: TensorChange(**values) for name, values in (read_json(record) or {}).items()}
+            self._advance(shard.path.name, self._output_bytes(shard.tensors))
+        else:
+            temporary.unlink(missing_ok=True)
+            done = self._make_shard(shard, temporary)
+            write_json(record, {name: asdict(change) for name, change in done.items()})
+            temporary.rename(target)
+        with self._lock:
+            self.changes |= done
+            self.resumed_shards += resumed
+            self.linked_shards += not resumed and self._is_linked(shard)
+
+    def _make_shard(self, shard: Shard, path: Path) -> dict[str, TensorChange]:
+        if self._is_linked(shard):
+            try:
+                os.link(shard.path.resolve(), path)
+            except OSError as error:
+                raise MergeError(
+                    f"{shard.path}: cannot be hard-linked ({error.strerror}): leave out --link"
+                ) from None
+            self._advance(shard.path.name, self._output_bytes(shard.tensors))
+            return {}
+        if self._is_converted(shard):
+            return self._convert(shard, path)
+        return self._patch(shard, path)
+
+    def _patch(self, shard: Shard, path: Path) -> dict[str, TensorChange]:
+        """Copies a whole shard and overwrites its changed tensors in place."""
+        done: dict[str, TensorChange] = {}
+        with shard.path.open("rb") as source, path.open("wb") as made:
+            files = source.fileno(), made.fileno()
+            shards.copy_range(*files, 0, shard.header_bytes, at=0, advance=lambda _: None)
+            begin, end = shard.header_bytes, shard.size_bytes
+            advance = lambda count: self._advance(shard.path.name, count)  # noqa: E731
+            shards.copy_range(*files, begin, end, at=begin, advance=advance)
+            for entry in shard.tensors:
+                if changes := self._plan.changes.get(entry.name):
+                    data, done[entry.name] = self._compute(entry, changes)
+                    shards.write_at(made.fileno(), data, entry.begin)
+        return done
+
+    def _convert(self, shard: Shard, path: Path) -> dict[str, TensorChange]:
+        """Writes a shard in other dtypes, in pieces of a tensor."""
+        done: dict[str, TensorChange] = {}
+        listed = [(entry.name, self.dtypes[entry.name], entry.shape) for entry in shard.tensors]
+        header = shards.file_header(listed, shard.metadata)
+        advance = lambda count: self._advance(shard.path.name, count)  # noqa: E731
+        with shard.path.open("rb") as source, path.open("wb") as made:
+            made.write(header)
+            made.flush()
+            files, position = (source.fileno(), made.fileno()), len(header)
+            for entry in shard.tensors:
+                if changes := self._plan.changes.get(entry.name):
+                    data, done[entry.name] = self._compute(entry, changes)
+                    shards.write_at(made.fileno(), data, position)
+                    advance(len(data))
+                elif self.dtypes[entry.name] == entry.dtype:
+                    shards.copy_range(*files, entry.begin, entry.end, at=position, advance=advance)
+                else:
+                    self._recode(*files, entry, at=position, advance=advance)
+                position += self._output_bytes([entry])
+        return done
+
+    def _recode(
+        self, source: int, target: int, entry: TensorEntry, *, at: int, advance: Callable[[int], None]
+    ) -> None:
+        """Writes an unchanged tensor in another dtype.
+
+        Args:
+            source, target: file descriptors.
+            at: offset in the target.
+        """
+        dtype = TORCH_DTYPES[self.dtypes[entry.name]]
+        step = _CHUNK_ELEMENTS * shards.DTYPE_BYTES[entry.dtype]
+        for begin in range(entry.begin, entry.end, step):
+            raw = bytearray(os.pread(source, min(step, entry.end - begin), begin))
+            data = tensor_bytes(torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).to(dtype))
+            shards.write_at(target, data, at)
+            at += len(data)
+            advance(len(data))
+
+    def _write_untied(self, entry: TensorEntry) -> None:
+        """Writes the output layer that was tied to the embeddings into a shard of its own."""
+        changes = self._plan.changes.get(entry.name, [])
+        data, change = self._compute(entry, changes)
+        if changes:
+            self.changes[entry.name] = change
+        header = shards.file_header([(entry.name, self.dtypes[entry.name], entry.shape)], {"format": "pt"})
+        (self._folder / UNTIED_SHARD).write_bytes(header + data)
+        self._advance(UNTIED_SHARD, len(data))
+
+    def _compute(self, entry: TensorEntry, changes: Sequence[Change]) -> tuple[memoryview, TensorChange]:
+        """The bytes of a changed tensor, computed in float32 and rounded once, and by how much it changed."""
+        with self._computing:
+            before = read_tensor(entry).float()
+            after = changed_tensor(before, changes)
+            difference = (after - before).abs_()
+            if not math.isfinite(difference.sum(dtype=torch.float64).item()):
+                raise MergeError(
+                    f"{entry.name}: the adapter makes elements of it NaN or infinite; no output folder was written"
+                )
+            change = TensorChange(
+                largest=difference.max().item(), mean=difference.mean().item(), elements=difference.numel()
+            )
+            return tensor_bytes(after.to(TORCH_DTYPES[self.dtypes[entry.name]])), change
+
+    def _advance(self, shard: str, count: int) -> None:
+        with self._lock:
+            self._done_bytes += count
+            if self._progress:
+                seconds = time.monotonic() - self._started
+                self._progress(
+                    MergeProgress(
+                        done_bytes=self._done_bytes, total_bytes=self.total_bytes, shard=shard, seconds=seconds
+                    )
+                )
+
+    def _target(self, shard: Shard) -> Path:
+        renamed = self._plan.untied and len(self._plan.shards) == 1
+        return self._folder / (_FIRST_OF_TWO if renamed else shard.path.name)
+
+    def _is_linked(self, shard: Shard) -> bool:
+        touched = any(entry.name in self._plan.changes for entry in shard.tensors)
+        return self._link and not touched and not self._is_converted(shard)
+
+    def _is_converted(self, shard: Shard) -> bool:
+        return any(entry.dtype != self.dtypes[entry.name] for entry in shard.tensors)
+
+    def _output_bytes(self, tensors: Iterable[TensorEntry]) -> int:
+        return sum(math.prod(entry.shape) * shards.DTYPE_BYTES[self.dtypes[entry.name]] for entry in tensors)
+
+
+def largest_and_mean(changes: Mapping[str, TensorChange]) -> tuple[float, float]:
+    """The largest absolute difference of any element, and the mean over all elements of the changed tensors."""
+    elements = sum(change.elements for change in changes.values())
+    largest = max((change.largest for change in changes.values()), default=0.0)
+    return largest, sum(change.mean * change.elements for change in changes.values()) / max(1, elements)
+
+
+def _output_dtype(entry: TensorEntry, save_dtype: str) -> str:
+    # The router chooses experts in float32; rounded, it would send tokens to other experts than the base does.
+    is_router = re.search(r"\.gate\.(wg\.)?weight$", entry.name) and entry.dtype == "F32"
+    wanted = SAVE_DTYPES[save_dtype]
+    return entry.dtype if wanted is None or is_router or entry.dtype not in TORCH_DTYPES else wanted
