@@ -12,8 +12,8 @@ import transformers
 
 from hynb.hunyuan_large import HunYuanLargeConfig, HunYuanLargeForCausalLM, HunYuanLargeMoE
 
-# All experts of the small size fit into a CPU's cache, which hides the cost of the loop; those of the large size do not,
-# like those of any real model.
+# All experts of the small size fit into a CPU's cache, which hides the cost of the loop; those of the large size do
+# not, like those of any real model.
 SIZES = {"small": {"hidden_size": 256, "intermediate_size": 512}, "large": {"hidden_size": 1024}}
 COMMON = {
     "vocab_size": 512,
