@@ -97,7 +97,7 @@ class Run:
             pass
         launcher = self._launcher()
         if launcher is not None:
-            # The ranks have said how they ended; the processes take a moment to go.
+            # The ranks have recorded how they ended; their processes take a moment to end.
             deadline = time.monotonic() + 60
             while launcher.alive() and time.monotonic() < deadline:
                 time.sleep(0.1)

@@ -96,7 +96,9 @@ def make_plan(config: Config) -> Plan:
         names = ", ".join(hosts[index].name for index in local)
         problems.append(f"hostfile = {config.hostfile}: {names} are all this machine; list it once")
     if config.launcher == "no_ssh" and not local:
-        problems.append(f"launcher = no_ssh: {socket.gethostname()} is none of the hosts; launch on {hosts[0].name}")
+        problems.append(
+            f"launcher = no_ssh: {socket.gethostname()} is not one of the hosts; launch on {hosts[0].name}"
+        )
     ssh = None if config.launcher in ("no_ssh", "slurm") else Ssh(config=ssh_config(config))
     here = local[0] if local else None
     others = [host for index, host in enumerate(hosts) if index != here]
@@ -191,7 +193,7 @@ def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
         chosen = [host for host in hosts if host.slot_ids not in (None, tuple(range(host.slots)))]
         if chosen:
             problems.append(
-                f"launcher = {config.launcher}: can't choose single slots ({filter_text(chosen[0])}): choose "
+                f"launcher = {config.launcher}: cannot choose single slots ({filter_text(chosen[0])}): choose "
                 "whole hosts, or launcher: pdsh"
             )
     if config.launcher in ("mpich", "slurm") and len({host.slots for host in hosts}) > 1:
@@ -213,8 +215,8 @@ def _unready_hosts(ssh: Ssh, hosts: Sequence[Host]) -> list[str]:
         if answer.problem:
             return [answer.problem if host.name in answer.problem else f"{host.name}: {answer.problem}"]
         missing = answer.out.splitlines()
-        mend = "every host needs this environment and code at the same paths: `hynb preflight --fix` copies them"
-        return [f"{host.name}: {line}; {mend}" for line in missing]
+        fix = "every host needs this environment and code at the same paths: `hynb preflight --fix` copies them"
+        return [f"{host.name}: {line}; {fix}" for line in missing]
 
     with ThreadPoolExecutor(max(1, len(hosts))) as pool:
         return [problem for problems in pool.map(ask, hosts) for problem in problems]
@@ -227,19 +229,23 @@ def _own_address(config: Config, hosts: Sequence[Host], here: int | None, ssh: S
         found = psutil.net_if_addrs().get(name)
         if found is None:
             names = ", ".join(sorted(psutil.net_if_addrs()))
-            raise ClusterError(f"network_interface = {name}: this machine has none of that name; it has {names}")
+            raise ClusterError(
+                f"network_interface = {name}: this machine has no interface of that name; it has {names}"
+            )
         if any(item.address.startswith("127.") for item in found):
-            raise ClusterError(f"network_interface = {name}: no other host reaches this machine by its loopback")
+            raise ClusterError(
+                f"network_interface = {name}: other hosts cannot reach this machine through its loopback"
+            )
         for family in (socket.AF_INET, socket.AF_INET6):
             for item in found:
                 if item.family == family and not item.address.startswith("fe80"):
                     return item.address
-        raise ClusterError(f"network_interface = {name}: has no address on this machine")
+        raise ClusterError(f"network_interface = {name}: has no address")
     others = [host for index, host in enumerate(hosts) if index != here]
     other = _address_of(others[0].name, ssh)
     source = source_address(other)
     if source is None:
-        raise ClusterError(f"{others[0].name}: no way leads to {other}; `ip route` shows those that there are")
+        raise ClusterError(f"{others[0].name}: no way leads to {other}; `ip route` lists the routes")
     return source
 
 
@@ -251,7 +257,7 @@ def _address_of(name: str, ssh: Ssh | None) -> str:
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise ClusterError(
-            f"{name}: this name can't be resolved here: {error.strerror}; add it to /etc/hosts"
+            f"{name}: this name cannot be resolved here: {error.strerror}; add it to /etc/hosts"
         ) from None
 
 

@@ -23,6 +23,7 @@ from hynb.files import write_json
 from hynb.runs import RunDir, RunReader, RunWriter
 from hynb.supervision import link as links
 from hynb.supervision.link import Link
+from hynb.supervision.logs import LaunchLogs
 from hynb.supervision.membership import Membership
 from hynb.supervision.processes import kill_over_ssh, kill_processes
 
@@ -35,7 +36,6 @@ _TURN_SECONDS = 0.1
 _KILL_SECONDS = 2.0
 # The launcher's own processes end after the ranks.
 _LAUNCHER_END_SECONDS = 30.0
-_QUOTED_LINES = 8
 _LOG_NAME = re.compile(r"\d{14}_rank\d+\.log|failure_rank\d+\.json")
 
 
@@ -106,8 +106,7 @@ class Supervisor:
         self._folder_text = ""
         self._launcher_ended_at: float | None = None
         self._meeting_deadline: float | None = None
-        self._log_start = self._dir.launcher_log.stat().st_size
-        self._started_at = time.time()
+        self._logs = LaunchLogs(self._dir)
 
     def run(self) -> dict[str, Any]:
         """Starts the launcher, watches until nothing of the run is left, and returns the record of its end."""
@@ -212,7 +211,7 @@ class Supervisor:
 
     def _look_at_start(self, now: float, waiting: list[Node]) -> None:
         for node in waiting:
-            if self._launcher_lines_of(node.name, r"ssh exited with exit code \d+"):
+            if self._logs.launcher_lines_of(node.name, r"ssh exited with exit code \d+"):
                 self._fail(f"{node.name}: did not join: {self._diagnose(node)}", node, weight=3, grace_seconds=0)
                 return
         names = ", ".join(node.name for node in waiting)
@@ -220,7 +219,7 @@ class Supervisor:
             code = self._launcher.returncode
             node = waiting[0] if len(waiting) < len(self._nodes) or len(self._nodes) == 1 else None
             reason = f"the launcher ended with exit code {code} before {names} joined"
-            self._fail(reason + self._start_log(node), node, weight=3, grace_seconds=0)
+            self._fail(reason + self._start_tail(node), node, weight=3, grace_seconds=0)
         elif now > self._start_deadline:
             reason = f"{names}: did not join within start_timeout_seconds = {self._membership.start_seconds:g}"
             details = "".join(f"\n{node.name}: {self._diagnose(node)}" for node in waiting)
@@ -228,18 +227,25 @@ class Supervisor:
 
     def _diagnose(self, node: Node) -> str:
         """What can be found out about a host that did not join."""
-        printed = self._launcher_lines_of(node.name, ".+")
+        printed = self._logs.launcher_lines_of(node.name, ".+")
         if self._dir.paste.exists():
             return f"was its line pasted there? It is in {self._dir.paste}"
         folder = shlex.quote(str(self._dir.log))
         script = f'f=$(ls -t {folder}/*_rank*.log 2>/dev/null | head -n 1); [ -z "$f" ] || tail -n 6 "$f"'
         if self._ssh is None:
-            return self._start_log(node).removeprefix("; ") or "none of its ranks has written a line yet"
+            return self._start_tail(node).removeprefix("; ") or "none of its ranks has written a line yet"
         answer = self._ssh.run(node.name, ["sh", "-c", script], deadline_seconds=8)
         if answer.problem:
             return answer.problem
         found = [text for text in (printed, answer.out.strip()) if text]
         return "it answers ssh; " + ("\n".join(found) if found else "none of its ranks has written a line yet")
+
+    def _start_tail(self, node: Node | None) -> str:
+        """The last lines of a rank of the host, or of the launcher, behind a semicolon; empty when there are none."""
+        if node and (tail := self._logs.rank_tail(node.ranks)):
+            return f"; the end of its log:\n{tail}"
+        tail = self._logs.launcher_tail()
+        return f"; the end of the log:\n{tail}" if tail else ""
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -425,11 +431,7 @@ class Supervisor:
         ranks: Sequence[int] = [cause.rank] if cause.rank is not None else []
         if cause.host is not None and not ranks:
             ranks = next(node.ranks for node in self._nodes if node.name == cause.host)
-        for rank in ranks:
-            path = self._dir.rank_log(rank)
-            if path is not None and (lines := path.read_text(errors="replace").splitlines()):
-                return "\n".join(lines[-_QUOTED_LINES:])
-        return ""
+        return self._logs.rank_tail(ranks)
 
     def _end_everywhere(self) -> None:
         """Ends all processes of the run on all hosts, and nothing else there."""
@@ -459,29 +461,6 @@ class Supervisor:
         with contextlib.suppress(OSError):
             if (link := node.link) is not None:
                 link.send(message)
-
-    def _launcher_lines_of(self, host: str, pattern: str) -> str:
-        """The last lines that pdsh printed for one host, if one of them matches the pattern; else empty."""
-        lines = [line for line in self._launcher_lines() if re.match(rf"(pdsh@\S+: )?{re.escape(host)}: ", line)]
-        if not any(re.search(pattern, line) for line in lines):
-            return ""
-        return "\n".join(lines[-_QUOTED_LINES:])
-
-    def _start_log(self, node: Node | None) -> str:
-        """The last lines of the launcher, or of a rank of the host, behind a semicolon; empty when there are none."""
-        for path in [self._dir.rank_log(rank) for rank in (node.ranks if node else ())]:
-            # An earlier run of this folder left its logs there too.
-            if path is None or path.stat().st_mtime < self._started_at:
-                continue
-            if lines := path.read_text(errors="replace").strip().splitlines():
-                return "; the end of its log:\n" + "\n".join(lines[-_QUOTED_LINES:])
-        lines = [line for line in self._launcher_lines() if line.strip()][-_QUOTED_LINES:]
-        return "; the end of the log:\n" + "\n".join(lines) if lines else ""
-
-    def _launcher_lines(self) -> list[str]:
-        with self._dir.launcher_log.open("rb") as file:
-            file.seek(self._log_start)
-            return file.read().decode(errors="replace").splitlines()
 
     def _write_hosts(self) -> None:
         hosts = [{"name": node.name, "ranks": list(node.ranks), "state": node.state} for node in self._nodes]

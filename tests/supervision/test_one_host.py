@@ -1,0 +1,276 @@
+"""Runs on this machine alone, through the same plan, supervisor and guard as over hosts: killed, frozen, broken."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny import tiny_data, tiny_model
+
+from hynb.config import Config
+from hynb.errors import ClusterError, RunFailedError
+from hynb.launch import Run, launch
+from hynb.runs import RunDir
+from hynb.supervision import Membership, make_plan, processes_of
+from hynb.supervision.commands import launch_command
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny_model(folder / "model", "hunyuan_v1_dense")
+    tiny_data(folder / "train.jsonl")
+    return folder
+
+
+def config_of(files: Path, folder: Path, **values) -> Config:
+    given = {
+        "model_name_or_path": str(files / "model"),
+        "train_data_file": str(files / "train.jsonl"),
+        "output_dir": str(folder),
+        "num_processes": 2,
+        "max_steps": 1_000_000,
+        "save_steps": 100_000,
+        "max_seq_length": 256,
+    }
+    return Config(**(given | values))
+
+
+def until(condition: Callable[[], object], run: Run, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{run.status()}\n{run.reader.log_tail()}"
+        time.sleep(0.05)
+
+
+def until_trains(*runs: Run) -> None:
+    for run in runs:
+        until(lambda run=run: run.status().global_step >= 1 or not run.status().live, run)
+        assert run.status().state == "running", f"{run.status()}\n{run.reader.log_tail()}"
+
+
+def launch_record(run: Run) -> dict:
+    return json.loads(run.dir.launch.read_text())
+
+
+def processes(run: Run, *words: str) -> list[psutil.Process]:
+    """Processes of a run whose command line has all of these words."""
+    return [item for item in processes_of(launch_record(run)["id"]) if all(word in item.cmdline() for word in words)]
+
+
+def nothing_left(run: Run) -> bool:
+    record = launch_record(run)
+    registries = list(Path("/tmp").glob(f"hynb-{record['id']}-*"))
+    return not processes(run) and not psutil.pid_exists(record["process"]["pid"]) and not registries
+
+
+def test_kill_ends_one_run_and_a_killed_rank_is_named(files, tmp_path):
+    first, second = (launch(config_of(files, tmp_path / name)) for name in ("first", "second"))
+    until_trains(first, second)
+    assert len(processes(first)) >= 4, "launcher, guard and two ranks"
+    status = first.kill()
+    assert status.state == "stopped" and "killed on request; there is no checkpoint" in status.reason
+    until(lambda: nothing_left(first), first, 5)
+    assert second.status().state == "running", "another run is not touched"
+    (rank,) = processes(second, "--local_rank=1")
+    rank.send_signal(signal.SIGKILL)
+    with pytest.raises(RunFailedError, match=f"rank 1 on {HOST} was killed"):
+        second.wait(timeout_seconds=60, check=True)
+    status = second.status()
+    assert (status.state, status.host, status.rank) == ("failed", HOST, 1)
+    assert "The end of its log:\nLoading weights: 100%" in status.reason
+    until(lambda: nothing_left(second), second, 30)
+
+
+def test_a_frozen_rank_and_a_killed_guard_end_the_run(files, tmp_path):
+    frozen = launch(config_of(files, tmp_path / "frozen", silence_timeout_seconds=3))
+    unguarded = launch(config_of(files, tmp_path / "unguarded"))
+    until_trains(frozen, unguarded)
+    (rank,) = processes(frozen, "--local_rank=1")
+    rank.send_signal(signal.SIGSTOP)
+    (guard,) = processes(unguarded, "hynb.supervision.node_guard")
+    guard.send_signal(signal.SIGKILL)
+    for run, words in ((frozen, "has been stopped by a signal (SIGSTOP) for"), (unguarded, "its guard ended")):
+        status = run.wait(timeout_seconds=60)
+        assert (status.state, status.host) == ("failed", HOST) and words in status.reason, status
+    assert frozen.status().rank == 1
+    for run in (frozen, unguarded):
+        # The guard's folder in /tmp goes with the guard.
+        until(lambda run=run: not processes(run), run, 30)
+    until(lambda: nothing_left(frozen), frozen, 30)
+
+
+def test_a_killed_supervisor_ends_the_run(files, tmp_path):
+    run = launch(config_of(files, tmp_path / "run"))
+    until_trains(run)
+    os.kill(launch_record(run)["process"]["pid"], signal.SIGKILL)
+    status = run.wait(timeout_seconds=60)
+    assert status.state == "failed" and "its processes are gone" in status.reason
+    until(lambda: nothing_left(run), run, 30)
+
+
+def test_a_rank_that_ends_before_it_starts_is_named_with_its_log(files, tmp_path, monkeypatch):
+    # Every Python process imports this; it breaks rank 1 alone.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n    raise SystemExit('libbroken.so: cannot open')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = launch(config_of(files, tmp_path / "run"))
+    status = run.wait(timeout_seconds=120)
+    assert (status.state, status.host, status.rank) == ("failed", HOST, 1), status
+    assert f"rank 1 on {HOST} ended before it had started up" in status.reason
+    assert "libbroken.so: cannot open" in status.reason
+    until(lambda: nothing_left(run), run, 30)
+
+
+def test_a_launcher_that_cannot_start_is_reported_with_its_output(files, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'deepspeed.launcher.launch' in sys.orig_argv:\n    raise SystemExit('no such accelerator')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = launch(config_of(files, tmp_path / "run"))
+    status = run.wait(timeout_seconds=60)
+    assert status.state == "failed" and "no such accelerator" in status.reason
+    assert f"the launcher ended with exit code 1 before {HOST} joined" in status.reason
+    until(lambda: nothing_left(run), run, 30)
+
+
+def test_stop_before_the_ranks_have_joined(files, tmp_path):
+    run = launch(config_of(files, tmp_path / "run"))
+    status = run.stop(timeout_seconds=60)
+    assert (status.state, status.reason) == ("stopped", "stopped on request before all hosts had joined")
+    until(lambda: nothing_left(run), run, 30)
+
+
+def test_names_that_a_shell_would_run_are_names(files, tmp_path):
+    folder = tmp_path / """odd $(touch pwned) `touch pwned` 50% 'single' "double" ; touch pwned &"""
+    run = launch(config_of(files, folder, max_steps=2, num_processes=1))
+    assert run.wait(timeout_seconds=120, check=True).state == "finished"
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-2"]
+    assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "requested", "devices"),
+    [
+        ("4,5", None, ["4", "5"]),
+        ("GPU-1a,MIG-2b,7", 2, ["GPU-1a", "MIG-2b"]),
+        (" 3 ", None, ["3"]),
+        (None, 2, [0, 1]),
+    ],
+)
+def test_ranks_get_the_devices_that_the_user_chose(files, tmp_path, monkeypatch, visible, requested, devices):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    plan = make_plan(config_of(files, tmp_path / "run", num_processes=requested))
+    command = launch_command(plan, RunDir(tmp_path / "run"))
+    world = next(word.removeprefix("--world_info=") for word in command if word.startswith("--world_info="))
+    assert json.loads(base64.urlsafe_b64decode(world)) == {HOST: devices}
+
+
+def test_deepspeeds_launcher_gives_the_ranks_these_devices(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a,MIG-2b")
+    command = launch_command(make_plan(config_of(files, tmp_path / "run")), RunDir(tmp_path / "run"))
+    script = tmp_path / "show.py"
+    script.write_text(
+        "import os, pathlib\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / os.environ['RANK']).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    words = [word for word in command if word != "--module" and not word.startswith("--enable_each_rank_log")]
+    subprocess.run([*words[:-1], script], capture_output=True, timeout=120, check=True)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["GPU-1a,MIG-2b"] * 2
+
+
+@pytest.mark.parametrize("made", ["open to others", "a link", "somebody else's"])
+def test_a_registry_that_somebody_else_made_is_refused(made, tmp_path):
+    membership = Membership(
+        launch_id=uuid.uuid4().hex,
+        run_folder=tmp_path,
+        supervisor_host=HOST,
+        address="127.0.0.1",
+        port=1,
+        hosts=((HOST, 1),),
+        secret="",
+        start_seconds=1,
+        silence_seconds=1,
+    )
+    folder = membership.registry(0)
+    try:
+        if made == "a link":
+            folder.symlink_to(tmp_path)
+        else:
+            folder.mkdir(mode=0o700)
+            if made == "open to others":
+                folder.chmod(0o750)
+            elif os.geteuid() == 0:
+                os.chown(folder, 65534, 65534)
+            else:
+                pytest.skip("only root can give a folder to somebody else")
+        with pytest.raises(ClusterError, match="is not a folder that this user alone can read"):
+            membership.make_registry(0)
+    finally:
+        folder.unlink() if folder.is_symlink() else folder.rmdir()
+    assert membership.make_registry(0).stat().st_mode & 0o777 == 0o700
+    assert membership.make_registry(0) == folder, "the ranks of one host share it"
+    folder.rmdir()
+
+
+def test_membership_travels_through_the_environment_unchanged(tmp_path, monkeypatch):
+    secret_file = tmp_path / "secret"
+    secret_file.write_text("s3cret\n")
+    membership = Membership(
+        launch_id="1" * 32,
+        run_folder=tmp_path / "odd $(x) `y` 'z' \"w\" % name",
+        supervisor_host="fe80::1%eth0",
+        address="10.0.0.1",
+        port=4711,
+        hosts=(("a", 2), ("b=c", 3)),
+        secret="s3cret",
+        start_seconds=5,
+        silence_seconds=7,
+    )
+    for file in (secret_file, None):
+        variables = membership.variables(secret_file=file)
+        assert ("s3cret" in "".join(variables.values())) == (file is None)
+        # Characters that DeepSpeed's runners pass on as they are.
+        assert all(re.fullmatch(r"[\w=-]*", value, re.ASCII) for value in variables.values())
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert Membership.from_environment() == membership
+    assert [list(membership.ranks_of(node)) for node in (0, 1)] == [[0, 1], [2, 3, 4]]
+    assert [membership.node_of(rank) for rank in range(5)] == [0, 0, 1, 1, 1]
+
+
+def test_a_secret_that_cannot_be_read_says_where_it_comes_from(tmp_path):
+    code = "from hynb.supervision import Membership; Membership.from_environment()"
+    membership = Membership(
+        launch_id="2" * 32,
+        run_folder=tmp_path,
+        supervisor_host="alpha",
+        address="127.0.0.1",
+        port=1,
+        hosts=(("beta", 1),),
+        secret="",
+        start_seconds=1,
+        silence_seconds=1,
+    )
+    environment = os.environ | membership.variables(secret_file=tmp_path / "absent")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    problem = f"{tmp_path / 'absent'} on {HOST}: cannot be read: No such file or directory. Copy the file there from"
+    assert f"{problem} alpha" in done.stderr
