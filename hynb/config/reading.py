@@ -1,4 +1,4 @@
-"""Reads a Config from flags, YAML or a notebook's parameters, all mistakes at once, and writes it as YAML."""
+"""Reads a Config from flags, YAML or a notebook's parameters, reporting all mistakes at once; writes it as YAML."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from typing import Any
 import yaml
 
 from hynb.config.rules import check_config
-from hynb.config.schema import Config, parameter, parameters
+from hynb.config.schema import PARSERS, Config, parameter, parameters
 from hynb.errors import ConfigError, nearest
 
-# TrainingArguments that transformers 5 dropped, as older scripts still pass them: new name, and what to say.
+# TrainingArguments that transformers 5 renamed.
 RENAMED = {
-    "evaluation_strategy": ("eval_strategy", "is called eval_strategy now"),
-    "per_gpu_train_batch_size": ("per_device_train_batch_size", "is called per_device_train_batch_size now"),
-    "no_cuda": ("use_cpu", "is called use_cpu now"),
-    "use_mps_device": (None, "is gone: the device is found by itself"),
-    "logging_dir": (None, "is not used: TensorBoard events go to output_dir/tensorboard"),
-    "half_precision_backend": (None, "is gone: bf16 and fp16 use PyTorch's own"),
-    "fp16_opt_level": (None, "is gone: it belonged to apex"),
-    "fp16_backend": (None, "is gone: bf16 and fp16 use PyTorch's own"),
-    "overwrite_cache": (None, "is not needed: no cache of an earlier run is taken for another's"),
-    "dispatch_batches": (None, "is gone from transformers 5"),
-    "split_batches": (None, "is gone from transformers 5"),
-    "ddp_backend": (None, "is not used: DeepSpeed takes nccl on GPUs and gloo on CPUs"),
-    "tpu_num_cores": (None, "is not used: hynb trains on GPUs and CPUs"),
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "no_cuda": "use_cpu",
 }
-# Set by hynb itself for every run; a value from outside would contradict the run folder or DeepSpeed.
-_OWNED = {
-    "report_to": "TensorBoard events and events.jsonl are always written under output_dir",
-    "remove_unused_columns": "the data set holds no unused columns",
+# TrainingArguments, of transformers 5 and of earlier releases, that are accepted without effect.
+IGNORED = {
+    "use_mps_device": "the device is chosen automatically",
+    "logging_dir": "TensorBoard events are written to output_dir/tensorboard",
+    "half_precision_backend": "bf16 and fp16 use PyTorch's own mixed precision",
+    "fp16_opt_level": "it belongs to apex, which hynb does not use",
+    "fp16_backend": "bf16 and fp16 use PyTorch's own mixed precision",
+    "overwrite_cache": "cached results are kept by the content of the data files",
+    "dispatch_batches": "transformers 5 has no such option",
+    "split_batches": "transformers 5 has no such option",
+    "ddp_backend": "DeepSpeed uses nccl on GPUs and gloo on CPUs",
+    "tpu_num_cores": "hynb trains on GPUs and CPUs",
+    "report_to": "TensorBoard events and events.jsonl are always written to output_dir",
+    "remove_unused_columns": "the data set has no unused columns",
     "fsdp": "hynb trains with DeepSpeed",
     "fsdp_config": "hynb trains with DeepSpeed",
-    "auto_find_batch_size": "under DeepSpeed a changed batch size would change the run in silence",
+    "auto_find_batch_size": "a batch size that changes by itself would silently change the run",
     "push_to_hub": "hynb uploads nothing",
 }
 
 
 @dataclass
 class Reading:
-    """A Config in the making, with what was wrong and what the user should hear of."""
+    """Values that were read for a Config, the mistakes among them, and notes for the user."""
 
     values: dict[str, Any] = field(default_factory=dict)
     training_args: dict[str, Any] = field(default_factory=dict)
@@ -53,19 +53,20 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
     def take(self, name: str, value: Any, where: str) -> None:
-        """Files one value under its parameter or TrainingArguments name, or a problem on it."""
-        known = {item.name for item in parameters()}
+        """Adds the value of a parameter or of another TrainingArguments field, or a problem.
+
+        Args:
+            where: the source of the value, which the problem's message begins with.
+        """
         if name in RENAMED:
-            new_name, saying = RENAMED[name]
-            self.notes.append(f"{name} {saying}")
-            if new_name is None:
-                return
-            name = new_name
+            self.notes.append(f"{name} is now called {RENAMED[name]}")
+            name = RENAMED[name]
+        known = {item.name for item in parameters()}
         try:
             if name in known:
                 self.values[name] = parameter(name).parse(value)
-            elif name in _OWNED:
-                self.notes.append(f"{name} is not used: {_OWNED[name]}")
+            elif name in IGNORED:
+                self.notes.append(f"{name} is ignored: {IGNORED[name]}")
             elif name in training_argument_types():
                 self.training_args[name] = _parse_training_argument(training_argument_types()[name], value)
             else:
@@ -75,10 +76,10 @@ class Reading:
             self.problems.append(f"{where}: {name} {error}")
 
     def config(self, source: str) -> Config:
-        """The finished Config.
+        """The Config of all values.
 
         Raises:
-            ConfigError: with every problem found, those of reading and those of the values.
+            ConfigError: every mistake, those of reading and those of the values.
         """
         config = Config(**self.values, training_args=self.training_args, given=frozenset(self.values))
         problems = self.problems + [f"{source}: {problem}" for problem in check_config(config)]
@@ -91,41 +92,36 @@ def read_flags(argv: Sequence[str]) -> Reading:
     """Values from `--name value`, `--name=value` and bare `--switch` flags.
 
     Args:
-        argv: the command line without the program's name; `--local_rank` of the launcher is passed over.
+        argv: the command line without the program's name; the launcher's `--local_rank` is skipped.
     """
     reading = Reading()
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            reading.problems.append(f"command line: {word!r} is no flag; flags are written --name value")
+            reading.problems.append(f"command line: {word!r} is not a flag; write flags as --name value")
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if not equals:
-            following = []
-            while rest and not rest[0].startswith("--"):
-                following.append(rest.pop(0))
-            value = ",".join(following) if following else None
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
         if name == "local_rank":
             continue
-        if value is None and not _is_switch(name):
-            known = {item.name for item in parameters()} | training_argument_types().keys() | RENAMED.keys()
-            if name in known:
-                reading.problems.append(f"command line: --{name} is given without a value")
-            else:
-                near = nearest(name, known)
-                reading.problems.append(f"command line: unknown parameter {name}{near}")
-            continue
-        reading.take(name, True if value is None else value, "command line")
+        if values:
+            reading.take(name, ",".join(values), "command line")
+        elif _is_switch(name):
+            reading.take(name, True, "command line")
+        else:
+            reading.problems.append(f"command line: {_missing_value(name)}")
     return reading
 
 
 def read_yaml(path: str | Path) -> Reading:
-    """Values from a flat YAML mapping; problems carry file:line.
+    """Values from a flat YAML mapping; problems have file:line.
 
     Raises:
-        ConfigError: when the file is absent or no YAML mapping.
+        ConfigError: the file does not exist or is not a YAML mapping.
     """
     path = Path(path)
     try:
@@ -140,7 +136,7 @@ def read_yaml(path: str | Path) -> Reading:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}{line}: no valid YAML: {what}") from None
+        raise ConfigError(f"{path}{line}: invalid YAML: {what}") from None
     reading = Reading()
     if root is None:
         return reading
@@ -149,17 +145,30 @@ def read_yaml(path: str | Path) -> Reading:
     seen: dict[str, int] = {}
     for key, node in root.value:
         line = key.start_mark.line + 1
-        where = f"{path}:{line}"
-        if key.value in seen:
-            reading.problems.append(f"{where}: {key.value} is given twice, first in line {seen[key.value]}")
-            continue
-        seen[key.value] = line
-        reading.take(str(key.value), yaml.safe_load(yaml.serialize(node)), where)
+        _take_yaml(reading, key, node, f"{path}:{line}", seen)
     return reading
 
 
+def _take_yaml(reading: Reading, key: yaml.Node, node: yaml.Node, where: str, seen: dict[str, int]) -> None:
+    """Adds one entry of a YAML mapping; `seen` has the line of each earlier key."""
+    if not isinstance(key, yaml.ScalarNode):
+        reading.problems.append(f"{where}: a key must be the name of a parameter")
+        return
+    if key.value in seen:
+        reading.problems.append(f"{where}: {key.value} is given twice, first in line {seen[key.value]}")
+        return
+    seen[key.value] = key.start_mark.line + 1
+    try:
+        value = yaml.safe_load(yaml.serialize(node))
+    except (yaml.YAMLError, ValueError) as error:
+        what = getattr(error, "problem", None) or error
+        reading.problems.append(f"{where}: {key.value} has an invalid YAML value: {what}")
+        return
+    reading.take(key.value, value, where)
+
+
 def read_mapping(values: Mapping[str, Any], where: str = "parameters") -> Reading:
-    """Values from plain Python ones, as a notebook's parameters cell holds them."""
+    """Values from plain Python ones, as in a notebook's parameters cell."""
     reading = Reading()
     for name, value in values.items():
         reading.take(name, value, where)
@@ -167,11 +176,11 @@ def read_mapping(values: Mapping[str, Any], where: str = "parameters") -> Readin
 
 
 def read_settings(reading: Reading, settings: Iterable[str]) -> Reading:
-    """`key=value` words of `--set` on top of an earlier reading."""
+    """Adds `key=value` words of `--set` to a reading and returns it."""
     for word in settings:
         name, equals, value = word.partition("=")
         if not equals:
-            reading.problems.append(f"--set {word}: is written key=value")
+            reading.problems.append(f"--set {word}: must be key=value")
             continue
         reading.take(name.strip(), value.strip(), f"--set {word}")
     return reading
@@ -181,16 +190,16 @@ def load_yaml(path: str | Path) -> Config:
     """The Config in a YAML file.
 
     Raises:
-        ConfigError: all mistakes at once, with file:line where a line is at fault.
+        ConfigError: all mistakes at once, with file:line where a line has one.
     """
     return read_yaml(path).config(str(path))
 
 
 def to_yaml(config: Config, *, explain: bool = False) -> str:
-    """A Config as YAML that `load_yaml` reads back to an equal one.
+    """A Config as YAML; `load_yaml` reads it back to an equal one.
 
     Args:
-        explain: write each parameter's help as a comment beside it.
+        explain: write each parameter's help as a comment above it.
     """
     lines = []
     for item in parameters():
@@ -207,50 +216,63 @@ def to_yaml(config: Config, *, explain: bool = False) -> str:
 
 @functools.cache
 def training_argument_types() -> dict[str, str]:
-    """Names of transformers' TrainingArguments with their annotations, read from its source.
+    """The annotation of each field of transformers' TrainingArguments, read from its source.
 
-    Its import takes seconds and brings torch, which a notebook's kernel does without.
+    Importing the class takes seconds and imports torch, which a notebook's kernel does without.
     """
     package = importlib.util.find_spec("transformers")
+    assert package is not None and package.origin is not None
     source = Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
             return {
-                item.target.id: ast.unparse(item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)
+                item.target.id: ast.unparse(item.annotation)
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
             }
-    raise RuntimeError("this release of transformers has no TrainingArguments class in training_args.py")
+    raise RuntimeError("this release of transformers has no class TrainingArguments in training_args.py")
 
 
 def _is_switch(name: str) -> bool:
-    if name in RENAMED:
-        return RENAMED[name][0] is None or _is_switch(RENAMED[name][0])
+    """Whether a flag may be given without a value."""
+    if name in IGNORED:
+        return True
+    name = RENAMED.get(name, name)
     for item in parameters():
         if item.name == name:
             return item.type is bool
     return training_argument_types().get(name, "").startswith("bool")
 
 
+def _missing_value(name: str) -> str:
+    known = {item.name for item in parameters()} | training_argument_types().keys() | RENAMED.keys()
+    if name in known:
+        return f"--{name} is given without a value"
+    return f"unknown parameter {name}{nearest(name, known)}"
+
+
 def _parse_training_argument(annotation: str, value: Any) -> Any:
-    """A TrainingArguments value in the type of its annotation; the class itself checks its range."""
-    if not isinstance(value, str):
-        return float(value) if annotation.startswith("float") and isinstance(value, int) else value
+    """A value in the type of its annotation; TrainingArguments itself checks its range.
+
+    Args:
+        annotation: as in the class, such as `int | None`.
+
+    Raises:
+        ValueError: what is wrong with the value.
+    """
     kinds = [part.strip() for part in annotation.split("|")]
-    if "None" in kinds and value.lower() in ("none", ""):
+    if "None" in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", ""))):
         return None
-    if "str" in kinds and not {"bool", "dict"} & set(kinds):
+    if "str" not in kinds:
+        for kind, parse in PARSERS.items():
+            if kind.__name__ in kinds:
+                return parse(value)
+    if not isinstance(value, str) or ("str" in kinds and not {"bool", "dict"} & set(kinds)):
         return value
-    parsed = yaml.safe_load(value)
-    if "float" in kinds and not isinstance(parsed, bool):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"is {value!r}; it takes a number") from None
-    for kind, wanted, words in (
-        ("bool", bool, "true or false"),
-        ("int", int, "a whole number"),
-    ):
-        if kind in kinds and "str" not in kinds and not isinstance(parsed, wanted):
-            raise ValueError(f"is {value!r}; it takes {words}")
-    if any(kind.startswith("list") for kind in kinds) and isinstance(parsed, str):
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"is {value!r}, which is invalid YAML") from None
+    if isinstance(parsed, str) and any(kind.startswith("list") for kind in kinds):
         return parsed.replace(",", " ").split()
     return parsed

@@ -1,4 +1,4 @@
-"""Which parameters of a Config contradict each other, and how to mend it."""
+"""Contradictions between the parameters of a Config, each with a way to resolve it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,32 @@ from hynb.config.schema import Config, parameters
 
 
 def check_config(config: Config) -> list[str]:
-    """Every mistake in a Config that shows without looking at the disk, one message each."""
+    """One message for each mistake in a Config that shows without looking at the disk."""
     invalid = {item: item.problems(getattr(config, item.name)) for item in parameters()}
-    # Contradictions are looked for with each invalid value replaced by its default.
+    # An invalid value counts as its default here, so that it is reported once.
     corrected = {item.name: item.default for item, problems in invalid.items() if problems}
     problems = [problem for found in invalid.values() for problem in found]
     return problems + _contradictions(dataclasses.replace(config, **corrected))
 
 
 def _contradictions(config: Config) -> list[str]:
-    """Parameters of a Config, each right by itself, that can't stand together."""
+    problems = [
+        *_training_contradictions(config),
+        *_lora_contradictions(config),
+        *_data_contradictions(config),
+        *_host_contradictions(config),
+    ]
+    if config.model_name_or_path is None and config.resume_from_checkpoint is None:
+        if config.tokenizer_name_or_path is None:
+            problems.append(
+                "model_name_or_path and tokenizer_name_or_path are both missing: name the model's folder, "
+                "or a tokenizer's folder for a random model of the given sizes"
+            )
+        problems += _size_contradictions(config)
+    return problems
+
+
+def _training_contradictions(config: Config) -> list[str]:
     problems = []
     if config.bf16 and config.fp16:
         problems.append("bf16 and fp16 are both on: choose one (bf16 on A100 and newer, fp16 on older GPUs)")
@@ -28,11 +44,14 @@ def _contradictions(config: Config) -> list[str]:
         )
     if not config.do_train:
         problems.append("do_train is off: there is nothing to do; leave it out or set it to true")
-    if config.train_data_file is None:
-        problems.append("train_data_file is missing: name a JSONL file with one conversation a line")
+    return problems
+
+
+def _lora_contradictions(config: Config) -> list[str]:
+    problems = []
     if config.use_lora and config.train_attention_params_only:
         problems.append(
-            "use_lora and train_attention_params_only are both on: LoRA trains its adapters alone; choose one"
+            "use_lora and train_attention_params_only are both on: LoRA trains only its adapters; choose one"
         )
     if config.lora_on_experts and not config.use_lora:
         problems.append("lora_on_experts needs use_lora: turn it on, or leave lora_on_experts off")
@@ -41,29 +60,23 @@ def _contradictions(config: Config) -> list[str]:
             f"lora_on_experts and lora_dropout = {config.lora_dropout:g}: PEFT has no dropout on experts' weights; "
             "set lora_dropout to 0"
         )
-    problems += _data_contradictions(config)
-    problems += _host_contradictions(config)
-    from_scratch = config.model_name_or_path is None and config.resume_from_checkpoint is None
-    if from_scratch and config.tokenizer_name_or_path is None:
-        problems.append(
-            "model_name_or_path and tokenizer_name_or_path are both missing: name the model's folder, "
-            "or a tokenizer's folder for a random model of the given sizes"
-        )
-    if from_scratch:
-        problems += _size_contradictions(config)
     return problems
 
 
 def _data_contradictions(config: Config) -> list[str]:
     problems = []
+    if config.train_data_file is None:
+        problems.append("train_data_file is missing: name a JSONL file with one conversation per line")
     if config.packing and config.group_by_length:
-        problems.append("packing and group_by_length are both on: packs are all of one length; choose one")
+        problems.append(
+            "packing and group_by_length are both on: packed sequences have about the same length; choose one"
+        )
     if config.split_long_samples and not config.packing:
         problems.append("split_long_samples needs packing: turn it on too")
     if config.eval_data_file is not None and config.eval_split:
         problems.append(
             f"eval_data_file and eval_split = {config.eval_split:g} are both given: evaluate on a file, or on a "
-            "share of the training samples"
+            "fraction of the training samples"
         )
     if config.eval_steps is not None and config.eval_data_file is None and not config.eval_split:
         problems.append(
@@ -75,30 +88,26 @@ def _data_contradictions(config: Config) -> list[str]:
 def _host_contradictions(config: Config) -> list[str]:
     problems = []
     if config.include is not None and config.exclude is not None:
-        problems.append("include and exclude are both given: name the hosts to take, or those to leave out")
+        problems.append("include and exclude are both given: name the hosts to use, or those to leave out")
     for name in ("include", "exclude", "ssh_config", "network_interface"):
         if config.hostfile is None and (value := getattr(config, name)) is not None:
             problems.append(f"{name} = {value}: needs a hostfile; name one, or leave {name} out")
     if config.hostfile is not None and config.num_processes is not None:
         problems.append(
-            f"num_processes = {config.num_processes} and hostfile are both given: a hostfile's slots say how many "
-            "ranks each host takes; leave num_processes out"
+            f"num_processes = {config.num_processes} and hostfile are both given: the hostfile's slots set the "
+            "number of ranks on each host; leave num_processes out"
         )
     return problems
 
 
 def _size_contradictions(config: Config) -> list[str]:
     problems = []
-    if config.hidden_size % config.num_attention_heads:
-        problems.append(
-            f"hidden_size = {config.hidden_size} is no multiple of num_attention_heads = {config.num_attention_heads}"
-        )
-    key_value_heads = config.num_key_value_heads or config.num_attention_heads
-    if config.num_attention_heads % key_value_heads:
-        problems.append(
-            f"num_attention_heads = {config.num_attention_heads} is no multiple of "
-            f"num_key_value_heads = {key_value_heads}"
-        )
+    heads = config.num_attention_heads
+    if config.hidden_size % heads:
+        problems.append(f"hidden_size = {config.hidden_size} is not a multiple of num_attention_heads = {heads}")
+    key_value_heads = config.num_key_value_heads or heads
+    if heads % key_value_heads:
+        problems.append(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {key_value_heads}")
     if config.moe_topk > config.num_experts:
         problems.append(f"moe_topk = {config.moe_topk} is above num_experts = {config.num_experts}")
     return problems

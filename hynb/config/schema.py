@@ -1,4 +1,4 @@
-"""Every parameter once: name, type, default, bounds, help; form, flags, YAML and docs are made from it."""
+"""Every parameter once: name, type, default, bounds, help; form, flags, YAML and tables are generated from it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Scheduler = Literal[
 ]
 SCHEDULERS_WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-# Written for None on a command line, in YAML and in a notebook's parameters, where plain types are needed.
+# How None is written on a command line and in a notebook's parameters, where plain types are needed.
 AUTOMATIC = "auto"
 
 
 def _parameter(
     default: Any,
     group: str,
-    text: str,
+    help_text: str,
     *,
     minimum: float | None = None,
     above: float | None = None,
@@ -39,7 +39,7 @@ def _parameter(
 ) -> Any:
     metadata = {
         "group": group,
-        "help": text,
+        "help": help_text,
         "minimum": minimum,
         "above": above,
         "maximum": maximum,
@@ -64,78 +64,80 @@ GROUPS = {
 
 @dataclass(kw_only=True)
 class Config:
-    """One training run, complete.
+    """All parameters of one training run; None means automatic.
 
-    Each field is a parameter; its metadata carry group, help, bounds and unit. `None` means automatic.
-    `training_args` holds any further flag of transformers' TrainingArguments, checked by its own parser.
+    Args:
+        training_args: further TrainingArguments of transformers, by name.
+        given: names of the parameters that the user set, as opposed to defaults.
     """
 
     model_name_or_path: str | None = _parameter(
         None,
         "model",
-        "Folder of the base model. Without it, and without resuming, a random model of the sizes below.",
+        "Folder of the base model. Without it, and without resuming, a random model of the sizes below is trained.",
     )
     tokenizer_name_or_path: str | None = _parameter(
         None, "model", "Folder of the tokenizer; automatic: the model's folder."
     )
     trust_remote_code: bool = _parameter(
-        False, "model", "Run Python files found inside the model folder. Hunyuan-Large needs none."
+        False, "model", "Run Python files of the model folder. Hunyuan models need none."
     )
     use_flash_attn: bool = _parameter(
-        False, "model", "Flash attention 2, if the package flash_attn is installed; else PyTorch's sdpa."
+        False, "model", "Use Flash Attention 2 if the package flash_attn is installed; otherwise PyTorch's sdpa."
     )
 
     train_data_file: str | None = _parameter(
         None,
         "data",
-        'JSONL, one conversation a line: {"messages": [{"role": …, "content": …}]}; ShareGPT and Alpaca too. '
-        "Several files with commas between them, globs, .gz and .zst.",
+        'JSONL, one conversation per line: {"messages": [{"role": …, "content": …}]}; ShareGPT and Alpaca too. '
+        "Several files separated by commas, globs, .gz and .zst.",
     )
     eval_data_file: str | None = _parameter(
-        None, "data", "Files to evaluate on in training, in the same formats; automatic: none."
+        None, "data", "Files to evaluate on during training, in the same formats; automatic: none."
     )
     eval_split: float = _parameter(
-        0.0, "data", "Share of the training samples that is held out and evaluated on.", minimum=0, maximum=0.5
+        0.0, "data", "Fraction of the training samples that is held out for evaluation.", minimum=0, maximum=0.5
     )
     eval_steps: int | None = _parameter(
         None,
         "data",
-        "Evaluate every so many steps; automatic: as often as save_steps. Needs eval_data_file or eval_split.",
+        "Steps between evaluations; automatic: save_steps. Needs eval_data_file or eval_split.",
         minimum=1,
         unit="steps",
     )
     on_bad_sample: Literal["stop", "skip"] = _parameter(
-        "stop", "data", "A broken line stops the run before it begins, or is left out and kept in rejected.jsonl."
+        "stop",
+        "data",
+        "How to treat invalid lines. stop: refuse to train; skip: leave them out and list them in rejected.jsonl.",
     )
-    train_on_prompt: bool = _parameter(
-        False, "data", "Train on system and user messages too, instead of on the answers alone."
-    )
+    train_on_prompt: bool = _parameter(False, "data", "Train on system and user messages too, not only on answers.")
     allow_special_tokens_in_text: bool = _parameter(
         False,
         "data",
-        "Letters such as <|eos|> inside a message become that token, as in the original; off: they stay letters.",
+        "Turn text that spells a special token (<|eos|>) into the token, as in upstream's script; off: it stays "
+        "text.",
     )
     packing: bool = _parameter(
         False,
         "data",
-        "Put whole conversations side by side up to max_seq_length, each attending to itself alone: no padding.",
+        "Pack whole conversations into sequences of max_seq_length, each attending only to itself: little padding.",
     )
     split_long_samples: bool = _parameter(
         False,
         "data",
-        "With packing: cut a sample beyond max_seq_length into parts that are all trained on, instead of losing "
-        "its end. A part doesn't see the one before.",
+        "Split a sample longer than max_seq_length into parts that are all trained on, instead of truncating it. "
+        "Needs packing; a part does not attend to the one before.",
     )
     group_by_length: bool = _parameter(
-        False, "data", "Batches of samples of like length: less padding, an order that is a little less random."
+        False, "data", "Batch samples of similar length: less padding, slightly less random sampling order."
     )
     max_seq_length: int = _parameter(
-        2048, "data", "A longer sample is cut here.", minimum=8, maximum=1 << 20, unit="tokens"
+        2048, "data", "Longer samples are truncated to this length.", minimum=8, maximum=1 << 20, unit="tokens"
     )
     model_max_length: int | None = _parameter(
         None,
         "data",
-        "Longest input that the tokenizer reports; automatic: its own.",
+        "The tokenizer's maximum input length; automatic: its own value.",
         minimum=8,
         unit="tokens",
     )
@@ -143,22 +145,22 @@ class Config:
     use_lora: bool = _parameter(False, "lora", "Train a LoRA adapter; off: full fine-tuning.")
     lora_rank: int = _parameter(64, "lora", "Rank of the adapter.", minimum=1, maximum=4096)
     lora_alpha: float = _parameter(128, "lora", "Scale of the adapter: alpha / rank.", above=0)
-    lora_dropout: float = _parameter(0.05, "lora", "Dropout before the adapter.", minimum=0, maximum=0.95)
+    lora_dropout: float = _parameter(0.05, "lora", "Dropout on the adapter's input.", minimum=0, maximum=0.95)
     lora_target_modules: list[str] = _parameter(
-        list(LORA_TARGETS), "lora", "Layers that get an adapter, by the end of their name."
+        list(LORA_TARGETS), "lora", "Modules that get an adapter, by the last part of their name."
     )
 
     lora_on_experts: bool = _parameter(
         False,
         "lora",
-        "Adapters on the weights of all routed experts too (PEFT's target_parameters). Takes far more memory; "
+        "Train adapters on the weights of all routed experts too (PEFT's target_parameters). Takes far more memory; "
         "needs lora_dropout 0.",
     )
 
     deepspeed: str = _parameter(
         "ds_zero2_no_offload",
         "zero",
-        "ZeRO preset, or a DeepSpeed JSON file. Presets by falling GPU memory: ds_zero2_no_offload, "
+        "ZeRO preset, or a DeepSpeed JSON file. Presets by decreasing GPU memory: ds_zero2_no_offload, "
         "ds_zero3_no_offload, ds_zero3_offload, ds_zero3_offload_no_auto.",
     )
     gradient_checkpointing: bool = _parameter(
@@ -170,35 +172,35 @@ class Config:
         "Gather a whole MoE block at once under ZeRO-3: fewer, larger transfers, far more GPU memory.",
     )
     train_attention_params_only: bool = _parameter(
-        False, "zero", "Train the self_attn parameters alone and freeze the rest."
+        False, "zero", "Train only the self_attn parameters and freeze the rest."
     )
     bf16: bool = _parameter(False, "zero", "Train in bfloat16 (GPUs from A100 on; CPUs too).")
     fp16: bool = _parameter(False, "zero", "Train in float16 with loss scaling (older GPUs).")
 
-    learning_rate: float = _parameter(1e-5, "schedule", "Highest learning rate.", above=0, maximum=10)
+    learning_rate: float = _parameter(1e-5, "schedule", "Peak learning rate.", above=0, maximum=10)
     min_lr: float | None = _parameter(
         None,
         "schedule",
-        "Final learning rate, absolute; automatic: a tenth of the highest. Used by cosine_with_min_lr.",
+        "Final learning rate, absolute; automatic: a tenth of learning_rate. Used by cosine_with_min_lr.",
         minimum=0,
     )
-    lr_scheduler_type: Scheduler = _parameter("cosine_with_min_lr", "schedule", "Course of the learning rate.")
+    lr_scheduler_type: Scheduler = _parameter("cosine_with_min_lr", "schedule", "Learning rate schedule.")
     warmup_ratio: float = _parameter(
-        0.01, "schedule", "Share of the steps in which the rate rises.", minimum=0, maximum=0.99
+        0.01, "schedule", "Fraction of the steps in which the learning rate rises.", minimum=0, maximum=0.99
     )
     max_steps: int | None = _parameter(
         None, "schedule", "Optimizer steps; automatic: from num_train_epochs.", minimum=1, unit="steps"
     )
     num_train_epochs: float = _parameter(
-        1.0, "schedule", "Passes over the data, where max_steps is automatic.", above=0, unit="epochs"
+        1.0, "schedule", "Passes over the data, if max_steps is automatic.", above=0, unit="epochs"
     )
     per_device_train_batch_size: int = _parameter(
-        1, "schedule", "Micro batch: samples a GPU works on at once.", minimum=1, unit="samples"
+        1, "schedule", "Micro-batch size: samples that a GPU processes at once.", minimum=1, unit="samples"
     )
     gradient_accumulation_steps: int = _parameter(
         1,
         "schedule",
-        "Micro batches summed before each optimizer step. Global batch = micro batch × this × GPUs.",
+        "Micro-batches accumulated before each optimizer step. Global batch = micro-batch × this × GPUs.",
         minimum=1,
     )
     weight_decay: float = _parameter(0.0, "schedule", "AdamW's weight decay.", minimum=0, maximum=1)
@@ -206,60 +208,62 @@ class Config:
     router_aux_loss_coef: float = _parameter(
         0.0,
         "schedule",
-        "Weight of a loss that spreads tokens evenly over a layer's experts; 0: none, as in the original.",
+        "Weight of the loss that balances tokens over each layer's experts; 0: none, as in upstream's script.",
         minimum=0,
         maximum=10,
     )
-    seed: int = _parameter(42, "schedule", "Seed of data order, dropout and new weights.", minimum=0)
+    seed: int = _parameter(42, "schedule", "Seed of sampling order, dropout and new weights.", minimum=0)
 
     output_dir: str = _parameter("runs/train", "run", "Run folder: logs, TensorBoard events, checkpoints.")
     overwrite_output_dir: bool = _parameter(
         False, "run", "Remove an earlier run's files from output_dir before starting."
     )
     resume_from_checkpoint: str | None = _parameter(
-        None, "run", "A checkpoint-N folder to go on from, or 'last' for the newest one in output_dir."
+        None, "run", "Checkpoint folder to resume from; 'last': the newest one in output_dir."
     )
-    logging_steps: int = _parameter(1, "run", "A line in events.jsonl every so many steps.", minimum=1, unit="steps")
+    logging_steps: int = _parameter(1, "run", "Steps between log lines in events.jsonl.", minimum=1, unit="steps")
     save_strategy: Literal["steps", "epoch", "no"] = _parameter("steps", "run", "When to save a checkpoint.")
-    save_steps: int = _parameter(500, "run", "A checkpoint every so many steps.", minimum=1, unit="steps")
-    save_total_limit: int | None = _parameter(None, "run", "Checkpoints kept, the newest; automatic: all.", minimum=1)
-    save_safetensors: bool = _parameter(
-        True, "run", "Accepted for the guide's scripts: weights are always written as safetensors."
+    save_steps: int = _parameter(500, "run", "Steps between checkpoints.", minimum=1, unit="steps")
+    save_total_limit: int | None = _parameter(
+        None, "run", "How many of the newest checkpoints to keep; automatic: all.", minimum=1
     )
-    do_train: bool = _parameter(True, "run", "Accepted for the guide's scripts: training is what runs.")
+    save_safetensors: bool = _parameter(
+        True, "run", "Accepted for upstream's scripts; weights are always written as safetensors."
+    )
+    do_train: bool = _parameter(True, "run", "Accepted for upstream's scripts; a run always trains.")
 
     num_processes: int | None = _parameter(
-        None, "launch", "Ranks on this machine; automatic: one a GPU, or one on a CPU.", minimum=1
+        None, "launch", "Ranks on this machine; automatic: one per GPU, or one on a CPU.", minimum=1
     )
     hostfile: str | None = _parameter(
-        None, "launch", "Hosts and slots of a run over several machines; automatic: this machine alone."
+        None, "launch", "File with the hosts and slots of a run; automatic: this machine only."
     )
     include: str | None = _parameter(
-        None, "launch", "Of the hostfile, only these hosts and slots: worker-0@worker-1:0,2; automatic: all."
+        None, "launch", "Use only these hosts and slots of the hostfile: worker-0@worker-1:0,2; automatic: all."
     )
     exclude: str | None = _parameter(
-        None, "launch", "Of the hostfile, all but these hosts and slots, written as in include."
+        None, "launch", "Leave out these hosts and slots of the hostfile; automatic: none. Written as in include."
     )
     launcher: Literal["pdsh", "openmpi", "mpich", "slurm", "no_ssh"] = _parameter(
         "pdsh",
         "launch",
-        "How ranks start on the other hosts; no_ssh: you paste a line on each.",
+        "How ranks start on the other hosts; no_ssh: you paste a command on each.",
     )
     network_interface: str | None = _parameter(
         None,
         "launch",
-        "Network interface between the hosts, for NCCL and gloo; automatic: on each host the one that reaches the "
+        "Network interface of NCCL and gloo between the hosts. Automatic: on each host, the one that reaches the "
         "launching host.",
     )
     ssh_config: str | None = _parameter(
         None,
         "launch",
-        "OpenSSH settings for the hosts; automatic: the file ssh_config beside the hostfile, else your own.",
+        "OpenSSH configuration file for the hosts. Automatic: ssh_config in the hostfile's folder, or your own.",
     )
     start_timeout_seconds: int = _parameter(
         300,
         "launch",
-        "The run ends when a host has not joined, or the ranks have not connected to each other, within this time.",
+        "Time for all hosts and ranks to connect. If one has not connected by then, the run ends.",
         minimum=5,
         maximum=86400,
         unit="seconds",
@@ -267,7 +271,7 @@ class Config:
     silence_timeout_seconds: int = _parameter(
         10,
         "launch",
-        "The run ends when a host is silent, or a rank is stopped by a signal, for this long.",
+        "Silence of a host after which the run ends. The same holds for a rank that is stopped by a signal.",
         minimum=2,
         maximum=86400,
         unit="seconds",
@@ -275,33 +279,32 @@ class Config:
     master_port: int | None = _parameter(
         None,
         "launch",
-        "Port on which the ranks meet; automatic: a free one.",
+        "Port of the ranks' rendezvous; automatic: a free port.",
         minimum=1024,
         maximum=65535,
     )
 
     vocab_size: int | None = _parameter(
-        None, "model_size", "Tokens; automatic: the tokenizer's.", minimum=8, unit="tokens"
+        None, "model_size", "Size of the vocabulary; automatic: the tokenizer's.", minimum=8, unit="tokens"
     )
-    hidden_size: int = _parameter(2048, "model_size", "Width of the model.", minimum=8)
-    intermediate_size: int = _parameter(8192, "model_size", "Width of an expert.", minimum=8)
+    hidden_size: int = _parameter(2048, "model_size", "Hidden size of the model.", minimum=8)
+    intermediate_size: int = _parameter(8192, "model_size", "Intermediate size of an expert.", minimum=8)
     num_layers: int = _parameter(24, "model_size", "Decoder layers.", minimum=1)
-    num_attention_heads: int = _parameter(16, "model_size", "Query heads of a layer.", minimum=1)
+    num_attention_heads: int = _parameter(16, "model_size", "Query heads per layer.", minimum=1)
     num_key_value_heads: int | None = _parameter(
-        None, "model_size", "Key and value heads; automatic: as many as query heads.", minimum=1
+        None, "model_size", "Key and value heads per layer; automatic: as many as query heads.", minimum=1
     )
-    num_experts: int = _parameter(1, "model_size", "Experts of a layer; 1: a dense MLP.", minimum=1)
-    moe_topk: int = _parameter(1, "model_size", "Experts that each token goes to.", minimum=1)
-    use_cla: bool = _parameter(False, "model_size", "Cross-layer attention: neighbours share K and V.")
+    num_experts: int = _parameter(1, "model_size", "Experts per layer; 1: a dense MLP.", minimum=1)
+    moe_topk: int = _parameter(1, "model_size", "Experts that each token is routed to.", minimum=1)
+    use_cla: bool = _parameter(False, "model_size", "Cross-layer attention: neighbouring layers share K and V.")
     cla_share_factor: int = _parameter(2, "model_size", "Layers that share one K and V.", minimum=1)
     use_mixed_mlp_moe: bool = _parameter(False, "model_size", "A shared MLP beside the experts.")
     num_shared_expert: int = _parameter(1, "model_size", "Width of the shared MLP, in experts.", minimum=1)
     use_qk_norm: bool = _parameter(False, "model_size", "RMSNorm on each head's query and key.")
-    tie_word_embeddings: bool = _parameter(False, "model_size", "Output layer and token embedding are one matrix.")
+    tie_word_embeddings: bool = _parameter(False, "model_size", "Output layer and token embedding share one matrix.")
 
     training_args: dict[str, Any] = field(default_factory=dict)
 
-    # Names that were given by the user, so that "ignored because …" can be said of those alone.
     given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def values(self) -> dict[str, Any]:
@@ -309,13 +312,22 @@ class Config:
         return {parameter.name: getattr(self, parameter.name) for parameter in parameters()}
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some parameters changed, which then count as given."""
+        """A copy with some parameters changed; these then count as given by the user."""
         return dataclasses.replace(self, **changes, given=self.given | changes.keys())
 
 
 @dataclass(kw_only=True, frozen=True, eq=False)
 class Parameter:
-    """What is known of one parameter: the source of its widget, flag, table row and check."""
+    """One parameter of the schema, from which its widget, flag, table row and validation are generated.
+
+    Args:
+        type: of a value other than None; str for a parameter with choices, list for a list of str.
+        optional: whether None is valid, which means automatic.
+        choices: the valid values; empty if the type allows any.
+        minimum: smallest valid number.
+        above: every valid number is greater than this.
+        maximum: largest valid number.
+    """
 
     name: str
     type: type
@@ -333,13 +345,13 @@ class Parameter:
     def type_name(self) -> str:
         """The type in words, for messages and tables."""
         if self.choices:
-            return "one of " + ", ".join(map(str, self.choices))
+            return "one of " + ", ".join(self.choices)
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         return words.get(self.type, "a list of names")
 
     @property
     def range(self) -> str:
-        """The bounds in words; empty when there are none."""
+        """The bounds as text; empty if there are none."""
         bounds = [
             f"{word} {value if isinstance(value, int) else format(value, 'g')}"
             for word, value in (("≥", self.minimum), (">", self.above), ("≤", self.maximum))
@@ -348,10 +360,10 @@ class Parameter:
         return " and ".join(bounds)
 
     def parse(self, value: Any) -> Any:
-        """The value in this parameter's type, from text, YAML or a notebook's plain types.
+        """Converts text, a YAML value or a notebook's plain value to this parameter's type.
 
         Raises:
-            ValueError: what is wrong with it, without the name.
+            ValueError: what is wrong with the value; the message lacks the parameter's name.
         """
         if self.optional and (value is None or value in ("", AUTOMATIC)):
             return None
@@ -366,40 +378,40 @@ class Parameter:
             if not isinstance(value, str):
                 raise ValueError(f"is {value!r}; it takes {self.type_name}")
             return value
-        return _PARSERS[self.type](value)
+        return PARSERS[self.type](value)
 
     def problems(self, value: Any) -> list[str]:
-        """Messages on a value that has the wrong type, is no choice, or is out of bounds."""
+        """One message for a value of the wrong type, outside the choices or out of bounds; else none."""
         name = f"{self.name} = {value!r}"
-        if value is None and self.optional:
-            return []
+        if value is None:
+            return [] if self.optional else [f"{name}: must be {self.type_name}"]
         if self.choices and value not in self.choices:
-            near = nearest(str(value), map(str, self.choices))
-            return [f"{name}: must be one of {', '.join(map(str, self.choices))}{near}"]
+            return [f"{name}: must be {self.type_name}{nearest(str(value), self.choices)}"]
         wanted = (int, float) if self.type is float else self.type
         if not isinstance(value, wanted) or (isinstance(value, bool) and self.type is not bool):
             return [f"{name}: must be {self.type_name}"]
         if self.type is list and not value:
             return [f"{name}: must name at least one module; the default is {', '.join(self.default)}"]
-        if self.type in (int, float):
-            outside = (
-                value != value
-                or (self.minimum is not None and value < self.minimum)
-                or (self.above is not None and value <= self.above)
-                or (self.maximum is not None and value > self.maximum)
-            )
-            if outside:
-                return [f"{name}: must be {self.range}; the default is {self.default_text}"]
+        if self.type in (int, float) and not self._in_bounds(value):
+            return [f"{name}: must be {self.range}; the default is {self.default_text}"]
         return []
+
+    def _in_bounds(self, value: float) -> bool:
+        # NaN fails every comparison, and every number has a bound.
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+        )
 
     @property
     def default_text(self) -> str:
-        """The default as it is written on a command line or in YAML."""
+        """The default as it is written on a command line."""
         return value_text(self.default)
 
 
 def value_text(value: Any) -> str:
-    """A parameter's value as it is written on a command line or in a table."""
+    """The text of a parameter's value on a command line and in a table."""
     if value is None:
         return AUTOMATIC
     if isinstance(value, bool):
@@ -415,7 +427,11 @@ def parameters() -> tuple[Parameter, ...]:
 
 
 def parameter(name: str) -> Parameter:
-    """One parameter by its name."""
+    """The parameter of a name.
+
+    Raises:
+        KeyError: there is no parameter of this name.
+    """
     return _BY_NAME[name]
 
 
@@ -444,16 +460,17 @@ def _parse_int(value: Any) -> int:
 
 
 def _parse_float(value: Any) -> float:
-    # YAML 1.1 reads 1e-5 as text, so text is a number too.
+    # YAML 1.1 reads 1e-5 as text.
     if not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     raise ValueError(f"is {value!r}; it takes a number")
 
 
-_PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float}
+# By type: the value, or a ValueError that says what is wrong with it.
+PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float}
 
 
 def _describe(name: str, annotation: Any, definition: dataclasses.Field) -> Parameter:
@@ -466,7 +483,7 @@ def _describe(name: str, annotation: Any, definition: dataclasses.Field) -> Para
     if typing.get_origin(annotation) is list:
         annotation = list
     default = definition.default
-    if default is dataclasses.MISSING:
+    if definition.default_factory is not dataclasses.MISSING:
         default = definition.default_factory()
     return Parameter(
         name=name,
@@ -479,7 +496,7 @@ def _describe(name: str, annotation: Any, definition: dataclasses.Field) -> Para
 
 
 _HINTS = typing.get_type_hints(Config)
-# "help" is the metadata's key and the Parameter's field alike; fields without metadata are no parameters.
+# Fields without metadata (training_args, given) are not parameters.
 _PARAMETERS = tuple(
     _describe(item.name, _HINTS[item.name], item) for item in fields(Config) if "group" in item.metadata
 )

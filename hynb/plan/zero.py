@@ -245,7 +245,7 @@ def _schema_problems(ds_config: dict[str, Any]) -> Iterator[str]:
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         value = ds_config.get(name, "auto")
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            yield f'{name} = {json.dumps(value)}: must be an integer ≥ 1, or "auto"'
+            yield f'{name} = {json.dumps(value)}: must be a whole number ≥ 1, or "auto"'
     value = ds_config.get("gradient_clipping", "auto")
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
         yield f'gradient_clipping = {json.dumps(value)}: must be a number ≥ 0, or "auto"'

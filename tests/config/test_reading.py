@@ -1,4 +1,4 @@
-"""The schema and its readers: every mistake named, all at once, with its place and the nearest valid name."""
+"""Reading of flags, YAML and notebook values: every mistake at once, with its location and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from hynb.config import (
     Config,
     Parameter,
+    Reading,
+    absolute_paths,
+    check_config,
     load_yaml,
     parameters,
     read_flags,
@@ -24,15 +27,17 @@ from hynb.config.schema import parameter
 from hynb.errors import ConfigError
 
 GOOD = {"model_name_or_path": "/model", "train_data_file": "data.jsonl"}
+RANDOM = {"model_name_or_path": None, "tokenizer_name_or_path": "/tokenizer"}
 
 
-def problems_of(reading) -> str:
+def problems_of(reading: Reading) -> str:
     with pytest.raises(ConfigError) as caught:
         reading.config("here")
     return str(caught.value)
 
 
-GUIDE = """--do_train --model_name_or_path /m --tokenizer_name_or_path /t --train_data_file d.jsonl
+# The flags of upstream's training guide and train.sh.
+UPSTREAM_FLAGS = """--do_train --model_name_or_path /m --tokenizer_name_or_path /t --train_data_file d.jsonl
 --deepspeed ds_zero3_offload --output_dir out --overwrite_output_dir --per_device_train_batch_size 2
 --gradient_accumulation_steps 4 --gradient_checkpointing --lr_scheduler_type cosine_with_min_lr
 --logging_steps 1 --max_steps 200 --save_steps 100 --learning_rate 1e-5 --min_lr 1e-6 --warmup_ratio 0.01
@@ -43,15 +48,15 @@ GUIDE = """--do_train --model_name_or_path /m --tokenizer_name_or_path /t --trai
 --cla_share_factor 2 --use_mixed_mlp_moe --num_shared_expert 1 --use_qk_norm --tie_word_embeddings"""
 
 
-def test_the_guides_flags_are_read_as_they_stand():
-    reading = read_flags(["--local_rank=1", *GUIDE.split()])
+def test_upstreams_flags_are_all_parameters():
+    reading = read_flags(["--local_rank=1", *UPSTREAM_FLAGS.split()])
     config = reading.config("command line")
     assert (config.min_lr, config.learning_rate, config.warmup_ratio) == (1e-6, 1e-5, 0.01)
     assert (config.use_lora, config.bf16, config.fp16, config.save_safetensors) == (True, True, False, False)
     assert (config.num_experts, config.use_cla, config.tie_word_embeddings) == (16, True, True)
     assert config.training_args == {}
-    names = {word.split("=")[0][2:] for word in GUIDE.split() if word.startswith("--")}
-    assert names == config.given, "every flag of the guide is a parameter of the schema"
+    names = {word.split("=")[0][2:] for word in UPSTREAM_FLAGS.split() if word.startswith("--")}
+    assert names == config.given
     for name in ("train_attention_params_only", "resume_from_checkpoint", "fp16"):
         assert parameter(name).name == name
 
@@ -70,7 +75,7 @@ def test_other_training_arguments_pass_with_their_types():
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["--learning_rat", "1e-5"], "learning_rat (did you mean learning_rate?)"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size = 0: must be ≥ 1"),
@@ -86,40 +91,80 @@ def test_other_training_arguments_pass_with_their_types():
         (["--adam_beta2", "x"], "adam_beta2 is 'x'; it takes a number"),
         (["--adam_beto2", "0.9"], "did you mean adam_beta2?"),
         (["--use_lora", "--train_attention_params_only"], "choose one"),
-        (["stray"], "'stray' is no flag"),
+        (["stray"], "'stray' is not a flag"),
         (["--do_train", "false"], "there is nothing to do"),
+        (["--learning_rate", "1" * 400], "learning_rate = inf: must be > 0 and ≤ 10"),
+        (["--dataloader_num_workers", "2.5"], "dataloader_num_workers is '2.5'; it takes a whole number"),
+        (["--lr_scheduler_kwargs", "{a"], "lr_scheduler_kwargs is '{a', which is invalid YAML"),
+        (["--train_data_files"], "unknown parameter train_data_files (did you mean train_data_file?)"),
     ],
 )
-def test_each_mistake_is_named(words, says):
+def test_each_mistake_is_named(words, message):
     good = [word for name, value in GOOD.items() for word in (f"--{name}", value)]
-    assert says in problems_of(read_flags([*words, *good]))
+    assert message in problems_of(read_flags([*words, *good]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_on_experts": True}, "lora_on_experts needs use_lora"),
+        ({"lora_on_experts": True, "use_lora": True}, "lora_on_experts and lora_dropout = 0.05"),
+        ({"packing": True, "group_by_length": True}, "packing and group_by_length are both on"),
+        ({"split_long_samples": True}, "split_long_samples needs packing"),
+        ({"eval_data_file": "e.jsonl", "eval_split": 0.1}, "eval_data_file and eval_split = 0.1 are both given"),
+        ({"eval_steps": 5}, "eval_steps = 5: there is nothing to evaluate on"),
+        ({"hostfile": "hosts", "include": "a", "exclude": "b"}, "include and exclude are both given"),
+        ({"include": "a"}, "include = a: needs a hostfile"),
+        ({"hostfile": "hosts", "num_processes": 2}, "num_processes = 2 and hostfile are both given"),
+        ({"model_name_or_path": None}, "model_name_or_path and tokenizer_name_or_path are both missing"),
+        ({"train_data_file": None}, "train_data_file is missing"),
+        (RANDOM | {"hidden_size": 100, "num_attention_heads": 8}, "hidden_size = 100 is not a multiple of"),
+        (
+            RANDOM | {"num_attention_heads": 8, "num_key_value_heads": 3},
+            "is not a multiple of num_key_value_heads = 3",
+        ),
+        (RANDOM | {"moe_topk": 2}, "moe_topk = 2 is above num_experts = 1"),
+    ],
+)
+def test_each_contradiction_is_named_alone(changes, message):
+    (problem,) = check_config(Config(**(GOOD | changes)))
+    assert message in problem
+    assert check_config(Config(**GOOD)) == []
 
 
 def test_all_mistakes_come_at_once_with_their_lines(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         "# a comment\nlearning_rat: 1\nmax_steps: ten\nper_device_train_batch_size: 0\nmax_steps: 3\n"
-        "bf16: true\nfp16: true\n"
+        "bf16: true\nfp16: true\n[a]: 1\nseed: !!python/object:os.system {}\noutput_dir: 2026-13-45\n"
     )
-    said = problems_of(read_yaml(path))
-    assert f"{path}:2: unknown parameter learning_rat" in said
-    assert f"{path}:3: max_steps is 'ten'" in said
-    assert f"{path}:5: max_steps is given twice, first in line 3" in said
+    message = problems_of(read_yaml(path))
+    assert f"{path}:2: unknown parameter learning_rat" in message
+    assert f"{path}:3: max_steps is 'ten'" in message
+    assert f"{path}:5: max_steps is given twice, first in line 3" in message
+    assert f"{path}:8: a key must be the name of a parameter" in message
+    assert f"{path}:9: seed has an invalid YAML value: could not determine a constructor" in message
+    assert f"{path}:10: output_dir has an invalid YAML value: month must be in 1..12" in message
     for more in ("per_device_train_batch_size = 0", "bf16 and fp16", "train_data_file is missing"):
-        assert more in said
+        assert more in message
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [("a: [1\n", "no valid YAML"), ("- 1\n", "must be a mapping"), ("a: b: c\n", ":1: no valid YAML")],
+    ("text", "message"),
+    [
+        (b"a: [1\n", "invalid YAML"),
+        (b"- 1\n", ":1: must be a mapping"),
+        (b"a: b: c\n", ":1: invalid YAML"),
+        (b"\xff", "cannot be read as UTF-8 text"),
+    ],
 )
-def test_a_file_that_is_no_yaml_mapping_is_named(tmp_path, text, says):
-    (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=says):
+def test_a_file_that_is_not_a_yaml_mapping_is_named(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match=message):
         load_yaml(tmp_path / "run.yaml")
 
 
-def test_an_absent_file_says_how_to_write_one(tmp_path):
+def test_the_message_for_a_missing_file_tells_how_to_write_one(tmp_path):
     with pytest.raises(ConfigError, match="hynb parameters --yaml"):
         load_yaml(tmp_path / "no.yaml")
 
@@ -154,7 +199,7 @@ def test_yaml_reads_back_what_it_wrote(tmp_path_factory, data):
     assert Config(**reading.values, training_args=reading.training_args) == config
 
 
-def test_plain_values_of_a_notebook_are_read():
+def test_a_notebooks_plain_values_are_read():
     values = GOOD | {
         "max_steps": "auto",
         "min_lr": "",
@@ -166,18 +211,73 @@ def test_plain_values_of_a_notebook_are_read():
     assert config.lora_target_modules == ["q_proj", "v_proj"]
 
 
-def test_settings_come_on_top(tmp_path):
+def test_settings_override_a_file(tmp_path):
     (tmp_path / "a.yaml").write_text("model_name_or_path: m\ntrain_data_file: d\nlearning_rate: 1e-4\n")
     reading = read_settings(read_yaml(tmp_path / "a.yaml"), ["learning_rate=2e-4", "max_steps=7"])
     config = reading.config("x")
     assert (config.learning_rate, config.max_steps) == (2e-4, 7)
-    assert "is written key=value" in problems_of(read_settings(read_mapping(GOOD), ["max_steps"]))
+    assert "--set max_steps: must be key=value" in problems_of(read_settings(read_mapping(GOOD), ["max_steps"]))
 
 
-def test_dropped_flags_are_translated_or_said(capsys):
-    reading = read_flags(["--evaluation_strategy", "no", "--logging_dir", "x", "--no_cuda", "--fp16_opt_level", "O1"])
+def test_outdated_flags_are_renamed_or_ignored_with_a_note():
+    words = "--evaluation_strategy no --logging_dir x --no_cuda --fp16_opt_level O1 --push_to_hub --use_mps_device"
+    reading = read_flags(words.split())
     assert reading.training_args == {"eval_strategy": "no", "use_cpu": True}
-    assert len(reading.notes) == 4 and reading.problems == []
+    assert reading.problems == []
+    assert [note.split(" is ")[0] for note in reading.notes] == [word[2:] for word in words.split() if "--" in word]
+    assert "evaluation_strategy is now called eval_strategy" in reading.notes
+    assert "push_to_hub is ignored: hynb uploads nothing" in reading.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("adam_beta2", 1, 1.0),
+        ("dataloader_prefetch_factor", "none", None),
+        ("dataloader_prefetch_factor", None, None),
+        ("dataloader_prefetch_factor", "4", 4),
+        ("eval_on_start", "yes", True),
+        ("label_names", "a, b", ["a", "b"]),
+        ("lr_scheduler_kwargs", "{num_cycles: 2}", {"num_cycles": 2}),
+        ("lr_scheduler_kwargs", {"num_cycles": 2}, {"num_cycles": 2}),
+        ("optim_args", "a=1,b=2", "a=1,b=2"),
+        ("include_num_input_tokens_seen", "true", True),
+    ],
+)
+def test_training_arguments_get_the_type_of_their_annotation(name, value, expected):
+    read = read_mapping({name: value})
+    assert read.problems == []
+    assert read.training_args[name] == expected and type(read.training_args[name]) is type(expected)
+
+
+def test_training_arguments_of_a_wrong_type_are_refused():
+    read = read_mapping({"adam_beta2": True, "dataloader_num_workers": "x", "eval_on_start": 3})
+    assert read.problems == [
+        "parameters: adam_beta2 is True; it takes a number",
+        "parameters: dataloader_num_workers is 'x'; it takes a whole number",
+        "parameters: eval_on_start is 3; it takes true or false",
+    ]
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.json").write_text("{}")
+    config = Config(
+        model_name_or_path="model",
+        train_data_file="a.jsonl, b/*.jsonl",
+        resume_from_checkpoint="last",
+        deepspeed="own.json",
+        hostfile="~/hosts",
+    )
+    absolute = absolute_paths(config)
+    assert absolute.model_name_or_path == f"{tmp_path}/model"
+    assert absolute.train_data_file == f"{tmp_path}/a.jsonl,{tmp_path}/b/*.jsonl"
+    assert absolute.output_dir == f"{tmp_path}/runs/train"
+    assert absolute.deepspeed == f"{tmp_path}/own.json"
+    assert absolute.hostfile is not None and absolute.hostfile.startswith("/") and "~" not in absolute.hostfile
+    assert (absolute.resume_from_checkpoint, absolute.eval_data_file) == ("last", None)
+    assert absolute_paths(Config()).deepspeed == "ds_zero2_no_offload"
+    assert absolute_paths(config.replace(resume_from_checkpoint="c-5")).resume_from_checkpoint == f"{tmp_path}/c-5"
 
 
 def test_every_parameter_is_documented_and_its_default_is_valid():
@@ -187,4 +287,5 @@ def test_every_parameter_is_documented_and_its_default_is_valid():
         assert len(item.help) >= 15 and item.help.endswith((".", "}")), item.name
         assert item.problems(item.default) == [], item.name
         assert item.parse(item.default_text) == item.default or item.type is float, item.name
+        assert item.range or item.type not in (int, float), "a number without a bound would let NaN pass"
     assert {field.name for field in dataclasses.fields(Config)} == {*names, "training_args", "given"}

@@ -89,7 +89,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest():
         ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage"),
         ({"zero_optimization": []}, "zero_optimization = []: must be an object"),
         ({"fp16": {"min_loss_scale": 1e-10}}, "fp16.min_loss_scale = 1e-10"),
-        ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu = 0: must be an integer ≥ 1"),
+        ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu = 0: must be a whole number ≥ 1"),
         ({"gradient_clipping": "much"}, 'gradient_clipping = "much": must be a number ≥ 0'),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled and bf16.enabled are both true"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
