@@ -1,4 +1,4 @@
-"""What several test rooms share: skipping with a reason, and failing in CI instead."""
+"""Shared by all tests: skipping with a reason on a user's machine, failing instead in CI."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-# Two threads wait for each other at every small matrix, the more so beside a browser or other ranks.
+# With two threads, each small matrix product waits for the other thread, above all next to a browser or other ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def need(present: bool, reason: str) -> None:
-    """Skips a test whose means are missing on a user's machine; in CI, where all are installed, fails it."""
+    """Skips a test whose programs or rights are missing on a user's machine; fails it in CI, where all are there."""
     if present:
         return
     if os.environ.get("HYNB_REQUIRE_ALL"):
@@ -24,7 +24,7 @@ def need(present: bool, reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of the original's files and golden values, which lies beside a developer's checkout only."""
+    """The folder of upstream's files and golden values; it exists only beside a developer's checkout."""
     if not SHARED.is_dir():
-        pytest.skip(f"no folder {SHARED.name} with the original's values beside the checkout")
+        pytest.skip(f"no folder {SHARED.name} with upstream's values beside the checkout")
     return SHARED
