@@ -36,6 +36,7 @@ _TURN_SECONDS = 0.1
 _KILL_SECONDS = 2.0
 # The launcher's own processes end after the ranks.
 _LAUNCHER_END_SECONDS = 30.0
+_KILLED = -1
 _LOG_NAME = re.compile(r"\d{14}_rank\d+\.log|failure_rank\d+\.json")
 
 
@@ -58,7 +59,8 @@ class Cause:
     """Why a run failed, and where.
 
     Args:
-        weight: of several causes the heaviest is reported; of equal ones the first.
+        weight: of several causes the heaviest is reported; of equal ones the first. What a killed rank weighs is
+            decided when all is known.
     """
 
     reason: str
@@ -375,10 +377,8 @@ class Supervisor:
             first = absent[0]
             self._fail(f"rank {first} on {node.name} ended before it had started up", node, rank=first, weight=2)
             return
-        # Where another rank of the host has failed, the launcher there ended this one.
-        failing = any(code for code in node.ended.values())
         reason = f"rank {rank} on {node.name} was killed (by a person, or by the system for lack of memory)"
-        self._fail(reason, node, rank=rank, weight=0 if failing else 2)
+        self._fail(reason, node, rank=rank, weight=_KILLED)
 
     def _rank_frozen(self, node: Node, rank: int, seconds: float) -> None:
         reason = (
@@ -404,8 +404,9 @@ class Supervisor:
 
     def _failure_record(self) -> dict[str, Any]:
         """The heaviest cause, in the failed rank's own words where it left some, with the end of its log."""
-        reports = [record for record in self._dir.failures() if not record.get("lost_connection")]
-        cause = max(self._causes, key=lambda cause: cause.weight)
+        failures = self._dir.failures()
+        reports = [record for record in failures if not record.get("lost_connection")]
+        cause = self._heaviest_cause(failures)
         if cause.weight < 2 and reports:
             rank = reports[0]["rank"]
             host = self._nodes[self._membership.node_of(rank)].name
@@ -426,6 +427,27 @@ class Supervisor:
             max_steps=known.max_steps,
         )
         return {"state": "failed", "exit_code": 1, "reason": reason, "host": cause.host, "rank": cause.rank}
+
+    def _heaviest_cause(self, failures: Sequence[dict[str, Any]]) -> Cause:
+        """The cause to report.
+
+        A launcher kills the other ranks of its host when one fails, so a killed rank is a cause only where no rank
+        has failed by itself.
+
+        Args:
+            failures: what the ranks recorded; those with `lost_connection` failed because another rank was gone.
+        """
+        lost_connection = {record["rank"] for record in failures if record.get("lost_connection")}
+        own_failure = len(failures) > len(lost_connection)
+
+        def weight(cause: Cause) -> int:
+            if cause.weight != _KILLED:
+                return cause.weight
+            node = next(node for node in self._nodes if node.name == cause.host)
+            failed = {rank for rank, code in node.ended.items() if code} - lost_connection
+            return 0 if failed or own_failure else 2
+
+        return max(self._causes, key=weight)
 
     def _log_tail(self, cause: Cause) -> str:
         ranks: Sequence[int] = [cause.rank] if cause.rank is not None else []
