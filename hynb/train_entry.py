@@ -145,8 +145,7 @@ def _run(config: Config, rank: int, early_notes: list[str], owned: list[RunDir],
     notes: list[str] = []
     writer = RunWriter(config.output_dir) if rank == 0 else None
     if writer:
-        writer.status("starting")
-        writer.beat(0)
+        writer.start()
 
     def say(line: str) -> None:
         if rank == 0:
@@ -311,7 +310,6 @@ def _finish(trainer: Any, stopped: bool, writer: RunWriter | None) -> None:
         state = "stopped" if stopped else "finished"
         reason = f"stopped on request after a checkpoint: {target.name}" if stopped else ""
         writer.event("end", step, state=state)
-        writer.beat(step)
         writer.status(state, global_step=step, max_steps=trainer.state.max_steps, exit_code=0, reason=reason)
 
 

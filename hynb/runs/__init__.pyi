@@ -8,7 +8,6 @@ from .checkpoint import resume_checkpoint as resume_checkpoint
 from .checks import check_output_dir as check_output_dir
 from .checks import check_run as check_run
 from .checks import clear_run_folder as clear_run_folder
-from .events import HEARTBEAT_SECONDS as HEARTBEAT_SECONDS
 from .events import RunReader as RunReader
 from .events import RunWriter as RunWriter
 from .events import effective_events as effective_events

@@ -1,24 +1,26 @@
-"""Checkpoints: which one a run resumes from, whether it can, and which base it belongs to."""
+"""Checkpoints: which one a run resumes from, whether it can be resumed, and which base it belongs to."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from hynb.config import Config
 from hynb.errors import ModelError
 from hynb.files import read_json
 from hynb.runs.folder import RunDir
 
-# Beside a checkpoint's weights: how it was made, which a resume has to repeat.
+# In a checkpoint: the world size, ZeRO stage and mode that saved it, which a resume must repeat.
 CHECKPOINT_RECORD = "hynb_checkpoint.json"
-# Beside an adapter's weights: which base it belongs to.
+# In an adapter's checkpoint: the identity of its base.
 BASE_IDENTITY = "base_identity.json"
+# PEFT's settings, in every adapter folder.
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def resume_checkpoint(config: Config) -> Path | None:
-    """The checkpoint folder that a Config names; None when it names none, or 'last' and there is none."""
+    """The checkpoint folder that a Config resumes from; None when it does not resume, or "last" finds none."""
     if config.resume_from_checkpoint is None:
         return None
     if config.resume_from_checkpoint == "last":
@@ -28,32 +30,32 @@ def resume_checkpoint(config: Config) -> Path | None:
 
 
 def check_checkpoint(folder: Path) -> list[str]:
-    """Why training cannot go on from a folder; empty when it can."""
+    """Why training cannot resume from a folder, one message per reason; empty when it can."""
     name = f"resume_from_checkpoint = {folder}"
     if not folder.is_dir():
-        beside = ", ".join(item.name for item in RunDir(folder.parent).checkpoints())
-        return [f"{name}: there is no such folder" + (f"; beside it there are: {beside}" if beside else "")]
+        present = ", ".join(item.name for item in RunDir(folder.parent).checkpoints())
+        return [f"{name}: there is no such folder" + (f"; its parent folder has {present}" if present else "")]
     if not (folder / "trainer_state.json").is_file():
         inside = RunDir(folder).checkpoints()
         hint = f"; did you mean {inside[-1]}?" if inside else ""
-        return [f"{name}: has no trainer_state.json, so it is no checkpoint{hint}"]
+        return [f"{name}: has no trainer_state.json, so it is not a checkpoint{hint}"]
     if not list(folder.glob("global_step*")):
         return [
-            f"{name}: holds weights but no optimizer state (saved with save_only_model). Start a new run "
-            "with model_name_or_path set to it"
+            f"{name}: holds weights but no optimizer state (it was saved with save_only_model). Start a new run "
+            "with model_name_or_path set to this folder"
         ]
     return []
 
 
 def check_same_shape(folder: Path, *, world_size: int, zero_stage: int, use_lora: bool) -> list[str]:
-    """What differs between the run that saved a checkpoint and the one that would resume it."""
+    """The settings that differ between the run that saved a checkpoint and this one, one message per setting."""
     record = read_json(folder / CHECKPOINT_RECORD)
     if record is None:
         return []
     now = {"world_size": world_size, "zero_stage": zero_stage, "use_lora": use_lora}
     hints = {
-        "world_size": "resume with as many ranks",
-        "zero_stage": "resume with a preset of that stage",
+        "world_size": "resume with the same number of ranks",
+        "zero_stage": "resume with a preset of the same stage",
         "use_lora": "resume with the same use_lora",
     }
     return [
@@ -64,10 +66,10 @@ def check_same_shape(folder: Path, *, world_size: int, zero_stage: int, use_lora
 
 
 def base_identity(folder: Path) -> dict[str, Any]:
-    """What tells one base model from another without reading its weights.
+    """The identity of a base model, found without reading its weights.
 
     Returns:
-        path, bytes of its weights, and a hash over config.json, shard names, sizes and safetensors headers.
+        path, weight_bytes, and hash: SHA-256 over config.json, shard names, shard sizes and safetensors headers.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     total_bytes = 0
@@ -82,32 +84,54 @@ def base_identity(folder: Path) -> dict[str, Any]:
     return {"path": str(folder), "weight_bytes": total_bytes, "hash": digest.hexdigest()}
 
 
-def find_base(config: Config) -> Path | None:
-    """The folder whose weights the run begins with; None for a random model.
+@overload
+def find_base(source: Path) -> Path: ...
 
-    A resumed run without `model_name_or_path` finds it in the checkpoint: a LoRA checkpoint names its base,
-    a full one is its own.
+
+@overload
+def find_base(source: Config) -> Path | None: ...
+
+
+def find_base(source: Config | Path) -> Path | None:
+    """The folder of the base weights that a run begins with, or that a checkpoint belongs to.
+
+    A LoRA checkpoint names its base; a full checkpoint or a model folder is its own. A Config that resumes without
+    `model_name_or_path` takes the base of its checkpoint.
+
+    Args:
+        source: a run's Config, or the folder of a checkpoint, an adapter or a model.
+
+    Returns:
+        The folder; None for a Config that begins with random weights.
 
     Raises:
-        ModelError: the base that a LoRA checkpoint names is not there, or another one was given.
+        ModelError: the folder holds neither a model nor an adapter, or the base of an adapter is missing or is not
+            the one that it was trained on.
     """
-    given = Path(config.model_name_or_path).expanduser().absolute() if config.model_name_or_path else None
-    checkpoint = resume_checkpoint(config)
-    if checkpoint is None:
-        return given
-    adapter = read_json(checkpoint / "adapter_config.json")
+    if isinstance(source, Path):
+        return _base_of_folder(source, None)
+    given = Path(source.model_name_or_path).expanduser().absolute() if source.model_name_or_path else None
+    checkpoint = resume_checkpoint(source)
+    return given if checkpoint is None else _base_of_folder(checkpoint, given)
+
+
+def _base_of_folder(folder: Path, given: Path | None) -> Path:
+    """The base of a checkpoint; `given` replaces the path that an adapter names."""
+    adapter = read_json(folder / ADAPTER_CONFIG)
     if adapter is None:
-        return checkpoint
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder}: has neither config.json nor {ADAPTER_CONFIG}, so it is not a model folder")
+        return folder
     base = given or Path(adapter.get("base_model_name_or_path") or "")
     if not (base / "config.json").is_file():
         raise ModelError(
-            f"{checkpoint}: is an adapter for the base {base}, which is not there. "
-            "Name the base's new place with model_name_or_path"
+            f"{folder}: is an adapter for the base {base}, which is not there. Resume with model_name_or_path set to "
+            f"the base's new path, or correct base_model_name_or_path in its {ADAPTER_CONFIG}"
         )
-    recorded = read_json(checkpoint / BASE_IDENTITY)
+    recorded = read_json(folder / BASE_IDENTITY)
     if recorded is not None and recorded["hash"] != base_identity(base)["hash"]:
         raise ModelError(
-            f"{checkpoint}: was trained on another base than {base} (config or weights differ). "
+            f"{folder}: was trained on another base than {base} (config or weights differ). "
             f"Its base was {recorded['path']}"
         )
     return base

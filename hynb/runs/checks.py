@@ -1,4 +1,4 @@
-"""What is wrong with a Config on this machine before anything starts: paths, settings, run folder."""
+"""Checks of a Config against this machine's disk before anything starts: paths, settings, run folder."""
 
 from __future__ import annotations
 
@@ -16,39 +16,38 @@ from hynb.runs.checkpoint import check_checkpoint, resume_checkpoint
 from hynb.runs.events import RunReader
 from hynb.runs.folder import RunDir
 
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "hy.tiktoken", "tokenizer.model", "vocab.json")
+
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool) -> list[str]:
-    """Why a new run must not start in this folder, one message a reason; empty when it may."""
+    """Why a new run must not start in this folder, one message per reason; empty when it may."""
     run_dir = RunDir(output_dir)
     if run_dir.path.exists() and not run_dir.path.is_dir():
         return [f"output_dir = {output_dir}: is a file; name a folder"]
     status = RunReader(run_dir.path).status()
     if status.live:
         return [
-            f"output_dir = {output_dir}: a run is {status}. Watch it with `hynb attach {output_dir}`, "
+            f"output_dir = {output_dir}: has a live run ({status}). Watch it with `hynb attach {output_dir}`, "
             f"end it with `hynb stop {output_dir}`, or choose another output_dir"
         ]
     if status.state != "absent" and not overwrite and not resuming:
         return [
-            f"output_dir = {output_dir}: holds an earlier run ({status.state}). Go on from it with "
+            f"output_dir = {output_dir}: holds an earlier run ({status.state}). Resume it with "
             "resume_from_checkpoint: last, remove it with overwrite_output_dir, or choose another output_dir"
         ]
     return []
 
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-TOKENIZER_FILES = ("tokenizer.json", "hy.tiktoken", "tokenizer.model", "vocab.json")
-
-
 def check_run(config: Config, *, launched: bool = False) -> None:
-    """Looks at everything a run needs from the disk.
+    """Checks everything that a run needs from the disk.
 
     Args:
-        config: whose own values are already checked.
-        launched: the run folder was prepared by `launch`, which has looked at it.
+        config: its own values have been checked already.
+        launched: `launch` has checked and prepared the run folder already.
 
     Raises:
-        ConfigError: every mistake found, at once.
+        ConfigError: every problem found, at once.
     """
     problems = []
     resume = None
@@ -56,45 +55,45 @@ def check_run(config: Config, *, launched: bool = False) -> None:
         resume = resume_checkpoint(config)
         problems += check_checkpoint(resume) if resume else [_no_last_checkpoint(config)]
     if config.model_name_or_path is not None:
-        problems += check_model_folder(config.model_name_or_path, config.trust_remote_code)
+        problems += _check_model_folder(config.model_name_or_path, config.trust_remote_code)
     if config.tokenizer_name_or_path is not None:
-        problems += check_tokenizer_folder(config.tokenizer_name_or_path, "tokenizer_name_or_path")
+        problems += _check_tokenizer_folder(config.tokenizer_name_or_path, "tokenizer_name_or_path")
     elif config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
-        problems += check_tokenizer_folder(config.model_name_or_path, "model_name_or_path")
+        problems += _check_tokenizer_folder(config.model_name_or_path, "model_name_or_path")
     for parameter in ("train_data_file", "eval_data_file"):
         if (paths := getattr(config, parameter)) is not None:
             problems += _missing_files(paths, parameter)
-    # Hosts that a run has reached need no hostfile of their own.
+    # The hosts of a launched run need no hostfile of their own.
     if not launched and config.hostfile is not None and not Path(config.hostfile).is_file():
         problems.append(f"hostfile = {config.hostfile}: there is no such file")
-    problems += check_deepspeed(config)
+    problems += _check_deepspeed(config)
     if not launched:
         problems += check_output_dir(
             config.output_dir, overwrite=config.overwrite_output_dir, resuming=resume is not None
         )
         if config.overwrite_output_dir and resume and resume.parent == RunDir(config.output_dir).path:
             problems.append(
-                "overwrite_output_dir and resume_from_checkpoint are both given, and the checkpoint lies in "
-                "output_dir: it would be removed first. Leave out overwrite_output_dir"
+                "overwrite_output_dir and resume_from_checkpoint are both given, and the checkpoint is in "
+                "output_dir: it would be removed. Leave out overwrite_output_dir"
             )
     if problems:
         raise ConfigError(problems)
 
 
 def clear_run_folder(config: Config) -> None:
-    """Removes what an earlier run left: all of its files on `overwrite_output_dir`, else its end marks."""
+    """Removes an earlier run's files: all on `overwrite_output_dir`, otherwise those that record its state."""
     run_dir = RunDir(config.output_dir)
     if config.overwrite_output_dir:
         for item in run_dir.run_files():
             shutil.rmtree(item) if item.is_dir() else item.unlink()
-    ends = [run_dir.stop_request, run_dir.exit, run_dir.status, run_dir.heartbeat, run_dir.launch]
-    ends += [run_dir.kill_request, run_dir.hosts, run_dir.paste]
-    for item in [*ends, *run_dir.log.glob("failure_rank*.json")]:
+    records = [run_dir.stop_request, run_dir.exit, run_dir.status, run_dir.heartbeat, run_dir.launch]
+    records += [run_dir.kill_request, run_dir.hosts, run_dir.paste]
+    for item in [*records, *run_dir.log.glob("failure_rank*.json")]:
         item.unlink(missing_ok=True)
     shutil.rmtree(run_dir.saving, ignore_errors=True)
 
 
-def check_model_folder(path: str, trust_remote_code: bool) -> list[str]:
+def _check_model_folder(path: str, trust_remote_code: bool) -> list[str]:
     """Why a folder cannot be loaded as a model; empty when it can."""
     folder = Path(path)
     name = f"model_name_or_path = {path}"
@@ -103,11 +102,11 @@ def check_model_folder(path: str, trust_remote_code: bool) -> list[str]:
     try:
         model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return [f"{name}: has no config.json, so it is no model folder{_adapter_hint(folder)}"]
+        return [f"{name}: has no config.json, so it is not a model folder{_adapter_hint(folder)}"]
     except ValueError as error:
-        return [f"{folder / 'config.json'}: no valid JSON: {error}. Download the file again"]
+        return [f"{folder / 'config.json'}: not valid JSON: {error}. Download the file again"]
     problems = []
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         problems.append(f"{name}: has a config.json but no weights (*.safetensors)")
     problems += _missing_shards(folder)
     model_type = model_config.get("model_type")
@@ -118,25 +117,25 @@ def check_model_folder(path: str, trust_remote_code: bool) -> list[str]:
             "Read those files, then allow them with trust_remote_code: true"
         )
     if "quantization_config" in model_config:
-        problems.append(f"{name}: is quantised; fine-tuning needs the bf16 or fp16 original")
+        problems.append(f"{name}: is quantised; fine-tuning needs the bf16 or fp16 model")
     return problems
 
 
-def check_tokenizer_folder(path: str, parameter: str) -> list[str]:
+def _check_tokenizer_folder(path: str, parameter: str) -> list[str]:
     """Why a folder cannot be loaded as a tokenizer; empty when it can."""
     folder = Path(path)
     if not folder.is_dir():
         return [f"{parameter} = {path}: there is no such folder"]
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return [
-            f"{parameter} = {path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); "
+            f"{parameter} = {path}: has no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
             "name its folder with tokenizer_name_or_path"
         ]
     return []
 
 
-def check_deepspeed(config: Config) -> list[str]:
-    """What DeepSpeed would refuse in the chosen preset or file, and choices that contradict it."""
+def _check_deepspeed(config: Config) -> list[str]:
+    """Why DeepSpeed would refuse the chosen preset or file, and settings that contradict it."""
     try:
         ds_config = zero.load(config.deepspeed)
     except HynbError as error:
@@ -148,7 +147,7 @@ def check_deepspeed(config: Config) -> list[str]:
     if config.make_moe_param_leaf_module and stage != 3:
         problems.append(
             f"make_moe_param_leaf_module needs ZeRO-3, and deepspeed = {config.deepspeed} is stage {stage}: "
-            "choose ds_zero3_no_offload or ds_zero3_offload, or leave it off"
+            "choose ds_zero3_no_offload or ds_zero3_offload, or leave out make_moe_param_leaf_module"
         )
     return problems
 
@@ -170,7 +169,7 @@ def _no_last_checkpoint(config: Config) -> str:
 
 def _adapter_hint(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
-        return "; it is a LoRA adapter: merge it first (`hynb merge`), or go on with resume_from_checkpoint"
+        return "; it is a LoRA adapter: merge it first (`hynb merge`), or resume its run with resume_from_checkpoint"
     return ""
 
 
@@ -181,7 +180,7 @@ def _missing_shards(folder: Path) -> list[str]:
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError) as error:
-        return [f"{index}: is no valid index ({error}). Download the file again"]
+        return [f"{index}: is not a valid index ({error}). Download the file again"]
     missing = sorted(name for name in named if not (folder / name).is_file())
     if missing:
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
@@ -190,7 +189,7 @@ def _missing_shards(folder: Path) -> list[str]:
 
 
 def _code_files(model_config: dict[str, Any]) -> list[str]:
-    """The Python files that an auto_map of `file.Class` entries would run."""
+    """The Python files that an auto_map, whose entries are `file.Class`, would run."""
     entries = model_config["auto_map"].values()
     names = [item for entry in entries for item in (entry if isinstance(entry, list) else [entry]) if item]
     return sorted({str(name).split("--")[-1].rpartition(".")[0] + ".py" for name in names})

@@ -1,4 +1,4 @@
-"""What rank 0 writes into a run folder, and how every watcher reads it."""
+"""What rank 0 writes into a run folder while it trains, and how every watcher reads it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,37 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hynb.files import read_json, replace_text, write_json
+from hynb.files import read_json, write_json
 from hynb.runs.folder import ProcessId, RunDir
-from hynb.runs.status import RunStatus, State, read_status
+from hynb.runs.heartbeat import Heartbeat, Phase
+from hynb.runs.status import LIVE_STATES, RunStatus, State, read_status
 
 EVENT_VERSION = 1
-HEARTBEAT_SECONDS = 5.0
 
 
 class RunWriter:
-    """What rank 0 writes: manifest, events, heartbeat and status."""
+    """Writes manifest, events, status and heartbeat of a run."""
 
     def __init__(self, output_dir: str | Path) -> None:
         self.dir = RunDir(output_dir)
         self.dir.path.mkdir(parents=True, exist_ok=True)
         self._process = ProcessId.of(os.getpid())
         self._status: dict[str, Any] = {}
+        self._heartbeat: Heartbeat | None = None
+
+    def start(self) -> None:
+        """Rank 0's first act: writes the status `starting`, and a heartbeat from now until `close`."""
+        self._heartbeat = Heartbeat(self.dir.heartbeat)
+        self.phase("starting")
+
+    def close(self) -> None:
+        """Rank 0's last act: ends the heartbeat."""
+        if self._heartbeat:
+            self._heartbeat.stop()
 
     def manifest(self, content: dict[str, Any]) -> None:
         """Replaces manifest.json."""
@@ -40,9 +52,16 @@ class RunWriter:
                 line = "\n" + line
             file.write(line.encode())
 
-    def beat(self, global_step: int) -> None:
-        """Touches the heartbeat with the step that is being worked on."""
-        replace_text(self.dir.heartbeat, f"{global_step}\n")
+    def phase(self, phase: Phase) -> None:
+        """Records what rank 0 does from now on, in the heartbeat and in status.json."""
+        if self._heartbeat:
+            self._heartbeat.update(phase=phase)
+        self._write_status({"state": self._status.get("state", "starting"), "phase": phase})
+
+    def step(self, global_step: int) -> None:
+        """Records the last completed step in the heartbeat; cheap enough for every step."""
+        if self._heartbeat:
+            self._heartbeat.update(global_step=global_step)
 
     def status(
         self,
@@ -54,30 +73,35 @@ class RunWriter:
         reason: str = "",
         **where: Any,
     ) -> None:
-        """Replaces status.json; what is not given stays as it was.
+        """Replaces status.json; a step count that is not given stays as it was.
 
         Args:
             where: host and rank of a failure.
         """
-        changed = {"state": state, "exit_code": exit_code, "reason": reason, "updated_at": time.time()} | where
-        kept = {"global_step": global_step, "max_steps": max_steps}
-        self._status |= changed | {name: value for name, value in kept.items() if value is not None}
-        write_json(self.dir.status, self._status | {"process": vars(self._process)})
+        changed = {"state": state, "exit_code": exit_code, "reason": reason} | where
+        if state not in LIVE_STATES:
+            changed["phase"] = None
+        counts = {"global_step": global_step, "max_steps": max_steps}
+        self._write_status(changed | {name: value for name, value in counts.items() if value is not None})
+
+    def _write_status(self, changed: dict[str, Any]) -> None:
+        self._status |= changed | {"updated_at": time.time()}
+        write_json(self.dir.status, self._status | {"process": asdict(self._process)})
 
 
 class RunReader:
-    """What every watcher reads; writes nothing, so any number of them may look on."""
+    """Reads a run folder and writes nothing, so that any number of readers may watch a run."""
 
     def __init__(self, output_dir: str | Path) -> None:
         self.dir = RunDir(output_dir)
         self._offset = 0
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest; empty before the ranks have written it."""
+        """The content of manifest.json; empty before rank 0 has written it."""
         return read_json(self.dir.manifest) or {}
 
     def new_events(self) -> list[dict[str, Any]]:
-        """Events appended since the last call; a torn last line waits for its rest."""
+        """Events appended since the last call; an incomplete last line is left for the next call."""
         try:
             if self.dir.events.stat().st_size < self._offset:
                 self._offset = 0
@@ -92,7 +116,7 @@ class RunReader:
         return list(_parse_events(whole))
 
     def events(self) -> list[dict[str, Any]]:
-        """All events in force: those that a resumed run did again are left out."""
+        """All events, without those of steps that a resumed run has repeated."""
         return effective_events(RunReader(self.dir.path).new_events())
 
     def status(self) -> RunStatus:
@@ -100,7 +124,7 @@ class RunReader:
         return read_status(self.dir)
 
     def log_tail(self, lines: int = 30) -> str:
-        """The end of rank 0's output, or of the launcher's where no rank has written yet."""
+        """The last lines of rank 0's output, or of the launcher's output when no rank has written any."""
         for path in [*self.dir.rank_logs()[:1], self.dir.launcher_log]:
             with contextlib.suppress(OSError):
                 text = path.read_bytes()[-200_000:].decode(errors="replace")
@@ -112,7 +136,7 @@ class RunReader:
 
 
 def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events without those steps that a later resume went back behind."""
+    """Events without those of steps that a later resume has repeated."""
     kept: list[dict[str, Any]] = []
     for event in events:
         if event["kind"] == "resume":
@@ -122,7 +146,7 @@ def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
-    """One log event as a line for a terminal."""
+    """One log event as one line of text."""
     step = f"step {event['global_step']}" + (f"/{max_steps}" if max_steps else "")
     parts = [f"loss {event['loss']:.4f}", f"lr {event['learning_rate']:.3g}"]
     if event.get("grad_norm") is not None:
@@ -135,7 +159,7 @@ def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
 
 
 def evaluation_line(event: dict[str, Any]) -> str:
-    """One evaluation event as a line for a terminal."""
+    """One evaluation event as one line of text."""
     return (
         f"evaluation at step {event['global_step']}: loss {event['eval_loss']:.4f} over {event['eval_tokens']:,} "
         f"tokens, perplexity {event['eval_perplexity']:.4g}, {event['eval_seconds']:g} s"
@@ -154,7 +178,7 @@ def _ends_with_newline(path: Path) -> bool:
 
 def _parse_events(data: bytes) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
-        # A writer that died in mid-line left a torn one; its successor began a new line.
+        # A writer that died within a line left it incomplete; its successor began a new one.
         with contextlib.suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict) and event.get("v") == EVENT_VERSION:

@@ -1,4 +1,4 @@
-"""Names of every file in a run folder, and the identity of a process."""
+"""The paths of all files in a run folder, and the identity of a process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hynb.files import read_json
 
 
 class RunDir:
-    """Names of every file in a run's output_dir; makes nothing."""
+    """The paths of all files in a run's output_dir; creates nothing."""
 
     def __init__(self, output_dir: str | Path) -> None:
         self.path = Path(output_dir).expanduser().absolute()
@@ -42,19 +42,19 @@ class RunDir:
         self.led_from = self.path / "led_from"
 
     def secret(self, launch_id: str) -> Path:
-        """What the processes of a run over several hosts prove to each other."""
+        """The secret that the guards of a run and its supervisor prove to each other."""
         return self.log / f".secret-{launch_id}"
 
     def shared_token(self, launch_id: str) -> Path:
-        """A file that a host sees only where it shares this folder with the launching host."""
+        """A file that a host sees only if it shares this folder with the launching host."""
         return self.log / f".shared-{launch_id}"
 
     def rank_log(self, rank: int) -> Path | None:
-        """The newest output file of one rank."""
+        """The newest output file of one rank; None when it has written none."""
         return max(self.log.glob(f"*_rank{rank}.log"), default=None)
 
     def checkpoint(self, global_step: int) -> Path:
-        """The folder of one checkpoint, complete or absent."""
+        """The folder of one checkpoint; it is complete or does not exist."""
         return self.path / f"checkpoint-{global_step}"
 
     def checkpoints(self) -> list[Path]:
@@ -63,25 +63,25 @@ class RunDir:
         return sorted(found, key=lambda item: int(item.name[11:]))
 
     def rank_logs(self) -> list[Path]:
-        """The newest output file of each rank, in the order of the ranks; empty when there is none."""
+        """The newest output file of each rank, in the order of the ranks."""
         newest = {}
-        # The launcher begins each name with the time, so that a resumed run's file sorts last.
+        # The launcher's file names begin with the time, so a resumed run's file sorts last.
         for path in sorted(self.log.glob("*_rank*.log")):
             if match := re.search(r"_rank(\d+)\.log$", path.name):
                 newest[int(match[1])] = path
         return [newest[rank] for rank in sorted(newest)]
 
     def failure(self, rank: int) -> Path:
-        """What a rank that failed has to say."""
+        """The record of a failed rank: host, time, reason, exit code."""
         return self.log / f"failure_rank{rank}.json"
 
     def failures(self) -> list[dict[str, Any]]:
-        """Records of the ranks that failed, the first to fail first."""
+        """The records of failed ranks, by the time of their failure."""
         records = [read_json(path) for path in self.log.glob("failure_rank*.json")]
         return sorted((record for record in records if record), key=lambda record: record["time"])
 
     def run_files(self) -> list[Path]:
-        """What a run writes and `overwrite_output_dir` removes; nothing else in the folder is ours."""
+        """Existing files of the run, which `overwrite_output_dir` removes; others in the folder are not hynb's."""
         single = [
             *(self.config, self.ds_config, self.launch, self.exit, self.manifest, self.events),
             *(self.heartbeat, self.status, self.stop_request, self.log, self.tensorboard),
@@ -93,7 +93,7 @@ class RunDir:
 
 @dataclass(kw_only=True, frozen=True)
 class ProcessId:
-    """A process known by host, pid and start time, so that a reused pid is not taken for it."""
+    """A process, identified by host, pid and start time, so that a reused pid is not mistaken for it."""
 
     host: str
     pid: int
@@ -101,16 +101,16 @@ class ProcessId:
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
-        """The identity of a process that runs on this host."""
+        """The identity of a running process of this host."""
         return cls(host=socket.gethostname(), pid=pid, create_time=psutil.Process(pid).create_time())
 
     def alive(self) -> bool | None:
-        """Whether it runs; None when it belongs to another host, where this one can't look."""
+        """Whether the process runs; None when it is on another host, where its pid says nothing here."""
         if self.host != socket.gethostname():
             return None
         try:
             process = psutil.Process(self.pid)
-            # The clock's resolution differs between /proc readers by at most a tick.
+            # psutil derives the start time from the boot time, which may differ by a clock tick between two calls.
             same = abs(process.create_time() - self.create_time) < 1.0
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:

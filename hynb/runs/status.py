@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hynb.files import read_json
 from hynb.runs.folder import ProcessId, RunDir
+from hynb.runs.heartbeat import Beat, Phase, read_heartbeat
 
-# A rank on another host is taken for dead when its heartbeat is this old.
+# A process on another host is considered dead when the heartbeat is this old: network disks cache for up to a minute.
 STALE_HEARTBEAT_SECONDS = 90.0
 State = Literal["absent", "starting", "running", "stopping", "finished", "stopped", "failed"]
 LIVE_STATES = ("starting", "running", "stopping")
+_NO_RECORD = "its processes are gone and recorded no reason: killed, or out of memory"
 
 
 @dataclass(kw_only=True, frozen=True)
 class RunStatus:
-    """What a watcher knows of a run, derived from its files alone.
+    """What is known of a run, derived from its files alone.
 
     Args:
-        host: the host of a run over several that failed, by its name in the hostfile.
-        rank: the rank that failed, where it was one.
+        phase: what rank 0 of a live run does.
+        host: the host where a run failed, by its name in the hostfile, if the failure belongs to one host.
+        rank: the rank that failed, if the failure belongs to one rank.
+        updated_at: time of the last change of status.json, in seconds since the epoch.
     """
 
     state: State
+    phase: Phase | None = None
     global_step: int = 0
     max_steps: int | None = None
     exit_code: int | None = None
@@ -40,91 +46,125 @@ class RunStatus:
         return self.state in LIVE_STATES
 
     def __str__(self) -> str:
-        steps = f", step {self.global_step}" + (f" of {self.max_steps}" if self.max_steps else "")
-        return f"{self.state}{steps if self.global_step else ''}{': ' + self.reason if self.reason else ''}"
+        text: str = self.state
+        if self.global_step:
+            text += f", step {self.global_step}" + (f" of {self.max_steps}" if self.max_steps else "")
+        # A run that is starting in the phase "starting", or running in "training", does what one expects.
+        if self.phase and (self.state, self.phase) not in (("starting", "starting"), ("running", "training")):
+            text += f", {self.phase}"
+        return text + (f": {self.reason}" if self.reason else "")
 
 
 def read_status(run_dir: RunDir) -> RunStatus:
-    """The run's state, from the ranks' record, the launcher's and the processes that are there."""
+    """The run's state, from the records of the ranks and of the supervisor and from the processes that are alive."""
     if not run_dir.path.is_dir():
         return RunStatus(state="absent", reason=f"there is no folder {run_dir.path}")
-    record = read_json(run_dir.status)
-    launch = read_json(run_dir.launch)
-    ended = read_json(run_dir.exit)
+    record, launch = read_json(run_dir.status), read_json(run_dir.launch)
     if record is None and launch is None:
-        reason = f"no run was started in {run_dir.path}"
-        with contextlib.suppress(OSError):
-            leader = run_dir.led_from.read_text().strip()
-            reason = f"{run_dir.path} is this host's part of a run that is led from {leader}: look there"
-        return RunStatus(state="absent", reason=reason)
+        return RunStatus(state="absent", reason=_absent_reason(run_dir))
     record = record or {"state": "starting"}
-    if record["state"] == "starting" and not record.get("reason"):
-        record = record | {"reason": _joining(run_dir)}
-    known = {
-        "global_step": max(record.get("global_step") or 0, _heartbeat_step(run_dir)),
-        "max_steps": record.get("max_steps"),
-        "exit_code": record.get("exit_code"),
-        "reason": record.get("reason", ""),
-        "host": record.get("host"),
-        "rank": record.get("rank"),
-        "updated_at": record.get("updated_at"),
-    }
-    # In a run over several hosts the supervisor has weighed what each of them said.
-    if record["state"] == "failed" and "host" not in record:
-        known["reason"] = _failure(run_dir) or known["reason"]
-    if record["state"] not in LIVE_STATES:
-        return RunStatus(state=record["state"], **known)
-    if _processes_alive(run_dir, record, launch if ended is None else None):
-        asked = run_dir.stop_request.exists() and record["state"] != "starting"
-        return RunStatus(state="stopping" if asked else record["state"], **known)
-    ended = ended or {}
-    reason = ended.get("reason") or "its processes are gone and left no record: killed, or out of memory"
-    reason = reason if "host" in ended else _failure(run_dir) or reason
-    known |= {"exit_code": ended.get("exit_code"), "reason": reason}
-    known |= {"host": ended.get("host"), "rank": ended.get("rank")}
-    return RunStatus(state=ended.get("state", "failed"), **known)
+    beat = read_heartbeat(run_dir.heartbeat)
+    status = _recorded_status(run_dir, record, beat)
+    if not status.live:
+        return status
+    end = read_json(run_dir.exit)
+    if _is_alive(record, launch if end is None else None, beat):
+        stopping = run_dir.stop_request.exists() and status.state != "starting"
+        return dataclasses.replace(status, state="stopping") if stopping else status
+    return _unreported_end(run_dir, status, end or {})
+
+
+def _absent_reason(run_dir: RunDir) -> str:
+    with contextlib.suppress(OSError):
+        launching_host = run_dir.led_from.read_text(encoding="utf-8").strip()
+        return f"{run_dir.path} is this host's part of a run that was launched on {launching_host}: look there"
+    return f"no run was started in {run_dir.path}"
+
+
+def _recorded_status(run_dir: RunDir, record: dict[str, Any], beat: Beat | None) -> RunStatus:
+    """The status as rank 0, or after a failure the supervisor, has written it."""
+    state, reason = record["state"], record.get("reason", "")
+    if state == "starting" and not reason:
+        reason = _joining(run_dir)
+    # A record with a host is the supervisor's, who has compared the reports of all ranks.
+    if state == "failed" and "host" not in record:
+        reason = _failure(run_dir) or reason
+    phase = record.get("phase") or (beat.phase if beat else None)
+    return RunStatus(
+        state=state,
+        phase=phase if state in LIVE_STATES else None,
+        global_step=max(record.get("global_step") or 0, beat.global_step if beat else 0),
+        max_steps=record.get("max_steps"),
+        exit_code=record.get("exit_code"),
+        reason=reason,
+        host=record.get("host"),
+        rank=record.get("rank"),
+        updated_at=record.get("updated_at"),
+    )
+
+
+def _is_alive(record: dict[str, Any], launch: dict[str, Any] | None, beat: Beat | None) -> bool:
+    """Whether rank 0 or the supervisor is alive; on another host, as far as the heartbeat shows."""
+    for item in (record, launch):
+        if item is None or "process" not in item:
+            continue
+        alive = ProcessId(**item["process"]).alive()
+        if alive is None and beat is not None:
+            alive = time.time() - beat.time < STALE_HEARTBEAT_SECONDS
+        elif alive is None and item is launch:
+            alive = time.time() < _start_deadline(item)
+        if alive:
+            return True
+    return False
+
+
+def _start_deadline(launch: dict[str, Any]) -> float:
+    """Until when a launch whose rank 0 has no heartbeat yet counts as alive, in seconds since the epoch."""
+    join_seconds = launch.get("membership", {}).get("start_seconds", 0.0)
+    return launch.get("started_at", 0.0) + join_seconds + STALE_HEARTBEAT_SECONDS
+
+
+def _unreported_end(run_dir: RunDir, status: RunStatus, end: dict[str, Any]) -> RunStatus:
+    """The status of a run whose ranks did not record their end.
+
+    Args:
+        end: the supervisor's record in exit.json; empty when it wrote none.
+    """
+    reason = end.get("reason") or _NO_RECORD
+    return dataclasses.replace(
+        status,
+        state=end.get("state", "failed"),
+        phase=None,
+        exit_code=end.get("exit_code"),
+        reason=reason if "host" in end else _failure(run_dir) or reason,
+        host=end.get("host"),
+        rank=end.get("rank"),
+    )
 
 
 def _failure(run_dir: RunDir) -> str:
-    """The first cause among what the failed ranks said; empty when none said anything."""
+    """The first cause among the reports of failed ranks; empty when there are none."""
     failures = run_dir.failures()
     causes = [failure for failure in failures if not failure.get("lost_connection")]
     if causes:
         return f"rank {causes[0]['rank']} on {causes[0]['host']}: {causes[0]['reason']}"
     if not failures:
         return ""
-    silent = set(range((read_json(run_dir.manifest) or {}).get("world_size", 0))) - {
-        failure["rank"] for failure in failures
-    }
-    who = f"rank {', '.join(map(str, sorted(silent)))}" if silent else "another rank"
-    return f"{who} ended without a word (killed, or out of memory), and the others lost their connection to it"
+    world_size = (read_json(run_dir.manifest) or {}).get("world_size", 0)
+    silent = sorted(set(range(world_size)) - {failure["rank"] for failure in failures})
+    who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
+    return f"{who} ended and reported no reason (killed, or out of memory), and the other ranks lost its connection"
 
 
 def _joining(run_dir: RunDir) -> str:
-    """How far the hosts of a run over several have come; empty for other runs."""
-    known = read_json(run_dir.hosts) or {}
-    if folder := known.get("output_dir"):
+    """Which of several hosts have not joined yet, or that all have; empty for a run on one host."""
+    record = read_json(run_dir.hosts) or {}
+    if len(record.get("hosts", [])) < 2:
+        return ""
+    if folder := record.get("output_dir"):
         return f"all hosts have joined; output_dir is {folder}"
-    waiting = [host["name"] for host in known.get("hosts", []) if host["state"] == "waiting"]
+    waiting = [host["name"] for host in record.get("hosts", []) if host["state"] == "waiting"]
     if not waiting:
         return ""
     lines = f"; the lines to paste there are in {run_dir.paste}" if run_dir.paste.exists() else ""
     return f"waiting for {', '.join(waiting)} to join{lines}"
-
-
-def _heartbeat_step(run_dir: RunDir) -> int:
-    try:
-        return int(run_dir.heartbeat.read_text())
-    except (OSError, ValueError):
-        return 0
-
-
-def _processes_alive(run_dir: RunDir, record: dict[str, Any], launch: dict[str, Any] | None) -> bool:
-    for process in (item["process"] for item in (record, launch) if item and "process" in item):
-        alive = ProcessId(**process).alive()
-        if alive is None:
-            with contextlib.suppress(OSError):
-                alive = time.time() - run_dir.heartbeat.stat().st_mtime < STALE_HEARTBEAT_SECONDS
-        if alive:
-            return True
-    return False

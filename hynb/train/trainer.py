@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hynb.data import IGNORED, SeededSampler
 from hynb.errors import ModelError, RunError
 from hynb.files import write_json
-from hynb.runs import CHECKPOINT_RECORD, HEARTBEAT_SECONDS, RunDir, RunWriter
+from hynb.runs import CHECKPOINT_RECORD, RunDir, RunWriter
 from hynb.train.checkpoint import carry_over, keep_untrained_routers, write_base_identity
 from hynb.train.host_folders import OwnFolders
 from hynb.train.model import describe
@@ -213,17 +212,14 @@ class RunCallback(TrainerCallback):
         self._run_dir = run_dir
         self._writer = writer
         self._model = model
-        self._global_step = 0
-        self._ended = threading.Event()
         self._awaited: set[str] = set()
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Starts the heartbeat and the watch over the adapter's gradients."""
-        self._global_step = state.global_step
+        """Starts the watch over the adapter's gradients."""
         if self._writer:
             self._writer.status("running", global_step=state.global_step, max_steps=state.max_steps)
-            threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+            self._writer.phase("training")
         for name, weight in self._model.named_parameters():
             if weight.requires_grad and "lora_" in name:
                 self._awaited.add(name)
@@ -236,7 +232,8 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Looks for a stop request on rank 0 and lets all ranks follow it at the same step."""
         self._check_adapter_gradients()
-        self._global_step = state.global_step
+        if self._writer:
+            self._writer.step(state.global_step)
         asked = torch.tensor(float(args.process_index == 0 and self._run_dir.stop_request.exists()))
         if args.world_size > 1:
             asked = asked.to(args.device)
@@ -248,14 +245,6 @@ class RunCallback(TrainerCallback):
             if self._writer:
                 self._writer.event("stop", state.global_step)
                 self._writer.status("stopping", global_step=state.global_step)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ends the heartbeat."""
-        self._ended.set()
-
-    def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            self._writer.beat(self._global_step)
 
     def _check_adapter_gradients(self) -> None:
         if not self._hooks:

@@ -36,7 +36,6 @@ writer = RunWriter(folder)
 writer.dir.log.mkdir(exist_ok=True)
 (writer.dir.log / "x_rank0.log").write_text("a line of the log\\nthe last line <of it>\\n")
 writer.status("starting")
-writer.beat(0)
 writer.event("start", 0)
 for step in range(1, steps + 1):
     time.sleep(seconds)
