@@ -1,8 +1,9 @@
-"""Two hosts on this machine, for tests: namespaces of their own, joined by a cable, each with a real sshd.
+"""Two hosts on this machine, for tests: Linux namespaces that are joined by a virtual cable, each with a real sshd.
 
 Each host has its own network, processes, host name, home, /etc/hosts, /etc/passwd, /dev/shm and host key, and a
-folder `disk` at the same path on both, which is the same folder or one of their own. Interpreter and code are
-this checkout's. Everything ends with the test's process, however that ends.
+folder `disk` at the same path on both, which is either one shared folder or a separate one per host. They use this
+checkout's interpreter and code. Namespaces and the cable have no names outside, so that several test processes can
+run at once. Everything ends with the test's process, however that ends.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ from conftest import need
 CHECKOUT = Path(__file__).resolve().parents[1]
 PORT = 36005
 ADDRESSES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
-PROGRAMS = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "sshd")
+_PROGRAMS = (
+    *("unshare", "nsenter", "mount", "hostname", "ip", "ss", "openssl"),
+    *("ssh", "ssh-keygen", "ssh-keyscan", "sshd"),
+)
 PASSWORD = "let me in, 1 time"
-_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
-# The first process of a host: sets up its mounts, then reaps what is left to it.
+# On a busy machine the interpreter alone takes seconds to start.
+_START_SECONDS = 60
+# The first process of a host: mounts what is its own, and lets the kernel reap the processes that end.
 _INIT = """
 import os, signal, subprocess, sys
 name, root, home, disk, shm = sys.argv[1:]
@@ -49,7 +54,7 @@ for name_of_file in ("hosts", "passwd", "shadow", "ssh"):
     mount("--bind", root + "/etc/" + name_of_file, "/etc/" + name_of_file)
 subprocess.run(["hostname", name], check=True)
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-# Children that others left behind are reaped by the kernel itself.
+# The kernel then reaps orphaned processes.
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 open(root + "/ready", "w").close()
 while True:
@@ -59,7 +64,7 @@ while True:
 
 @dataclass(kw_only=True, frozen=True)
 class Process:
-    """A process of a host: its pid out here, its words and its environment."""
+    """A process of a host: its pid outside of the host, its arguments and its environment."""
 
     pid: int
     argv: tuple[str, ...]
@@ -70,7 +75,8 @@ class Process:
 class TestHost:
     """One host; commands run inside all of its namespaces.
 
-    home, disk: paths as the host sees them; `path` gives the way to them from out here.
+    Args:
+        home, disk: paths as the host sees them; `path` translates them for this process.
     """
 
     __test__ = False
@@ -87,7 +93,7 @@ class TestHost:
     _environment: dict[str, str] = field(default_factory=dict)
 
     def path(self, inside: str | Path) -> Path:
-        """A file of the host's home or disk as it is reached from outside."""
+        """The path of a file of the host's home or disk for this process, outside of the host."""
         inside = Path(inside)
         for seen, real in ((self.home, self.root / "home"), (self.disk, self.root / "disk")):
             if inside.is_relative_to(seen) and real.is_dir():
@@ -95,14 +101,12 @@ class TestHost:
         return inside
 
     def environment(self, **more: str) -> dict[str, str]:
-        """What a login on this host would have, with the checkout's programs first."""
+        """The variables of a login on this host, with this environment's programs first in PATH."""
         programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         values = {"HOME": str(self.home), "PATH": programs, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "USER": "root"}
         return values | {"PYTHONDONTWRITEBYTECODE": "1"} | self._environment | more
 
-    def popen(
-        self, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options
-    ) -> subprocess.Popen:
+    def popen(self, argv: Sequence[object], *, env: Mapping[str, str] | None = None, **options) -> subprocess.Popen:
         """Starts a command on the host, in its disk folder."""
         enter = ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--pid"]
         folder = shlex.quote(str(options.pop("cwd", self.disk)))
@@ -111,7 +115,7 @@ class TestHost:
 
     def run(
         self,
-        argv: Sequence[str | Path],
+        argv: Sequence[object],
         *,
         check: bool = True,
         env: Mapping[str, str] | None = None,
@@ -119,7 +123,7 @@ class TestHost:
         timeout: float = 120,
         cwd: str | Path | None = None,
     ) -> subprocess.CompletedProcess:
-        """Runs a command on the host to its end."""
+        """Runs a command on the host and waits for it."""
         streams = {"stdin": subprocess.PIPE if input is not None else subprocess.DEVNULL}
         streams |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = self.popen(argv, env=env, cwd=cwd or self.disk, **streams)
@@ -130,7 +134,7 @@ class TestHost:
             out, err = process.communicate()
             raise AssertionError(f"{self.name}: {shlex.join(map(str, argv))} took too long\n{out}\n{err}") from None
         assert not check or process.returncode == 0, f"{self.name}: {argv}: {process.returncode}\n{out}\n{err}"
-        return subprocess.CompletedProcess(argv, process.returncode, out, err)
+        return subprocess.CompletedProcess([*map(str, argv)], process.returncode, out, err)
 
     def hynb(self, *words: object, check: bool = False, **options: Any) -> subprocess.CompletedProcess:
         """The `hynb` command of this checkout on the host."""
@@ -138,7 +142,14 @@ class TestHost:
         return self.run(command, check=check, env={"PYTHONPATH": str(CHECKOUT)}, **options)
 
     def typed(self, command: Sequence[object], answers: Sequence[tuple[str, str]]) -> tuple[int, str]:
-        """A command at a terminal, at which a person answers: each answer once its question is seen."""
+        """Runs a command in a terminal and types each answer when its question appears.
+
+        Args:
+            answers: pairs of question and answer, in their order.
+
+        Returns:
+            exit code and output.
+        """
         main, side = pty.openpty()
         process = self.popen(
             command,
@@ -156,10 +167,10 @@ class TestHost:
                 if waiting and waiting[0][0] in seen:
                     os.write(main, (waiting.pop(0)[1] + "\n").encode())
         os.close(main)
-        return process.wait(timeout=60), seen
+        return process.wait(timeout=_START_SECONDS), seen
 
     def processes(self) -> list[Process]:
-        """Every process of the host but its first one, zombies left out."""
+        """All processes of the host except its first one and zombies."""
         space = Path(f"/proc/{self.pid}/ns/pid").readlink()
         found = []
         for entry in Path("/proc").iterdir():
@@ -177,19 +188,21 @@ class TestHost:
 
     @property
     def host_key(self) -> Path:
-        """The public key that sshd proves itself with."""
+        """The file of the public key with which sshd identifies itself."""
         return self.root / "etc" / "ssh" / "ssh_host_ed25519_key.pub"
 
     @property
     def fingerprint(self) -> str:
-        """That of the host key."""
-        asked = subprocess.run(["ssh-keygen", "-lf", self.host_key], capture_output=True, text=True, check=True)
-        return asked.stdout.split()[1]
+        """The fingerprint of the host key."""
+        done = subprocess.run(["ssh-keygen", "-lf", self.host_key], capture_output=True, text=True, check=True)
+        return done.stdout.split()[1]
 
     def start_sshd(self, port: int = PORT, *, clock_shift_seconds: int = 0, first: Sequence[str] = ()) -> None:
-        """Starts sshd with the host's own /etc/ssh; what it starts may see a clock that is off.
+        """Starts sshd with the host's own /etc/ssh.
 
-        first: lines of sshd_config that go before the usual ones, and win.
+        Args:
+            clock_shift_seconds: by how much the clock of the commands that it runs is off.
+            first: lines of sshd_config before the usual ones, which they override.
         """
         settings = [
             *first,
@@ -198,24 +211,25 @@ class TestHost:
             *("AuthorizedKeysFile .ssh/authorized_keys", "MaxStartups 100:30:200"),
         ]
         if clock_shift_seconds:
-            need(_FAKETIME.is_file(), "libfaketime is not installed")
-            settings.append(f"SetEnv LD_PRELOAD={_FAKETIME} FAKETIME={clock_shift_seconds:+d}s FAKETIME_DONT_RESET=1")
+            library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+            need(library is not None, "libfaketime is not installed")
+            settings.append(f"SetEnv LD_PRELOAD={library} FAKETIME={clock_shift_seconds:+d}s FAKETIME_DONT_RESET=1")
         (self.root / "etc" / "ssh" / "sshd_config").write_text("\n".join(settings) + "\n")
         with (self.root / "sshd.log").open("ab") as log:
-            # sshd starts itself anew for each connection, by its absolute path.
+            # sshd executes itself again for each connection, which needs its absolute path.
             command = [str(shutil.which("sshd")), "-D", "-e", "-p", str(port)]
             self._sshd = self.popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
         self.until_listens(port)
 
     def until_listens(self, port: int) -> None:
         """Waits until something listens on a port."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + _START_SECONDS
         while self.run(["ss", "-Htln", f"sport = :{port}"]).stdout == "":
             assert time.monotonic() < deadline, (self.root / "sshd.log").read_text()
             time.sleep(0.05)
 
     def stop_sshd(self) -> None:
-        """Ends sshd and every connection that it serves."""
+        """Kills sshd and the processes of its connections."""
         for process in self.processes():
             if "sshd" in process.argv[0]:
                 with contextlib.suppress(ProcessLookupError):
@@ -225,29 +239,29 @@ class TestHost:
             self._sshd = None
 
     def new_host_key(self) -> None:
-        """Another host key, as after the machine was set up anew; sshd takes it at its next start."""
+        """Replaces the host key, as if the machine had been reinstalled; sshd reads it when it starts."""
         self.host_key.unlink()
         self.host_key.with_suffix("").unlink()
         _keygen(self.host_key.with_suffix(""), self.name)
 
     def freeze(self) -> None:
-        """Stops every process of the host, as if it hung; the kernel still answers."""
+        """Stops every process of the host, as if it hung; its kernel still accepts connections."""
         for _ in range(5):
             for process in self.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Lets them go on."""
+        """Continues every process of the host."""
         if self._sshd is not None:
-            # nsenter has stopped itself when it saw its child stopped.
+            # nsenter stops itself when its child is stopped.
             self._sshd.send_signal(signal.SIGCONT)
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)
 
     def link(self, *, up: bool) -> None:
-        """Plugs the cable in, or pulls it."""
+        """Plugs in or pulls the cable."""
         self.run(["ip", "link", "set", "cable", "up" if up else "down"])
 
 
@@ -265,20 +279,27 @@ class TestHosts:
         return iter((self.alpha, self.beta))
 
 
-def need_two_hosts() -> None:
-    """Skips a test where this machine can't have two hosts."""
-    need(os.geteuid() == 0, "only root can make network namespaces")
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+def need_programs(*names: str) -> None:
+    """Skips a test, or fails it in CI, if programs are not in PATH."""
+    missing = [name for name in names if shutil.which(name) is None]
     need(not missing, f"programs are missing: {', '.join(missing)}")
-    need(subprocess.run(["unshare", "--net", "--pid", "--fork", "true"]).returncode == 0, "no namespaces here")
+
+
+def need_two_hosts() -> None:
+    """Skips a test, or fails it in CI, on a machine that cannot run `two_hosts`."""
+    need(os.geteuid() == 0, "only root can create network namespaces")
+    need_programs(*_PROGRAMS)
+    tried = subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, text=True)
+    need(tried.returncode == 0, f"no namespaces here: {tried.stderr.strip()}")
 
 
 @contextlib.contextmanager
 def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m") -> Iterator[TestHosts]:
-    """Two hosts, alpha and beta, whose files lie in a folder.
+    """Starts two hosts, alpha and beta, and ends them afterwards.
 
     Args:
-        shared: `disk` is the same folder on both, as on a cluster with a network disk.
+        folder: where their files are created.
+        shared: `disk` is the same folder on both, as in a cluster with a network disk.
         sshd: start one on each.
         shm: size of each /dev/shm.
     """
@@ -291,7 +312,7 @@ def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m
         for name in ADDRESSES:
             made.append(_start(name, folder / name, home, disk, shared, shm))
         alpha, beta = made
-        # The cable's ends come into being inside the two hosts: this machine's own network is not touched.
+        # Both ends of the cable are created inside the hosts; this machine's own network is not changed.
         inside = ["nsenter", "--target", str(alpha.pid), "--net"]
         peer = ["peer", "name", "cable", "netns", str(beta.pid)]
         subprocess.run([*inside, "ip", "link", "add", "cable", "type", "veth", *peer], check=True)
@@ -303,7 +324,7 @@ def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m
         yield TestHosts(alpha=alpha, beta=beta)
     finally:
         for host in made:
-            # The end of a namespace's first process is the end of all others in it.
+            # When the first process of a PID namespace ends, the kernel kills all others in it.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(host.pid, signal.SIGKILL)
             host._holder.kill()
@@ -311,7 +332,7 @@ def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m
 
 
 def trusting(hosts: TestHosts) -> Path:
-    """Keys, known_hosts and ssh_config such that alpha may log in on beta and the other way round.
+    """Writes keys, known_hosts and ssh_config so that each host can log in on the other one.
 
     Returns:
         the folder of the cluster, on both disks: hostfile (1 slot each), ssh_config, known_hosts.
@@ -352,10 +373,10 @@ def _start(name: str, root: Path, home: Path, disk: Path, shared: bool, shm: str
     users = Path("/etc/passwd").read_text().splitlines()
     users = [f"root:x:0:0:root:{home}:/bin/bash" if user.startswith("root:") else user for user in users]
     (root / "etc" / "passwd").write_text("\n".join(users) + "\n")
-    asked = subprocess.run(
+    done = subprocess.run(
         ["openssl", "passwd", "-6", "-stdin"], input=PASSWORD, capture_output=True, text=True, check=True
     )
-    (root / "etc" / "shadow").write_text(f"root:{asked.stdout.strip()}:20000:0:99999:7:::\nsshd:!:20000::::::\n")
+    (root / "etc" / "shadow").write_text(f"root:{done.stdout.strip()}:20000:0:99999:7:::\nsshd:!:20000::::::\n")
     (root / "etc" / "shadow").chmod(0o600)
     _keygen(root / "etc" / "ssh" / "ssh_host_ed25519_key", name)
     arguments = [name, str(root), str(home), str(disk), shm]
@@ -365,7 +386,7 @@ def _start(name: str, root: Path, home: Path, disk: Path, shared: bool, shm: str
         stdin=subprocess.DEVNULL,
         preexec_fn=_die_with_parent,
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + _START_SECONDS
     while not (root / "ready").exists():
         assert time.monotonic() < deadline and holder.poll() is None, f"{name} did not start"
         time.sleep(0.02)
@@ -383,7 +404,7 @@ def _start(name: str, root: Path, home: Path, disk: Path, shared: bool, shm: str
 
 
 def _die_with_parent() -> None:
-    """A test that is killed leaves no host behind."""
+    """Lets the kernel kill this process when the test's process ends, even by SIGKILL."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 

@@ -14,14 +14,6 @@ import psutil
 
 from hynb.cluster import host_facts
 
-
-def free_port() -> int:
-    """A TCP port that is free now on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 PACKAGES = ("hynb", "torch", "transformers", "deepspeed", "peft", "safetensors")
 
 
@@ -41,10 +33,10 @@ class Machine:
     """What a run on this machine can use.
 
     Args:
-        gpus: those that a job started here would see; empty on a machine without.
-        cpu_cores: cores that this process may run on.
-        disk_free_bytes: free where the run folder would be.
-        versions: by package; "not installed" where one is missing.
+        gpus: those that a job started here would see; empty on a machine without GPUs.
+        cpu_cores: cores on which this process may run.
+        disk_free_bytes: free space where the run folder would be.
+        versions: by package; "not installed" for a missing one.
     """
 
     host: str
@@ -58,19 +50,16 @@ class Machine:
 
     @property
     def slots(self) -> int:
-        """Ranks that a run uses here by itself: one a GPU, or one on a CPU."""
+        """Number of ranks that a run uses here by default: one per GPU, or one on the CPU."""
         return len(self.gpus) or 1
 
 
 def this_machine(folder: str | Path = ".") -> Machine:
-    """Looks at this machine, without importing torch.
+    """Describes this machine, without importing torch.
 
     Args:
-        folder: whose disk is looked at; the nearest folder above it that exists.
+        folder: the folder whose disk is measured; it need not exist yet.
     """
-    place = Path(folder).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
     memory = psutil.virtual_memory()
     return Machine(
         host=socket.gethostname(),
@@ -78,7 +67,7 @@ def this_machine(folder: str | Path = ".") -> Machine:
         cpu_cores=len(os.sched_getaffinity(0)),
         memory_bytes=memory.total,
         memory_free_bytes=memory.available,
-        disk_free_bytes=shutil.disk_usage(place).free,
+        disk_free_bytes=shutil.disk_usage(host_facts.existing_folder(folder)).free,
         python=platform.python_version(),
         versions={name: host_facts.version(name) for name in PACKAGES},
     )
@@ -90,23 +79,23 @@ def _gpus() -> tuple[Gpu, ...]:
     return parse_gpus(host_facts.gpu_table(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def parse_gpus(text: str, visible: str | None) -> tuple[Gpu, ...]:
-    """GPUs from nvidia-smi's table, those alone that CUDA_VISIBLE_DEVICES names, where it is set.
+def parse_gpus(table: str, visible: str | None) -> tuple[Gpu, ...]:
+    """The GPUs in nvidia-smi's table that CUDA_VISIBLE_DEVICES makes visible.
 
     Args:
-        text: lines of index, uuid, name, total MiB, free MiB, driver.
-        visible: indices or the beginnings of uuids, separated by commas; None for all.
+        table: lines of index, uuid, name, total MiB, free MiB, driver.
+        visible: value of CUDA_VISIBLE_DEVICES: indices or prefixes of uuids, separated by commas; None if not set.
     """
     names = None if visible is None else [item.strip() for item in visible.split(",") if item.strip()]
     found = []
-    for line in text.splitlines():
+    for line in table.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) != 6:
             continue
         index, uuid, name, total, free, driver = cells
         if names is not None and not any(item == index or uuid.startswith(item) for item in names):
             continue
-        # A GPU that shares its host's memory reports none of its own.
+        # A GPU that shares the host's memory reports "[N/A]".
         sizes = [int(value) << 20 if value.isdigit() else 0 for value in (total, free)]
         gpu = Gpu(index=int(index), name=name, memory_bytes=sizes[0], free_bytes=sizes[1], driver=driver)
         found.append(gpu)
@@ -114,11 +103,11 @@ def parse_gpus(text: str, visible: str | None) -> tuple[Gpu, ...]:
 
 
 def gpu_count() -> int:
-    """NVIDIA GPUs that a job started here would see, without a CUDA context in this process."""
+    """Number of NVIDIA GPUs that a job started here would see, found without a CUDA context in this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([item for item in visible.split(",") if item.strip() not in ("", "-1")])
     if shutil.which("nvidia-smi") is None:
         return 0
-    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return len([line for line in answer.stdout.splitlines() if line.startswith("GPU ")])
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return len([line for line in done.stdout.splitlines() if line.startswith("GPU ")])

@@ -1,4 +1,4 @@
-"""The key that the hosts of a cluster accept: found or made, and installed with a password given once."""
+"""The key that a cluster's hosts accept: found or created, and installed with a password that is entered once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hynb.cluster.hostfile import ClusterDir
-from hynb.cluster.ssh import Ssh, is_local, require_openssh, sshd_line
+from hynb.cluster.network import is_local
+from hynb.cluster.ssh import Failure, Ssh, require_openssh, sshd_line
 from hynb.errors import ClusterError
 
 _KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 _INSTALL_SECONDS = 40.0
 _LOGIN_SECONDS = 15.0
-# Adds each line of the standard input to authorized_keys, unless it is there.
+# Adds each line of the standard input to authorized_keys, unless it is already there.
 AUTHORIZE = """umask 077; mkdir -p ~/.ssh && cd ~/.ssh || exit 3
 touch authorized_keys && chmod 600 authorized_keys || exit 3
 [ -z "$(tail -c 1 authorized_keys)" ] || echo >> authorized_keys
@@ -30,54 +31,68 @@ while IFS= read -r line; do grep -qxF -- "$line" authorized_keys || printf '%s\\
 
 @dataclass(kw_only=True, frozen=True)
 class Key:
-    """A key pair of this machine's; made says whether it is new."""
+    """A private key's path and its public key as one line."""
 
     path: Path
     public: str
-    made: bool
 
 
 def find_or_make_key(path: str | Path | None = None) -> Key:
-    """The key that hosts are to accept: the one named, the user's own, or a new Ed25519 key without passphrase.
+    """The key that hosts are to accept: the given one, the user's own, or a new Ed25519 key without a passphrase.
 
     Raises:
-        ClusterError: the key has a passphrase or can be read by others, or none can be made.
+        ClusterError: the key has a passphrase or can be read by others, or no key can be created.
     """
     require_openssh()
     home = Path.home() / ".ssh"
     candidates = [Path(path).expanduser()] if path else [home / name for name in _KEY_NAMES]
     found = next((item for item in candidates if item.is_file()), None)
-    made = found is None
     if found is None:
         found = candidates[0]
-        if (public := found.with_name(f"{found.name}.pub")).exists():
-            raise ClusterError(
-                f"{public}: its private key isn't beside it, and a new key would replace it. Name another "
-                "with --key; a path that doesn't exist makes one"
-            )
-        found.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _checked(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(found)], f"{found}: no key can be made")
+        _make_key(found)
     if found.stat().st_mode & 0o077:
-        raise ClusterError(f"{found}: others can read this private key, so that ssh refuses it: `chmod 600 {found}`")
-    asked = subprocess.run(
+        command = shlex.join(["chmod", "600", str(found)])
+        raise ClusterError(f"{found}: others can read this private key, and ssh refuses such a key: `{command}`")
+    done = subprocess.run(
         ["ssh-keygen", "-y", "-P", "", "-f", str(found)], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    if asked.returncode:
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ClusterError(
-            f"{found}: this key has a passphrase, which nobody can type for a job, or is no private key "
-            f"({asked.stderr.strip().splitlines()[-1]}). Name another with --key; a path that doesn't exist makes one"
+            f"{found}: has a passphrase, which nobody can enter for a job, or is not a private key ({reason}). "
+            "Name another one with --key; a new key is created if the path does not exist"
         )
-    return Key(path=found, public=asked.stdout.strip(), made=made)
+    return Key(path=found, public=done.stdout.strip())
+
+
+def _make_key(path: Path) -> None:
+    public = path.with_name(f"{path.name}.pub")
+    if public.exists():
+        raise ClusterError(
+            f"{public}: its private key is missing, and a new key would replace it. Name another one with --key; "
+            "a new key is created if the path does not exist"
+        )
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(f"{path}: no key can be created: {error.strerror}") from None
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise ClusterError(f"{path}: no key can be created: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def install_key(cluster: ClusterDir, host: str, key: Key, password: str) -> None:
-    """Logs in with a password once and adds the public key to the host's authorized_keys; here it needs none.
+    """Logs in with a password once and adds the public key to the host's authorized_keys.
 
-    The password goes to ssh through a pipe that only this user can open: it is on no command line, in no
-    environment and no file.
+    ssh reads the password from a named pipe that only this user can open: it is in no command line, environment
+    variable or file.
+
+    Args:
+        password: not used when the host is this machine and the user is this one.
 
     Raises:
-        ClusterError: the password was refused, the host can't be reached, or it refuses the key all the same.
+        ClusterError: the password was refused, the host can't be reached, or it still refuses the key.
     """
     ssh = Ssh(config=cluster.ssh_config)
     if is_local(host) and ssh.settings(host).get("user") == [getpass.getuser()]:
@@ -85,13 +100,60 @@ def install_key(cluster: ClusterDir, host: str, key: Key, password: str) -> None
         if answer.code:
             raise ClusterError(f"{host}: the key can't be installed: {answer.err.strip()}")
         return
+    done = _run_with_password(cluster, host, password, AUTHORIZE, key.public + "\n")
+    if done.returncode == 0:
+        answer = ssh.run(host, ["true"], deadline_seconds=_LOGIN_SECONDS)
+        if answer.failure is Failure.KEY_REFUSED:
+            raise ClusterError(
+                f"{host}: the key is in its ~/.ssh/authorized_keys, but sshd still refuses it. Run there "
+                "`chmod go-w ~ ~/.ssh` (sshd ignores keys in a home directory that others can write), or look for "
+                "PubkeyAuthentication and AuthorizedKeysFile in the output of `sshd -T`"
+            )
+        return
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if done.returncode != 255:
+        raise ClusterError(f"{host}: the key can't be installed: {reason}")
+    if "Permission denied" not in reason:
+        raise ClusterError(ssh.explain(host, done.stderr)[1])
+    lines = "\n  ".join(lines_for(key, ssh.address(host)[1]))
+    # ssh lists the remaining ways to log in: `Permission denied (publickey,password)`.
+    if not re.search("password|keyboard-interactive", reason):
+        raise ClusterError(f"{host}: takes no passwords ({reason}). Run there:\n  {lines}")
+    raise ClusterError(f"{host}: the password was refused ({reason}). Try again, or run there:\n  {lines}")
+
+
+def lines_for(key: Key, port: int) -> list[str]:
+    """The commands to run on a host so that it accepts the key; they may be run repeatedly.
+
+    Args:
+        port: of its sshd, which is started when it is not the usual one.
+    """
+    public = shlex.quote(key.public)
+    return [
+        "mkdir -p ~/.ssh && chmod 700 ~/.ssh",
+        # The key would be appended to a last line without a newline.
+        '[ -z "$(tail -c 1 ~/.ssh/authorized_keys 2>/dev/null)" ] || echo >> ~/.ssh/authorized_keys',
+        f"grep -qxF {public} ~/.ssh/authorized_keys 2>/dev/null || echo {public} >> ~/.ssh/authorized_keys",
+        "chmod 600 ~/.ssh/authorized_keys",
+        *([sshd_line(port)] if port != 22 else []),
+    ]
+
+
+def _run_with_password(
+    cluster: ClusterDir, host: str, password: str, script: str, text: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a shell script on a host after a login with a password.
+
+    Raises:
+        ClusterError: no answer in time.
+    """
+    options = ["-F", str(cluster.ssh_config), "-o", "BatchMode=no", "-o", "PubkeyAuthentication=no"]
+    options += ["-o", "PreferredAuthentications=password,keyboard-interactive", "-o", "NumberOfPasswordPrompts=1"]
     with _askpass(password) as environment:
-        options = ["-F", str(cluster.ssh_config), "-o", "BatchMode=no", "-o", "PubkeyAuthentication=no"]
-        options += ["-o", "PreferredAuthentications=password,keyboard-interactive", "-o", "NumberOfPasswordPrompts=1"]
         try:
-            done = subprocess.run(
-                ["ssh", *options, "--", host, f"sh -c {shlex.quote(AUTHORIZE)}"],
-                input=key.public + "\n",
+            return subprocess.run(
+                ["ssh", *options, "--", host, shlex.join(["sh", "-c", script])],
+                input=text,
                 capture_output=True,
                 text=True,
                 env=os.environ | environment,
@@ -100,55 +162,28 @@ def install_key(cluster: ClusterDir, host: str, key: Key, password: str) -> None
                 timeout=_INSTALL_SECONDS,
             )
         except subprocess.TimeoutExpired:
-            what = f"no answer within {_INSTALL_SECONDS:g} s; try `{ssh.shown(host)}`"
+            command = Ssh(config=cluster.ssh_config).shown(host)
+            what = f"no answer within {_INSTALL_SECONDS:g} s; try `{command}`"
             raise ClusterError(f"{host}: the key can't be installed: {what}") from None
-    if done.returncode == 0:
-        answer = ssh.run(host, ["true"], deadline_seconds=_LOGIN_SECONDS)
-        if "accepts none of our keys" in answer.problem:
-            raise ClusterError(
-                f"{host}: the key is in its ~/.ssh/authorized_keys, and sshd refuses it still. Run there "
-                "`chmod go-w ~ ~/.ssh` (it takes no keys from a home that others can write), or look for "
-                "PubkeyAuthentication and AuthorizedKeysFile in what `sshd -T` says"
-            )
-        return
-    said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-    if done.returncode != 255:
-        raise ClusterError(f"{host}: the key can't be installed: {said}")
-    if "Permission denied" not in said:
-        raise ClusterError(ssh.cause(host, done.stderr))
-    lines = "\n  ".join(lines_for(host, key, ssh.address(host)[1]))
-    if not re.search("password|keyboard-interactive", said):
-        raise ClusterError(f"{host}: takes no passwords ({said}). Run there:\n  {lines}")
-    raise ClusterError(f"{host}: the password was refused ({said}). Try again, or run there:\n  {lines}")
-
-
-def lines_for(host: str, key: Key, port: int) -> list[str]:
-    """What a person types on a host so that it accepts the key; several times does no harm."""
-    public = shlex.quote(key.public)
-    return [
-        "mkdir -p ~/.ssh && chmod 700 ~/.ssh",
-        # A last line without its end would take the key into itself.
-        '[ -z "$(tail -c 1 ~/.ssh/authorized_keys 2>/dev/null)" ] || echo >> ~/.ssh/authorized_keys',
-        f"grep -qxF {public} ~/.ssh/authorized_keys 2>/dev/null || echo {public} >> ~/.ssh/authorized_keys",
-        "chmod 600 ~/.ssh/authorized_keys",
-        *([sshd_line(port)] if port != 22 else []),
-    ]
 
 
 @contextlib.contextmanager
 def _askpass(password: str) -> Iterator[dict[str, str]]:
-    """Environment in which ssh takes the password from a pipe: ssh closes every file that it inherits."""
+    """Environment variables with which ssh reads the password from a named pipe.
+
+    A named one, because ssh closes all inherited file descriptors.
+    """
     with tempfile.TemporaryDirectory(prefix="hynb-") as name:
         pipe, helper = Path(name) / "pipe", Path(name) / "askpass"
         os.mkfifo(pipe, mode=0o600)
-        # A second question (another way to log in, a second factor) gets no answer, and doesn't wait for one.
-        asked = shlex.quote(str(Path(name) / "asked"))
-        helper.write_text(f"#!/bin/sh\nmkdir {asked} 2>/dev/null && exec cat {shlex.quote(str(pipe))}\n")
+        # A second question (another method, a second factor) gets no answer, and must not wait for one.
+        answered = shlex.quote(str(Path(name) / "answered"))
+        helper.write_text(f"#!/bin/sh\nmkdir {answered} 2>/dev/null && exec cat {shlex.quote(str(pipe))}\n")
         helper.chmod(0o700)
         ended = threading.Event()
 
         def serve() -> None:
-            # Opens when the helper does; the end below opens it too, so that this thread ends.
+            # open() blocks until the helper opens the pipe, or the end of this function does.
             with pipe.open("w") as file, contextlib.suppress(BrokenPipeError):
                 if not ended.is_set():
                     file.write(password + "\n")
@@ -165,9 +200,3 @@ def _askpass(password: str) -> Iterator[dict[str, str]]:
             ended.set()
             os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
             thread.join(timeout=2)
-
-
-def _checked(command: list[str], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise ClusterError(f"{what}: {done.stderr.strip() or done.stdout.strip()}")

@@ -1,347 +1,282 @@
-"""What a preflight makes of each host's facts: a cell a check, and for a red one the command that mends it."""
+"""Compares each host's facts with this machine's and with the run's needs: one cell per check, with a fix."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hynb.cluster import UNREADABLE, Ssh, parse_gpus, sshd_line
+from hynb.cluster import UNREADABLE, Gpu, HostFacts, parse_gpus
 from hynb.config import Config
-from hynb.preflight.report import Cell, Known, Target, ranks_text
+from hynb.preflight.reach import rsync_command
+from hynb.preflight.report import Cell, ranks_text
+from hynb.preflight.targets import Known, Reply, interfaces_to_others
 from hynb.supervision import CODE
 
-# What an environment is made from.
-_CHECKOUT = ("hynb", "pyproject.toml", "requirements.lock", "Makefile", "README.md")
 _CLOCK_SECONDS = 2.0
 _GB = 1e9
 _MEMORY_BYTES = 2 * _GB
-_SHM_BYTES = {"cpu": 16e6, "gpu": 512e6}
+# NCCL and a DataLoader's workers exchange data through shared memory.
+_SHARED_MEMORY_BYTES = {"cpu": 16e6, "gpu": 512e6}
 _DISK_BYTES = 1 * _GB
 _CACHE_BYTES = 0.2 * _GB
-# A GPU of which more than this is taken has somebody else's job on it.
-_TAKEN_SHARE = 0.1
-# A full checkpoint: weights twice, and 12 bytes a parameter of optimizer state, against 2 bytes a weight.
+# A GPU of which a larger share is in use runs somebody else's job.
+_USED_SHARE = 0.1
+# A full checkpoint has the weights twice and 12 bytes per parameter of optimizer state, against 2 bytes per weight.
 _CHECKPOINT_FACTOR = 8
+_REMAKE_ENVIRONMENT = f"cd {shlex.quote(str(CODE))} && make clean .venv"
 
 
-def way_open(target: Target) -> list[Cell]:
-    """The cells of a host that answered."""
-    if target.local and not target.by_ssh:
-        texts = dict.fromkeys(("name", "port", "host key", "login"), "this machine")
-    else:
-        texts = {"name": target.address, "port": str(target.port), "host key": "known", "login": "key accepted"}
-    return [Cell(host=target.host.name, check=check, state="ok", text=text) for check, text in texts.items()]
-
-
-def way_closed(target: Target, problem: str, ssh: Ssh, unreachable: str) -> list[Cell]:
-    """The cells of a host that can't be logged in on: how far the way to it is open, and what opens the rest.
-
-    Args:
-        problem: what ssh said, in words.
-        unreachable: why its port doesn't answer; empty when it does.
-    """
-    name = target.host.name
-    there = "" if target.local else name
-    problem = problem.removeprefix(f"{name}: ")
-
-    def cells(*states: tuple[str, str, str, str, str]) -> list[Cell]:
-        keys = ("check", "state", "text", "mend", "mend_on")
-        return [Cell(host=name, **dict(zip(keys, state, strict=True))) for state in states]
-
-    resolved = ("name", "ok", target.address, "", "")
-    listening = ("port", "ok", str(target.port), "", "")
-    if not target.address:
-        shown = f"echo 'ADDRESS {name}' >> /etc/hosts"
-        return cells(("name", "bad", "can't be resolved: give its address", shown, ""))
-    if unreachable:
-        refused = "refused" in unreachable
-        command = sshd_line(target.port) if refused else f"ping -c 3 {target.address}"
-        return cells(
-            resolved, ("port", "bad", f"{target.port}: {unreachable.lower()}", command, there if refused else "")
-        )
-    if "another one than the one that is known" in problem:
-        forget = problem.split("`")[1]
-        mend = f"{forget} && hynb hosts trust {name}{ssh.folder}"
-        return cells(resolved, listening, ("host key", "bad", "has changed: ask its administrator", mend, ""))
-    if "host key isn't known" in problem:
-        mend = f"hynb hosts trust {name}{ssh.folder}"
-        return cells(resolved, listening, ("host key", "bad", "isn't known yet", mend, ""))
-    known = ("host key", "ok", "known", "", "")
-    if "accepts none of our keys" in problem:
-        mend = f"hynb hosts install-key {name}{ssh.folder}"
-        return cells(resolved, listening, known, ("login", "bad", "accepts none of our keys", mend, ""))
-    return cells(resolved, listening, ("login", "bad", problem, ssh.shown(name).replace("ssh", "ssh -v", 1), ""))
-
-
-def same_machines(targets: Sequence[Target]) -> list[Cell]:
-    """The cells of hosts that are another listed one by another name: its GPUs would be given out twice."""
-    seen: dict[str, str] = {}
-    found = []
-    for target in targets:
-        place = "this machine" if target.local else f"{target.address} port {target.port}" if target.address else ""
-        if place in seen:
-            text = f"is {seen[place]} by another name ({place}): list it once"
-            found.append(Cell(host=target.host.name, check="name", state="bad", text=text))
-        elif place:
-            seen[place] = target.host.name
-    return found
-
-
-def no_python(target: Target, said: str, python: str, *, no_code: Ssh | None) -> list[Cell]:
-    """The cells of a host that answered, but not from this environment's Python.
-
-    Args:
-        no_code: how the code is copied there, where that lacks too; None where it is there.
-    """
-    text = f"{python} doesn't run there: {said}"
-    mend = f"cd {shlex.quote(str(CODE))} && make .venv"
-    bad = Cell(host=target.host.name, check="python", state="bad", text=text, mend=mend, mend_on=target.host.name)
-    sources = [CODE / name for name in _CHECKOUT]
-    if no_code is None or not all(path.exists() for path in sources):
-        return [*way_open(target), bad]
-    copy = _rsync(target, no_code, [str(path) for path in sources], f"{CODE}/", ["--exclude=__pycache__"])
-    lacks = Cell(host=target.host.name, check="code", state="bad", text=f"no {CODE / 'hynb'}", mend=copy)
-    return [*way_open(target), bad, lacks]
-
-
-def compare(target: Target, known: Known) -> list[Cell]:
-    """Every check of a host that has told its facts."""
-    if target.facts is None:
-        return []
+def compare(reply: Reply, known: Known) -> list[Cell]:
+    """All checks of a host that answered."""
     found = [
-        _clock(target),
-        _python(target, known),
-        _versions(target, known),
-        _gpus(target, known),
-        *_memory(target),
-        *_disks(target, known),
-        *_same_files(target, known),
-        _output_dir(target, known),
-        _master_port(target, known),
-        _network(target, known),
-        *_logins(target, known),
+        _clock(reply),
+        _python(reply, known),
+        _versions(reply, known),
+        _gpus(reply, known),
+        _memory(reply),
+        _shared_memory(reply),
+        _output_disk(reply, known),
+        _cache_disk(reply),
+        _code(reply, known),
+        _model(reply, known),
+        _data(reply, known),
+        _output_dir(reply, known),
+        _master_port(reply, known),
+        _network(reply, known),
+        _logins(reply, known),
     ]
     return [cell for cell in found if cell is not None]
 
 
-def collective_cell(host: str, measured: dict[str, Any] | None, failed: str, hostfile: str | None) -> Cell:
-    """How the small all-reduce went on a host."""
-    if measured is not None and measured["right"] and not failed:
-        return Cell(host=host, check="all-reduce", state="ok", text=ranks_text(measured["ranks"]))
-    text = failed or ("the sum is wrong" if measured else "the first host's ranks ended without a result")
-    hosts = ["--hostfile", hostfile] if hostfile else []
-    mend = "NCCL_DEBUG=INFO " + shlex.join([str(Path(sys.executable).with_name("hynb")), "preflight", *hosts])
-    return Cell(host=host, check="all-reduce", state="bad", text=text[:300], mend=mend)
+def _ok(reply: Reply, check: str, text: str) -> Cell:
+    return Cell(host=reply.target.name, check=check, state="ok", text=text)
 
 
-def interface_of(target: Target, config: Config) -> str | None:
-    """The network interface by which a host reaches the others; None on one host."""
-    if config.network_interface:
-        return config.network_interface
-    sources = {source for source in (target.facts or {}).get("route", {}).values() if source}
-    for name, addresses in (target.facts or {}).get("interfaces", {}).items():
-        if name != "lo" and sources & set(addresses):
-            return name
-    return None
+def _bad(reply: Reply, check: str, problem: str, fix: str = "", *, there: bool = False) -> Cell:
+    """A failed check.
+
+    Args:
+        there: whether the fix is to be run on the host itself.
+    """
+    name = reply.target.name
+    fix_host = name if there and not reply.target.local else ""
+    return Cell(host=name, check=check, state="bad", text=problem, fix=fix, fix_host=fix_host)
 
 
-def _cell(target: Target, check: str, problem: str, text: str, mend: str = "", *, there: bool = False) -> Cell:
-    """A red cell with the problem, or a green one with the text."""
-    name = target.host.name
-    if not problem:
-        return Cell(host=name, check=check, state="ok", text=text)
-    mend_on = name if there and not target.local else ""
-    return Cell(host=name, check=check, state="bad", text=problem, mend=mend, mend_on=mend_on)
+def _clock(reply: Reply) -> Cell:
+    # The host read its clock between the request and the answer, after the time that collecting its facts took.
+    ahead = reply.facts["time"] - reply.answered_at
+    behind = reply.requested_at + reply.facts["elapsed_seconds"] - reply.facts["time"]
+    off_seconds = ahead if ahead > 0 else -behind if behind > 0 else 0.0
+    if abs(off_seconds) <= _CLOCK_SECONDS:
+        return _ok(reply, "clock", "agrees")
+    problem = f"{off_seconds:+.1f} s off: heartbeats and logs of the hosts would not agree"
+    return _bad(reply, "clock", problem, "chronyc makestep || ntpdate -u pool.ntp.org", there=True)
 
 
-def _clock(target: Target) -> Cell:
-    # Its clock was read at some moment between asking and answering; what it did before took time, too.
-    ahead = target.facts["time"] - target.answered
-    behind = target.asked + target.facts["taken_seconds"] - target.facts["time"]
-    off = ahead if ahead > 0 else -behind if behind > 0 else 0.0
-    problem = (
-        f"{off:+.1f} s off: heartbeats and logs of the hosts would not agree" if abs(off) > _CLOCK_SECONDS else ""
-    )
-    return _cell(target, "clock", problem, "right", "chronyc makestep || ntpdate -u pool.ntp.org", there=True)
+def _python(reply: Reply, known: Known) -> Cell:
+    here, there = known.reference["python"], reply.facts["python"]
+    if here == there:
+        return _ok(reply, "python", there)
+    return _bad(reply, "python", f"{there}, but {here} here", _REMAKE_ENVIRONMENT, there=True)
 
 
-def _python(target: Target, known: Known) -> Cell:
-    here, there = known.reference["python"], target.facts["python"]
-    problem = f"{there}, and {here} here" if here != there else ""
-    return _cell(target, "python", problem, there, f"cd {shlex.quote(str(CODE))} && make clean .venv", there=True)
+def _versions(reply: Reply, known: Known) -> Cell:
+    ours, theirs = (facts["versions"] | facts["cuda"] for facts in (known.reference, reply.facts))
+    different = {name: (theirs.get(name), here) for name, here in ours.items() if theirs.get(name) != here}
+    if different:
+        problem = "; ".join(f"{name} {there}, but {here} here" for name, (there, here) in different.items())
+        from_pip = {name for name, here in known.reference["versions"].items() if here != "not installed"} - {"hynb"}
+        packages = [f"{name}=={here}" for name, (_, here) in different.items() if name in from_pip]
+        # Without a package of pip's it is the same torch built for another CUDA, or hynb itself.
+        fix = shlex.join([sys.executable, "-m", "pip", "install", *packages]) if packages else _REMAKE_ENVIRONMENT
+        return _bad(reply, "versions", problem, fix, there=True)
+    our_drivers, their_drivers = _drivers(known.reference), _drivers(reply.facts)
+    if our_drivers and their_drivers and our_drivers != their_drivers:
+        problem = f"driver {', '.join(their_drivers)}, but {', '.join(our_drivers)} here"
+        return _bad(reply, "versions", problem, "apt-get install --only-upgrade 'nvidia-driver-*'", there=True)
+    return _ok(reply, "versions", f"torch {theirs['torch']}")
 
 
-def _versions(target: Target, known: Known) -> Cell:
-    ours, theirs = (facts["versions"] | facts["cuda"] for facts in (known.reference, target.facts))
-    different = {name: (theirs.get(name), value) for name, value in ours.items() if theirs.get(name) != value}
-    drivers = [
-        {gpu.driver for gpu in parse_gpus(facts["gpus"], facts["cuda_visible_devices"])}
-        for facts in (known.reference, target.facts)
-    ]
-    problem = "; ".join(f"{name} {there}, and {here} here" for name, (there, here) in different.items())
-    ours_by_pip = {name for name, here in known.reference["versions"].items() if here != "not installed"} - {"hynb"}
-    packages = [f"{name}=={here}" for name, (_, here) in different.items() if name in ours_by_pip]
-    mend = shlex.join([sys.executable, "-m", "pip", "install", *packages])
-    if not packages:
-        # The same torch built for another CUDA, or this package itself.
-        mend = f"cd {shlex.quote(str(CODE))} && make clean .venv"
-    if not problem and all(drivers) and drivers[0] != drivers[1]:
-        problem = f"driver {', '.join(sorted(drivers[1]))}, and {', '.join(sorted(drivers[0]))} here"
-        mend = "apt-get install --only-upgrade 'nvidia-driver-*'"
-    return _cell(target, "versions", problem, f"torch {theirs['torch']}", mend, there=True)
+def _drivers(facts: HostFacts) -> list[str]:
+    return sorted({gpu.driver for gpu in _visible_gpus(facts)})
 
 
-def _gpus(target: Target, known: Known) -> Cell:
-    gpus = parse_gpus(target.facts["gpus"], target.facts["cuda_visible_devices"])
-    host = target.host
+def _visible_gpus(facts: HostFacts) -> tuple[Gpu, ...]:
+    return parse_gpus(facts["gpus"], facts["cuda_visible_devices"])
+
+
+def _gpus(reply: Reply, known: Known) -> Cell:
+    gpus = _visible_gpus(reply.facts)
+    host = reply.target.host
     needed = max(host.slot_ids) + 1 if host.slot_ids else host.slots
-    path = known.config.hostfile
-
-    def fewer(count: int) -> str:
-        # As a line of its own, or as ip:8 among others.
-        name = rf"(^|[,[:space:]])(\[?{re.escape(host.name)}\]?)([[:space:]]+slots=|:)"
-        line = shlex.quote(rf"s/{name}[0-9]+/\1\2\3{count}/")
-        return f"sed -i -E {line} {shlex.quote(path)}" if path else ""
-
     if not gpus:
-        others = [t.host.name for t in known.targets if t.facts and t.facts["gpus"]]
-        if others:
-            return _cell(target, "GPUs", f"none, and {others[0]} has some", "", "nvidia-smi", there=True)
-        cores = target.facts["cpu_cores"]
-        problem = f"{needed} slots, and {cores} CPU cores: a rank takes one at least" if needed > cores else ""
-        return _cell(target, "GPUs", problem, f"none: {ranks_text(needed)} on {cores} CPU cores", fewer(cores))
+        with_gpus = [other.target.name for other in known.replies if other.facts["gpus"]]
+        if with_gpus:
+            return _bad(reply, "GPUs", f"none, but {with_gpus[0]} has some", "nvidia-smi", there=True)
+        cores = reply.facts["cpu_cores"]
+        if needed > cores:
+            problem = f"{needed} slots, but {cores} CPU cores: each rank needs one"
+            return _bad(reply, "GPUs", problem, _change_slots(known.config, host.name, cores))
+        return _ok(reply, "GPUs", f"none: {ranks_text(needed)} on {cores} CPU cores")
     if needed > len(gpus):
-        return _cell(target, "GPUs", f"{needed} slots, and {len(gpus)} GPUs", "", fewer(len(gpus)))
-    chosen = [gpus[number] for number in host.slot_ids or range(host.slots)]
-    taken = [g for g in chosen if g.memory_bytes and 1 - g.free_bytes / g.memory_bytes > _TAKEN_SHARE]
-    problem = ", ".join(
-        f"GPU {g.index}: {(g.memory_bytes - g.free_bytes) / _GB:.0f} of {g.memory_bytes / _GB:.0f} GB taken"
-        for g in taken
-    )
-    return _cell(target, "GPUs", problem, f"{len(gpus)} × {gpus[0].name}", "nvidia-smi", there=True)
+        problem = f"{needed} slots, but {len(gpus)} GPU{'s' if len(gpus) != 1 else ''}"
+        return _bad(reply, "GPUs", problem, _change_slots(known.config, host.name, len(gpus)))
+    selected = [gpus[number] for number in host.slot_ids or range(host.slots)]
+    used = [gpu for gpu in selected if gpu.memory_bytes and 1 - gpu.free_bytes / gpu.memory_bytes > _USED_SHARE]
+    if used:
+        return _bad(reply, "GPUs", ", ".join(map(_usage, used)), "nvidia-smi", there=True)
+    return _ok(reply, "GPUs", f"{len(gpus)} × {gpus[0].name}")
 
 
-def _memory(target: Target) -> list[Cell]:
-    facts = target.facts
-    free, kind = facts["memory_free_bytes"], "gpu" if facts["gpus"] else "cpu"
-    problem = f"{free / _GB:.1f} GB free" if free < _MEMORY_BYTES else ""
-    text = f"{free / _GB:.0f} of {facts['memory_bytes'] / _GB:.0f} GB free"
-    size = facts["shm"]["free"]
-    wanted = _SHM_BYTES[kind]
-    small = f"/dev/shm: {size / 1e6:.0f} MB free, {wanted / 1e6:.0f} MB needed" if size < wanted else ""
-    command = "mount -o remount,size=8G /dev/shm"
-    return [
-        _cell(target, "memory", problem, text, "ps aux --sort=-rss | head", there=True),
-        _cell(target, "shared memory", small, f"{size / _GB:.1f} GB free", command, there=True),
-    ]
+def _usage(gpu: Gpu) -> str:
+    used_bytes = gpu.memory_bytes - gpu.free_bytes
+    return f"GPU {gpu.index}: {used_bytes / _GB:.0f} of {gpu.memory_bytes / _GB:.0f} GB in use"
 
 
-def _disks(target: Target, known: Known) -> list[Cell]:
-    config, found = known.config, target.facts["output_disk"]
-    needed = _DISK_BYTES
+def _change_slots(config: Config, name: str, slots: int) -> str:
+    """The command that changes a host's number of slots in the hostfile; empty without a hostfile."""
+    if not config.hostfile:
+        return ""
+    # `name slots=8` on a line of its own, or name:8 in a list.
+    pattern = rf"(^|[,[:space:]])(\[?{re.escape(name)}\]?)([[:space:]]+slots=|:)"
+    return shlex.join(["sed", "-i", "-E", rf"s/{pattern}[0-9]+/\1\2\3{slots}/", config.hostfile])
+
+
+def _memory(reply: Reply) -> Cell:
+    free_bytes, total_bytes = reply.facts["memory_free_bytes"], reply.facts["memory_bytes"]
+    if free_bytes < _MEMORY_BYTES:
+        return _bad(reply, "memory", f"{free_bytes / _GB:.1f} GB free", "ps aux --sort=-rss | head", there=True)
+    return _ok(reply, "memory", f"{free_bytes / _GB:.0f} of {total_bytes / _GB:.0f} GB free")
+
+
+def _shared_memory(reply: Reply) -> Cell:
+    free_bytes = reply.facts["shared_memory"]["free_bytes"]
+    needed_bytes = _SHARED_MEMORY_BYTES["gpu" if reply.facts["gpus"] else "cpu"]
+    if free_bytes < needed_bytes:
+        problem = f"/dev/shm: {free_bytes / 1e6:.0f} MB free, {needed_bytes / 1e6:.0f} MB needed"
+        return _bad(reply, "shared memory", problem, "mount -o remount,size=8G /dev/shm", there=True)
+    return _ok(reply, "shared memory", f"{free_bytes / _GB:.1f} GB free")
+
+
+def _output_disk(reply: Reply, known: Known) -> Cell:
+    config, disk = known.config, reply.facts["output_disk"]
+    needed_bytes = _DISK_BYTES
     if config.model_name_or_path and not config.use_lora:
-        weights = sum(path.stat().st_size for path in Path(config.model_name_or_path).glob("*.safetensors"))
-        needed = max(needed, _CHECKPOINT_FACTOR * weights / len(known.targets))
-    problem = ""
-    if not found["writable"]:
-        problem = f"{found['place']} can't be written"
-    elif found["free"] < needed:
-        problem = f"{found['free'] / _GB:.2g} GB free at output_dir, a checkpoint takes {needed / _GB:.2g} GB"
-    look = f"du -xh --max-depth=2 {shlex.quote(found['place'])} | sort -h | tail"
-    cache = target.facts["cache_disk"]
-    full = f"{cache['free'] / _GB:.2g} GB free for the cache" if cache["free"] < _CACHE_BYTES else ""
-    free = f"{found['free'] / _GB:.0f} GB free"
-    clean = f"du -xh --max-depth=2 {shlex.quote(cache['place'])} | sort -h | tail"
-    return [
-        _cell(target, "disk", problem, free, look, there=True),
-        _cell(target, "cache", full, f"{cache['free'] / _GB:.0f} GB free", clean, there=True),
-    ]
+        weights_bytes = sum(path.stat().st_size for path in Path(config.model_name_or_path).glob("*.safetensors"))
+        needed_bytes = max(needed_bytes, _CHECKPOINT_FACTOR * weights_bytes / len(known.targets))
+    list_folders = _list_folders(disk["folder"])
+    if not disk["writable"]:
+        return _bad(reply, "disk", f"{disk['folder']} can't be written", list_folders, there=True)
+    free = disk["free_bytes"] / _GB
+    if disk["free_bytes"] < needed_bytes:
+        problem = f"{free:.2g} GB free at output_dir, a checkpoint takes {needed_bytes / _GB:.2g} GB"
+        return _bad(reply, "disk", problem, list_folders, there=True)
+    return _ok(reply, "disk", f"{free:.0f} GB free")
 
 
-def _same_files(target: Target, known: Known) -> list[Cell]:
-    config, ours, theirs = known.config, known.reference, target.facts
+def _cache_disk(reply: Reply) -> Cell:
+    disk = reply.facts["cache_disk"]
+    free = disk["free_bytes"] / _GB
+    if disk["free_bytes"] < _CACHE_BYTES:
+        return _bad(reply, "cache", f"{free:.2g} GB free for the cache", _list_folders(disk["folder"]), there=True)
+    return _ok(reply, "cache", f"{free:.0f} GB free")
+
+
+def _list_folders(folder: str) -> str:
+    """The command that lists the largest folders below one."""
+    return f"du -xh --max-depth=2 {shlex.quote(folder)} | sort -h | tail"
+
+
+def _code(reply: Reply, known: Known) -> Cell:
     code = str(CODE / "hynb")
-    problem = _difference(theirs["code"], ours["code"], code)
-    delete = ["--delete", "--exclude=__pycache__"]
-    found = [_cell(target, "code", problem, "the same", _rsync(target, known.ssh, [code + "/"], code + "/", delete))]
-    if config.model_name_or_path:
-        model = str(Path(config.model_name_or_path).expanduser().absolute())
-        problem, mend = (
-            _difference(theirs["model"], ours["model"], model),
-            _rsync(target, known.ssh, [model + "/"], model + "/"),
-        )
-        if ours["model"] is None:
-            problem, mend = f"no {model} with a config.json" + ("" if target.local else " on this machine either"), ""
-        found.append(_cell(target, "model", problem, "the same", mend))
-    if known.data:
-        wrong = {path: _difference(theirs["data"][path], ours["data"][path], path) for path in known.data}
-        wrong = {path: text for path, text in wrong.items() if text}
-        problem = ", ".join(text if path in text else f"{path} {text}" for path, text in wrong.items())
-        mend = " && ".join(_rsync(target, known.ssh, [path], path) for path in wrong)
-        found.append(_cell(target, "data", problem, "the same", mend))
-    return found
+    if problem := _difference(reply.facts["code"], known.reference["code"], code):
+        options = ["--delete", "--exclude=__pycache__"]
+        return _bad(reply, "code", problem, rsync_command(reply.target, known.ssh, [f"{code}/"], f"{code}/", options))
+    return _ok(reply, "code", "the same")
+
+
+def _model(reply: Reply, known: Known) -> Cell | None:
+    if not known.config.model_name_or_path:
+        return None
+    model = str(Path(known.config.model_name_or_path).expanduser().absolute())
+    if known.reference["model"] is None:
+        also = "" if reply.target.local else " on this machine either"
+        return _bad(reply, "model", f"no {model} with a config.json{also}")
+    if problem := _difference(reply.facts["model"], known.reference["model"], model):
+        return _bad(reply, "model", problem, rsync_command(reply.target, known.ssh, [f"{model}/"], f"{model}/"))
+    return _ok(reply, "model", "the same")
+
+
+def _data(reply: Reply, known: Known) -> Cell | None:
+    if not known.data:
+        return None
+    ours, theirs = known.reference["data"], reply.facts["data"]
+    problems = {path: _difference(theirs[path], ours[path], path) for path in known.data}
+    problems = {path: problem for path, problem in problems.items() if problem}
+    if problems:
+        fix = " && ".join(rsync_command(reply.target, known.ssh, [path], path) for path in problems)
+        return _bad(reply, "data", ", ".join(problems.values()), fix)
+    return _ok(reply, "data", "the same")
 
 
 def _difference(theirs: str | None, ours: str | None, path: str) -> str:
-    """What is wrong with a host's file or folder against this machine's; empty when nothing is."""
-    if theirs is not None and theirs.startswith(UNREADABLE):
+    """How a host's file or folder differs from this machine's, by their hashes; empty when it does not."""
+    if theirs is None:
+        return f"missing: {path}" if ours is not None else ""
+    if theirs.startswith(UNREADABLE):
         return f"{path} {theirs}"
-    return "" if theirs == ours else "differs from here" if theirs else f"no {path}"
+    return "" if theirs == ours else f"differs from here: {path}"
 
 
-def _rsync(target: Target, ssh: Ssh, sources: Sequence[str], place: str, options: Sequence[str] = ()) -> str:
-    shell = shlex.join(["ssh", *ssh.file])
-    name = f"[{target.host.name}]" if ":" in target.host.name else target.host.name
-    return shlex.join(
-        ["rsync", "-a", "--mkpath", "--info=progress2", *options, "-e", shell, *sources, f"{name}:{place}"]
-    )
-
-
-def _output_dir(target: Target, known: Known) -> Cell | None:
+def _output_dir(reply: Reply, known: Known) -> Cell | None:
     if len(known.targets) == 1:
         return None
-    text = "shared with this host" if target.facts["sees_token"] else "a folder of its own"
-    return _cell(target, "output_dir", "", "this host's" if target.local else text)
+    if reply.target.local:
+        return _ok(reply, "output_dir", "this host's")
+    shared = reply.facts["sees_token"]
+    return _ok(reply, "output_dir", "shared with this host" if shared else "a folder of its own")
 
 
-def _master_port(target: Target, known: Known) -> Cell | None:
-    if known.port_taken and target.local:
+def _master_port(reply: Reply, known: Known) -> Cell | None:
+    if known.port_taken_by:
+        if not reply.target.local:
+            return None
         free = known.port + 1 if known.port < 65535 else 29500
-        return _cell(
-            target, "master port", f"{known.port} is taken: {known.port_taken}", "", f"--set master_port={free}"
-        )
-    failed = target.facts["connects"].get("master")
-    if failed is None or known.port_taken:
-        return _cell(target, "master port", "", "free") if target.local else None
-    problem = f"{known.port} of this machine can't be reached: {failed}" if failed else ""
-    allow = f"iptables -I INPUT -s {target.address} -j ACCEPT"
-    return _cell(target, "master port", problem, "reached", allow)
+        problem = f"{known.port} is taken: {known.port_taken_by}"
+        return _bad(reply, "master port", problem, f"--set master_port={free}")
+    failed = reply.facts["connections"].get("master")
+    if failed is None:
+        return _ok(reply, "master port", "free") if reply.target.local else None
+    if failed:
+        program = "ip6tables" if ":" in reply.target.address else "iptables"
+        allow = f"{program} -I INPUT -s {shlex.quote(reply.target.address)} -j ACCEPT"
+        return _bad(reply, "master port", f"{known.port} of this machine can't be reached: {failed}", allow)
+    return _ok(reply, "master port", "reached")
 
 
-def _network(target: Target, known: Known) -> Cell | None:
-    others = [other for other in known.targets if other is not target and other.address]
+def _network(reply: Reply, known: Known) -> Cell | None:
+    others = known.others(reply.target)
     if not others:
         return None
-    wanted, facts = known.config.network_interface, target.facts
-    blocked = [other.host.name for other in others if not facts["route"].get(other.address)]
-    if blocked:
-        return _cell(target, "network", f"no way leads to {', '.join(blocked)}", "", "ip route", there=True)
-    sources = {facts["route"][other.address] for other in others}
-    right = [name for name, addresses in facts["interfaces"].items() if sources & set(addresses)]
+    routes, wanted = reply.facts["routes"], known.config.network_interface
+    if blocked := [other.name for other in others if not routes.get(other.address)]:
+        return _bad(reply, "network", f"no route to {', '.join(blocked)}", "ip route", there=True)
+    right = interfaces_to_others(reply, known)
     if wanted and wanted not in right:
-        has = "reaches none of them" if wanted in facts["interfaces"] else "isn't there"
-        problem = f"{wanted} {has}: {', '.join(right) or 'another one'} leads to the other hosts"
-        return _cell(target, "network", problem, "", f"--set network_interface={right[0] if right else 'auto'}")
-    return _cell(target, "network", "", f"{right[0] if right else '?'} {min(sources)}")
+        state = "reaches none of them" if wanted in reply.facts["interfaces"] else "doesn't exist"
+        problem = f"{wanted} {state}: {', '.join(right) or 'another one'} leads to the other hosts"
+        return _bad(reply, "network", problem, f"--set network_interface={right[0] if right else 'auto'}")
+    address = min(filter(None, (routes[other.address] for other in others)))
+    return _ok(reply, "network", f"{right[0] if right else '?'} {address}")
 
 
-def _logins(target: Target, known: Known) -> list[Cell]:
-    failed = {name: said for name, said in target.facts["logins"].items() if said}
-    if not target.facts["logins"]:
-        return []
-    problem = "; ".join(f"can't log in on {name}: {said}" for name, said in failed.items())
-    return [_cell(target, "hosts' logins", problem, "all", f"hynb hosts exchange{known.ssh.folder}")]
+def _logins(reply: Reply, known: Known) -> Cell | None:
+    logins = reply.facts["logins"]
+    if not logins:
+        return None
+    if failed := [f"can't log in on {name}: {reason}" for name, reason in logins.items() if reason]:
+        return _bad(reply, "hosts' logins", "; ".join(failed), f"hynb hosts exchange{known.ssh.folder}")
+    return _ok(reply, "hosts' logins", "all")

@@ -1,6 +1,6 @@
 """A small all-reduce over all ranks of a cluster, and the speed between each pair of hosts.
 
-`python -m hynb.preflight.collective REQUEST` runs on every host; the first host's prints what was measured.
+`python -m hynb.preflight.collective REQUEST` runs on every host; the first host's prints the measurement.
 """
 
 from __future__ import annotations
@@ -11,24 +11,65 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, TypedDict
 
-MARK = "hynb-collective "
+if TYPE_CHECKING:
+    import torch
+
+_MARK = "hynb-collective "
 _PAIR_BYTES = 8 << 20
 _ALL_REDUCE_BYTES = 4 << 20
 _ROUNDS = 5
 _PINGS = 30
 
 
-def main(request: dict[str, Any]) -> int:
-    """Starts this host's ranks and waits; the deadline ends them even when nobody asks any more.
+class CollectiveRequest(TypedDict):
+    """What one host's ranks are to do.
 
-    Args:
-        request: node, slots (of every host), address, port, interface (of this host; None for the system's choice),
-            deadline_seconds.
+    node: index of this host.
+    slots: number of ranks of every host.
+    address, port: where the ranks meet, on the first host.
+    interface: this host's network interface; None for the library's choice.
+    deadline_seconds: after this time the ranks are ended, even if nobody waits for them any more.
     """
-    signal.signal(signal.SIGALRM, _late)
+
+    node: int
+    slots: list[int]
+    address: str
+    port: int
+    interface: str | None
+    deadline_seconds: float
+
+
+class PairMeasurement(TypedDict):
+    """The speed between the first ranks of two hosts, given by their indices; latency is one way."""
+
+    nodes: list[int]
+    latency_seconds: float
+    bytes_per_second: float
+
+
+class Measurement(TypedDict):
+    """The result of the all-reduce: whether the sum was correct, the bus bandwidth, and the speed of each pair."""
+
+    correct: bool
+    ranks: int
+    bytes_per_second: float
+    pairs: list[PairMeasurement]
+
+
+def parse_output(output: str) -> Measurement | None:
+    """The measurement in the first host's output; None if there is none."""
+    line = next((line for line in output.splitlines() if line.startswith(_MARK)), None)
+    return None if line is None else json.loads(line.removeprefix(_MARK))
+
+
+def main(request: CollectiveRequest) -> int:
+    """Starts this host's ranks and waits for them; returns an exit code."""
+    signal.signal(signal.SIGALRM, _raise_timeout)
     signal.alarm(int(request["deadline_seconds"]))
     first = sum(request["slots"][: request["node"]])
     ranks = [
@@ -38,10 +79,9 @@ def main(request: dict[str, Any]) -> int:
     try:
         return max(abs(rank.wait()) for rank in ranks)
     except TimeoutError:
-        waited = f"{request['deadline_seconds']:g} s"
         print(
-            f"no sum within {waited}: this host's ranks wait for the others. A firewall drops what they send to any "
-            "port but the master's, or network_interface leads elsewhere",
+            f"no sum within {request['deadline_seconds']:g} s: this host's ranks wait for the others. A firewall "
+            "drops packets to ports other than the master port, or network_interface is the wrong one",
             file=sys.stderr,
         )
         return 1
@@ -50,25 +90,55 @@ def main(request: dict[str, Any]) -> int:
             rank.kill()
 
 
-def _late(signum: int, frame: Any) -> None:
+def _raise_timeout(signum: int, frame: FrameType | None) -> None:
     raise TimeoutError
 
 
-def one_rank(request: dict[str, Any], rank: int) -> None:
-    """One rank: joins, sums, and if it is the first of its host, measures against the other hosts' first."""
+def run_rank(request: CollectiveRequest, rank: int) -> None:
+    """Runs one rank: an all-reduce, and for each host's first rank, measurements with every other host's."""
     signal.alarm(int(request["deadline_seconds"]))
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if request["interface"]:
-            os.environ[name] = request["interface"]
+    if request["interface"]:
+        os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), request["interface"])
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     slots = request["slots"]
-    firsts = [sum(slots[:node]) for node in range(len(slots))]
-    node = max(index for index, first in enumerate(firsts) if first <= rank)
+    first_ranks = [sum(slots[:node]) for node in range(len(slots))]
+    device = _join(request, rank, first_ranks)
+    world_size = sum(slots)
+    values = torch.full((_ALL_REDUCE_BYTES // 4,), float(rank + 1), device=device)
+    dist.all_reduce(values)
+    correct = bool((values == world_size * (world_size + 1) / 2).all())
+    seconds = _seconds_per_round(lambda: dist.all_reduce(values), device)
+    # The bus bandwidth of nccl-tests: what a ring all-reduce sends per rank.
+    moved_bytes = 2 * (world_size - 1) / world_size * _ALL_REDUCE_BYTES
+    pairs = []
+    for one in range(len(slots)):
+        for other in range(one + 1, len(slots)):
+            pairs += _measure_pair(rank, first_ranks, (one, other), device)
+            dist.barrier()
+    gathered: list[list[PairMeasurement]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(gathered, pairs)
+    if rank == 0:
+        measurement: Measurement = {
+            "correct": correct,
+            "ranks": world_size,
+            "bytes_per_second": moved_bytes / seconds,
+            "pairs": [pair for of_rank in gathered for pair in of_rank],
+        }
+        print(_MARK + json.dumps(measurement), flush=True)
+    dist.destroy_process_group()
+
+
+def _join(request: CollectiveRequest, rank: int, first_ranks: list[int]) -> torch.device:
+    """Initializes the process group; returns the rank's device."""
+    import torch
+    import torch.distributed as dist
+
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", rank - firsts[node]) if on_gpu else torch.device("cpu")
+    node = max(index for index, first in enumerate(first_ranks) if first <= rank)
+    device = torch.device("cuda", rank - first_ranks[node]) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     address = f"[{request['address']}]" if ":" in request["address"] else request["address"]
@@ -76,72 +146,62 @@ def one_rank(request: dict[str, Any], rank: int) -> None:
         "nccl" if on_gpu else "gloo",
         init_method=f"tcp://{address}:{request['port']}",
         rank=rank,
-        world_size=sum(slots),
+        world_size=sum(request["slots"]),
         timeout=timedelta(seconds=request["deadline_seconds"]),
     )
-    values = torch.full((_ALL_REDUCE_BYTES // 4,), float(rank + 1), device=device)
-    dist.all_reduce(values)
-    total = sum(slots)
-    right = bool((values == total * (total + 1) / 2).all())
-    seconds = _timed(lambda: dist.all_reduce(values), on_gpu)
-    moved = 2 * (total - 1) / max(1, total) * _ALL_REDUCE_BYTES
-    found: dict[str, Any] = {"right": right, "ranks": total, "bytes_per_second": moved / seconds, "pairs": []}
-    for one in range(len(slots)):
-        for other in range(one + 1, len(slots)):
-            found["pairs"] += _pair(dist, rank, firsts, (one, other), device, on_gpu)
-            dist.barrier()
-    gathered: list[Any] = [None] * total
-    dist.all_gather_object(gathered, found["pairs"])
-    if rank == 0:
-        found["pairs"] = [item for items in gathered for item in items]
-        print(MARK + json.dumps(found), flush=True)
-    dist.destroy_process_group()
+    return device
 
 
-def _pair(
-    dist: Any, rank: int, firsts: list[int], nodes: tuple[int, int], device: Any, on_gpu: bool
-) -> list[dict[str, Any]]:
-    """Sends back and forth between two hosts' first ranks; the first of them returns what it measured."""
+def _measure_pair(
+    rank: int, first_ranks: list[int], nodes: tuple[int, int], device: torch.device
+) -> list[PairMeasurement]:
+    """Sends back and forth between two hosts' first ranks.
+
+    Returns:
+        the measurement on the first of the two ranks, an empty list on all others.
+    """
     import torch
+    import torch.distributed as dist
 
-    ranks = [firsts[node] for node in nodes]
-    if rank not in ranks:
+    first, second = (first_ranks[node] for node in nodes)
+    if rank not in (first, second):
         return []
-    peer = ranks[1] if rank == ranks[0] else ranks[0]
 
-    def back_and_forth(values: Any) -> None:
-        if rank == ranks[0]:
-            dist.send(values, peer)
-            dist.recv(values, peer)
+    def back_and_forth(values: torch.Tensor) -> None:
+        if rank == first:
+            dist.send(values, second)
+            dist.recv(values, second)
         else:
-            dist.recv(values, peer)
-            dist.send(values, peer)
+            dist.recv(values, first)
+            dist.send(values, first)
 
     small, large = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (1, _PAIR_BYTES))
     back_and_forth(large)
-    latency = _timed(lambda: back_and_forth(small), on_gpu, rounds=_PINGS) / 2
-    rate = 2 * _PAIR_BYTES / _timed(lambda: back_and_forth(large), on_gpu)
-    if rank != ranks[0]:
+    latency_seconds = _seconds_per_round(lambda: back_and_forth(small), device, rounds=_PINGS) / 2
+    bytes_per_second = 2 * _PAIR_BYTES / _seconds_per_round(lambda: back_and_forth(large), device)
+    if rank != first:
         return []
-    return [{"nodes": list(nodes), "latency_seconds": latency, "bytes_per_second": rate}]
+    return [{"nodes": list(nodes), "latency_seconds": latency_seconds, "bytes_per_second": bytes_per_second}]
 
 
-def _timed(act: Any, on_gpu: bool, rounds: int = _ROUNDS) -> float:
-    """Seconds of one round, the mean over several."""
+def _seconds_per_round(act: Callable[[], object], device: torch.device, rounds: int = _ROUNDS) -> float:
+    """Seconds that a call takes, the mean of several."""
     import torch
 
-    if on_gpu:
-        torch.cuda.synchronize()
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    synchronize()
     began = time.perf_counter()
     for _ in range(rounds):
         act()
-    if on_gpu:
-        torch.cuda.synchronize()
+    synchronize()
     return (time.perf_counter() - began) / rounds
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        one_rank(json.loads(sys.argv[1]), int(sys.argv[2]))
+        run_rank(json.loads(sys.argv[1]), int(sys.argv[2]))
     else:
         sys.exit(main(json.loads(sys.argv[1])))

@@ -1,168 +1,120 @@
-"""Looks at every host of a run before it starts, all at once, and says what mends what is wrong: `hynb preflight`."""
+"""Checks every host of a run before it starts, and names a fix for each failed check: `hynb preflight`."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shlex
-import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from hynb.cluster import PACKAGES, Host, Ssh, host_facts, hostfile, is_local, require_openssh
+from hynb.cluster import Answer, ClusterDir, Host, Ssh, free_port, hostfile, is_local, require_openssh
 from hynb.config import Config
 from hynb.data import find_files
 from hynb.errors import ClusterError, HynbError
+from hynb.files import write_json
 from hynb.plan import zero
-from hynb.preflight.checks import (
-    collective_cell,
-    compare,
-    interface_of,
-    no_python,
-    same_machines,
-    way_closed,
-    way_open,
-)
-from hynb.preflight.collective import MARK
-from hynb.preflight.report import CHECKS, Cell, Known, Report, Target, ranks_text, write_report
-from hynb.supervision import CODE, chosen_hosts, free_port_at, rank_count, rank_environment, ssh_config
+from hynb.preflight.ask import ask_hosts
+from hynb.preflight.checks import compare
+from hynb.preflight.collective import CollectiveRequest, Measurement, parse_output
+from hynb.preflight.reach import same_machines
+from hynb.preflight.report import CHECKS, Cell, Report, ranks_text
+from hynb.preflight.targets import Known, Reply, interfaces_to_others, make_targets
+from hynb.supervision import CODE, chosen_hosts, rank_count, rank_environment, ssh_config
 
-_FACTS_SECONDS = 40.0
-_HASHED_BYTES_PER_SECOND = 100e6
+_LOG = logging.getLogger(__name__)
 _COLLECTIVE_SECONDS = 90
-_PROBE_SECONDS = 6.0
+# A host reports its own deadline first.
+_MARGIN_SECONDS = 10
+# torch.distributed's default, used when no port can be tried on the first host.
+_MASTER_PORT = 29500
+_TEXT_CHARACTERS = 300
 
 
-def preflight(config: Config, *, collective: bool = True, progress: Callable[[str], None] = lambda _: None) -> Report:
+def run_preflight(
+    config: Config, progress: Callable[[str], None], *, collective: bool, copy: bool, copy_model: bool = False
+) -> Report:
+    """Runs a preflight, and again after files were copied to hosts that lack them; stores the report.
+
+    Args:
+        progress: called with a line for each step.
+        collective: run the all-reduce.
+        copy: copy code and data to hosts where they are missing or differ.
+        copy_model: copy the model folder, too, which may take hours.
+
+    Raises:
+        ClusterError: as in `examine_hosts`, and files that could not be copied.
+    """
+    report = examine_hosts(config, collective=collective, progress=progress)
+    if (copy or copy_model) and not report.ok:
+        if problems := _copy_files(report, progress, model=copy_model):
+            raise ClusterError(problems)
+        report = examine_hosts(config, collective=collective, progress=progress)
+    _store(report, config)
+    return report
+
+
+def examine_hosts(
+    config: Config, *, collective: bool = True, progress: Callable[[str], None] = lambda _: None
+) -> Report:
     """Checks every host of a Config; changes nothing on any of them.
 
     Args:
-        collective: start a process a rank for a small all-reduce, where all else is well.
-        progress: told what is being done.
+        collective: run a small all-reduce with one process per rank, if all other checks pass.
+        progress: called with a line for each step.
 
     Raises:
         ClusterError: a hostfile that can't be read, a launcher whose hosts ssh doesn't reach, or no ssh here.
     """
     began = time.monotonic()
-    if config.hostfile and config.launcher in ("no_ssh", "slurm"):
-        raise ClusterError(
-            f"launcher = {config.launcher}: its hosts are not reached over ssh, so that they can't be looked at from "
-            "here. Run `hynb preflight` on each of them without a hostfile"
-        )
-    local_slots = rank_count(config) if config.hostfile is None else 0
-    hosts = chosen_hosts(config) if config.hostfile else hostfile.local(local_slots)
-    ssh = Ssh(config=ssh_config(config) if config.hostfile else None)
-    if not all(is_local(host.name) for host in hosts):
-        require_openssh()
-    targets = [_target(host, ssh) for host in hosts]
-    here = next((target for target in targets if target.local), None)
-    if here is not None:
-        here.address = _own_address(config, targets)
-        # pdsh logs in on the launching host as on any other.
-        here.by_ssh = len(targets) > 1 and config.launcher == "pdsh"
-        here.port = ssh.address(here.host.name)[1]
-    problems, data = _data_files(config)
-    token = _make_token(config.output_dir)
-    listener, port, taken = _listen(here, config)
-    try:
-        request = _request(config, targets, here, token, port, data, ssh)
-        progress(f"asking {', '.join(target.host.name for target in targets)}")
-        with ThreadPoolExecutor(len(targets)) as pool:
-            first = list(pool.map(lambda target: _ask(target, ssh, request, _deadline_seconds(data)), targets))
-    finally:
-        if listener is not None:
-            listener.close()
-        Path(token).unlink(missing_ok=True)
-    reference = here.facts if here is not None and here.facts else _facts_here(request, _deadline_seconds(data))
-    shared = Known(
-        config=config, targets=targets, reference=reference, ssh=ssh, port=port, port_taken=taken, data=data
-    )
-    cells = [cell for found in first for cell in found]
+    hosts, ssh = _hosts(config)
+    targets = make_targets(config, hosts, ssh)
+    data_problems, data = _data_files(config)
+    names = [host.name for host in hosts]
+    progress(f"asking {', '.join(names)}")
+    known, cells = ask_hosts(config, targets, ssh, data)
     cells += same_machines(targets)
-    for target in targets:
-        cells += compare(target, shared)
-    cells += [Cell(host=targets[0].host.name, check="data", state="bad", text=text) for text in problems]
-    measured = None
+    for reply in known.replies:
+        cells += compare(reply, known)
+    cells += [Cell(host=names[0], check="data", state="bad", text=problem) for problem in data_problems]
+    measurement = None
     if collective and not any(cell.state == "bad" for cell in cells):
         progress(f"all-reduce over {ranks_text(sum(host.slots for host in hosts))}")
-        measured, found = _measure(targets, ssh, config)
-        cells += found
-    names = [target.host.name for target in targets]
-    report = Report(hosts=names, cells=_one_each(cells, names), collective=measured, seconds=0.0)
-    report.seconds = round(time.monotonic() - began, 2)
-    return report
+        measurement, collective_cells = _run_collective(known)
+        cells += collective_cells
+    seconds = round(time.monotonic() - began, 2)
+    return Report(hosts=names, cells=_one_per_check(cells, names), collective=measurement, seconds=seconds)
 
 
-def _target(host: Host, ssh: Ssh) -> Target:
-    if is_local(host.name):
-        return Target(host=host, local=True, address="127.0.0.1", port=0)
-    name, port = ssh.address(host.name)
-    try:
-        address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][4][0]
-    except (OSError, UnicodeError):
-        address = ""
-    return Target(host=host, local=False, address=address, port=port)
+def _hosts(config: Config) -> tuple[list[Host], Ssh]:
+    """The hosts of a Config and how they are reached.
 
-
-def _own_address(config: Config, targets: Sequence[Target]) -> str:
-    """The address by which the others reach this machine."""
-    if config.network_interface is not None:
-        for item in psutil.net_if_addrs().get(config.network_interface, []):
-            if item.family == socket.AF_INET:
-                return item.address
-    others = [target.address for target in targets if not target.local and target.address]
-    return (host_facts.source_address(others[0]) if others else None) or "127.0.0.1"
-
-
-def _listen(here: Target | None, config: Config) -> tuple[socket.socket | None, int, str]:
-    """A socket where the ranks will meet, its port, and who has taken the port, if somebody has."""
-    if here is None:
-        return None, config.master_port or 0, ""
-    family = socket.AF_INET6 if ":" in here.address else socket.AF_INET
-    try:
-        listener = socket.create_server((here.address, config.master_port or 0), family=family, backlog=64)
-        return listener, listener.getsockname()[1], ""
-    except OSError as error:
-        return None, config.master_port or 0, _owner_of(config.master_port) or str(error.strerror)
-
-
-def _owner_of(port: int | None) -> str:
-    for item in psutil.net_connections("tcp"):
-        if item.status == psutil.CONN_LISTEN and item.laddr.port == port and item.pid:
-            try:
-                return f"process {item.pid}, {shlex.join(psutil.Process(item.pid).cmdline())[:60]}"
-            except psutil.Error:
-                return f"process {item.pid}"
-    return ""
-
-
-def _make_token(output_dir: str) -> str:
-    """A file beside or in output_dir, which only a host that shares its disk can see."""
-    place = Path(output_dir).expanduser().absolute()
-    while not place.is_dir():
-        place = place.parent
-    token = place / f".hynb-{uuid.uuid4().hex}"
-    try:
-        token.touch()
-    except OSError:
-        # Said by the check of the disk.
-        return str(token)
-    return str(token)
+    Raises:
+        ClusterError: a hostfile that can't be read, a launcher whose hosts ssh doesn't reach, or no ssh here.
+    """
+    if config.hostfile is None:
+        return hostfile.local(rank_count(config)), Ssh()
+    if config.launcher in ("no_ssh", "slurm"):
+        raise ClusterError(
+            f"launcher = {config.launcher}: its hosts are not reached over ssh, so they can't be checked from here. "
+            "Run `hynb preflight` on each of them without a hostfile"
+        )
+    hosts = chosen_hosts(config)
+    if not all(is_local(host.name) for host in hosts):
+        require_openssh()
+    return hosts, Ssh(config=ssh_config(config))
 
 
 def _data_files(config: Config) -> tuple[list[str], list[str]]:
     """What is wrong with the data parameters, and the files that every rank reads: data, settings, tokenizer."""
     problems: list[str] = []
     files: list[str] = []
-    for parameter in ("train_data_file", "eval_data_file"):
-        if (paths := getattr(config, parameter)) is not None:
+    for parameter, paths in (("train_data_file", config.train_data_file), ("eval_data_file", config.eval_data_file)):
+        if paths is not None:
             try:
                 files += [str(path.absolute()) for path in find_files(paths, parameter)]
             except HynbError as error:
@@ -174,155 +126,100 @@ def _data_files(config: Config) -> tuple[list[str], list[str]]:
     return problems, files
 
 
-def _deadline_seconds(data: Sequence[str]) -> float:
-    sizes = sum(min(Path(path).stat().st_size, host_facts.WHOLE_BYTES) for path in data)
-    return _FACTS_SECONDS + sizes / _HASHED_BYTES_PER_SECOND
-
-
-def _request(
-    config: Config,
-    targets: Sequence[Target],
-    here: Target | None,
-    token: str,
-    port: int,
-    data: list[str],
-    ssh: Ssh,
-) -> dict[str, Any]:
-    model = Path(config.model_name_or_path).expanduser().absolute() if config.model_name_or_path else None
-    logins = {}
-    if config.launcher in ("openmpi", "mpich"):
-        # Their launchers hand the work on from host to host.
-        options = shlex.join(ssh.options())
-        logins = {t.host.name: ["sh", "-c", f"ssh {options} {shlex.quote(t.host.name)} true"] for t in targets}
-    return {
-        "packages": list(PACKAGES),
-        "code": str(CODE / "hynb"),
-        "output_dir": str(Path(config.output_dir).expanduser().absolute()),
-        "model": str(model) if model else None,
-        "data": data,
-        "token": token,
-        "addresses": [target.address for target in targets if target.address],
-        "connect": {"master": [here.address, port]} if here is not None and len(targets) > 1 else {},
-        "login": logins,
+def _run_collective(known: Known) -> tuple[Measurement | None, list[Cell]]:
+    """Runs the small all-reduce over the ranks of all hosts, which have all replied."""
+    config, first = known.config, known.targets[0]
+    request: CollectiveRequest = {
+        "node": 0,
+        "slots": [target.host.slots for target in known.targets],
+        "address": first.address,
+        "port": config.master_port or (free_port(first.address) if first.local else _MASTER_PORT),
+        "interface": None,
+        "deadline_seconds": _COLLECTIVE_SECONDS,
     }
 
+    def start(node: int, reply: Reply) -> Answer:
+        interface = config.network_interface or next(iter(interfaces_to_others(reply, known)), None)
+        return _start_ranks(reply, {**request, "node": node, "interface": interface}, known)
 
-def _ask(target: Target, ssh: Ssh, request: dict[str, Any], deadline_seconds: float) -> list[Cell]:
-    """Asks a host for its facts and says how far the way to it is open."""
-    own = {"login": {name: words for name, words in request["login"].items() if name != target.host.name}}
-    script = host_facts.sent(request | own)
-    target.asked = time.time()
-    answer = ssh.run(target.host.name, [sys.executable, "-"], deadline_seconds=deadline_seconds, input=script)
-    target.answered = time.time()
-    target.facts = host_facts.told(answer.out)
-    if target.facts is not None:
-        if target.by_ssh and (problem := ssh.run(target.host.name, ["true"], always=True).problem):
-            return way_closed(target, problem, ssh, _probe(target))
-        return way_open(target)
-    if answer.problem and not target.local:
-        return way_closed(target, answer.problem, ssh, _probe(target))
-    said = answer.problem or (answer.err.strip().splitlines() or [f"exit code {answer.code}"])[-1]
-    there = ssh.run(target.host.name, ["test", "-d", str(CODE / "hynb")])
-    return no_python(target, said, sys.executable, no_code=ssh if there.code == 1 else None)
+    with ThreadPoolExecutor(len(known.replies)) as pool:
+        answers = list(pool.map(start, range(len(known.replies)), known.replies))
+    measurement = parse_output(answers[0].out)
+    cells = [
+        _collective_cell(reply.target.name, measurement, answer, config.hostfile)
+        for reply, answer in zip(known.replies, answers, strict=True)
+    ]
+    return measurement, cells
 
 
-def _probe(target: Target) -> str:
-    """Why the port can't be reached; empty when it can."""
-    if not target.address:
-        return "the name can't be resolved"
-    try:
-        with socket.create_connection((target.address, target.port), timeout=_PROBE_SECONDS):
-            return ""
-    except OSError as error:
-        return str(error.strerror or error)
+def _start_ranks(reply: Reply, request: CollectiveRequest, known: Known) -> Answer:
+    """Starts one host's ranks of the all-reduce, with the environment variables that those of a run get."""
+    host = reply.target.host
+    environment = rank_environment(known.config, {})
+    if not reply.facts["gpus"]:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif host.slot_ids:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slot_ids))
+    variables = [f"{name}={value}" for name, value in environment.items()]
+    command = ["env", *variables, sys.executable, "-m", "hynb.preflight.collective", json.dumps(request)]
+    script = f"cd {shlex.quote(str(CODE))} && exec {shlex.join(command)}"
+    deadline_seconds = request["deadline_seconds"] + _MARGIN_SECONDS
+    return known.ssh.run(host.name, ["sh", "-c", script], deadline_seconds=deadline_seconds)
 
 
-def _facts_here(request: dict[str, Any], deadline_seconds: float) -> dict[str, Any]:
-    """This machine's facts, where it is none of the hosts: what the others are compared with."""
-    script = host_facts.sent(request | {"connect": {}, "login": {}})
-    answer = Ssh().run("localhost", [sys.executable, "-"], deadline_seconds=deadline_seconds, input=script)
-    facts = host_facts.told(answer.out)
-    if facts is None:
-        why = answer.problem or (answer.err.strip().splitlines() or [f"exit code {answer.code}"])[-1]
-        raise ClusterError(f"{socket.gethostname()}: this machine can't be looked at: {why}")
-    return facts
-
-
-def _measure(targets: Sequence[Target], ssh: Ssh, config: Config) -> tuple[dict[str, Any] | None, list[Cell]]:
-    """Starts the ranks of the small all-reduce on all hosts."""
-    address = targets[0].address
-    port = config.master_port or (free_port_at(address) if targets[0].local else 29500)
-    common = {"slots": [target.host.slots for target in targets], "address": address, "port": port}
-    common |= {"deadline_seconds": _COLLECTIVE_SECONDS}
-    # What a user sets for NCCL in a run holds here, too.
-    environment = rank_environment(config, {})
-
-    def start(node: int) -> Any:
-        target = targets[node]
-        request = common | {"node": node, "interface": interface_of(target, config)}
-        words = [sys.executable, "-m", "hynb.preflight.collective", json.dumps(request)]
-        visible = {} if target.facts and target.facts["gpus"] else {"CUDA_VISIBLE_DEVICES": ""}
-        if target.host.slot_ids and not visible:
-            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, target.host.slot_ids))}
-        given = [f"{name}={value}" for name, value in (environment | visible).items()]
-        script = f"cd {shlex.quote(str(CODE))} && exec {shlex.join(['env', *given, *words])}"
-        return ssh.run(target.host.name, ["sh", "-c", script], deadline_seconds=_COLLECTIVE_SECONDS + 10)
-
-    with ThreadPoolExecutor(len(targets)) as pool:
-        answers = list(pool.map(start, range(len(targets))))
-    line = next((line for line in answers[0].out.splitlines() if line.startswith(MARK)), None)
-    measured = json.loads(line.removeprefix(MARK)) if line else None
-    cells = []
-    for target, answer in zip(targets, answers, strict=True):
-        failed = answer.problem or (answer.code and ((answer.err.strip().splitlines() or ["no word"])[-1]))
-        cells.append(collective_cell(target.host.name, measured, str(failed or ""), config.hostfile))
-    return measured, cells
-
-
-def _one_each(cells: Sequence[Cell], names: Sequence[str]) -> list[Cell]:
-    """One cell a host and check, the worst of several; what was not reached is unknown."""
-    order = {"bad": 0, "ok": 1, "unknown": 2}
-    found: dict[tuple[str, str], Cell] = {}
-    for cell in cells:
-        key = (cell.host, cell.check)
-        if key not in found or order[cell.state] < order[found[key].state]:
-            found[key] = cell
-    checks = [check for check in CHECKS if any(key[1] == check for key in found)]
-    unknown = {"state": "unknown", "text": "not reached"}
-    return [found.get((name, check)) or Cell(host=name, check=check, **unknown) for check in checks for name in names]
-
-
-def examine(
-    config: Config, progress: Callable[[str], None], *, collective: bool, copy: bool, copy_model: bool = False
-) -> Report:
-    """A preflight, repeated after what hosts lack was copied to them where that is wanted; its report is kept.
-
-    Raises:
-        ClusterError: what `preflight` raises, and what could not be copied.
-    """
-    report = preflight(config, collective=collective, progress=progress)
-    if (copy or copy_model) and not report.ok:
-        if problems := fix(report, progress, model=copy_model):
-            raise ClusterError(problems)
-        report = preflight(config, collective=collective, progress=progress)
-    write_report(report, config)
-    return report
-
-
-def fix(report: Report, progress: Callable[[str], None], *, model: bool = False) -> list[str]:
-    """Copies code and data to hosts that lack them, by the commands that the report shows; returns what failed.
+def _collective_cell(host: str, measurement: Measurement | None, answer: Answer, path: str | None) -> Cell:
+    """The result of the all-reduce on one host.
 
     Args:
-        model: copy the model folder too, which may take hours.
+        path: of the hostfile; None without one.
     """
+    failed = answer.problem or (answer.last_error_line("no error message") if answer.code else "")
+    if measurement is not None and measurement["correct"] and not failed:
+        return Cell(host=host, check="all-reduce", state="ok", text=ranks_text(measurement["ranks"]))
+    text = failed or ("the sum is wrong" if measurement else "the first host's ranks ended without a result")
+    command = [str(Path(sys.executable).with_name("hynb")), "preflight", *(["--hostfile", path] if path else [])]
+    fix = f"NCCL_DEBUG=INFO {shlex.join(command)}"
+    return Cell(host=host, check="all-reduce", state="bad", text=text[:_TEXT_CHARACTERS], fix=fix)
+
+
+def _one_per_check(cells: Iterable[Cell], names: Sequence[str]) -> list[Cell]:
+    """One cell per check and host: a failed one of several, and `unknown` for what was not reached."""
+    order = {"bad": 0, "ok": 1, "unknown": 2}
+    worst: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        key = (cell.host, cell.check)
+        if key not in worst or order[cell.state] < order[worst[key].state]:
+            worst[key] = cell
+    checks = [check for check in CHECKS if any(key[1] == check for key in worst)]
+    return [
+        worst.get((name, check)) or Cell(host=name, check=check, state="unknown", text="not reached")
+        for check in checks
+        for name in names
+    ]
+
+
+def _copy_files(report: Report, progress: Callable[[str], None], *, model: bool) -> list[str]:
+    """Copies files to hosts where they are missing or differ, by the report's own commands; returns what failed."""
+    checks = ("code", "data", "model") if model else ("code", "data")
     problems = []
     for cell in report.bad:
-        if cell.check not in ("code", "data", *(("model",) if model else ())) or not cell.mend.startswith("rsync"):
+        if cell.check not in checks or not cell.fix.startswith("rsync"):
             continue
-        progress(cell.mend)
-        # rsync's progress goes where messages go: what is printed stays the report.
-        copying = subprocess.run(["sh", "-c", cell.mend], stdin=subprocess.DEVNULL, stdout=2, check=False)
-        code = copying.returncode
-        if code:
-            problems.append(f"{cell.host}: {cell.check}: `{cell.mend}` ended with exit code {code}")
+        progress(cell.fix)
+        # rsync's progress goes to standard error: on standard output is the report alone.
+        done = subprocess.run(["sh", "-c", cell.fix], stdin=subprocess.DEVNULL, stdout=2, check=False)
+        if done.returncode:
+            problems.append(f"{cell.host}: {cell.check}: `{cell.fix}` ended with exit code {done.returncode}")
     return problems
+
+
+def _store(report: Report, config: Config) -> None:
+    """Writes the report beside the hostfile, if there is one."""
+    if config.hostfile is None:
+        return
+    path = ClusterDir(Path(config.hostfile).expanduser().absolute().parent).preflight
+    try:
+        write_json(path, report.to_json())
+    except OSError:
+        # Only the administrator can write beside a hostfile in /etc.
+        _LOG.info("%s: can't be written", path)

@@ -1,4 +1,4 @@
-"""Hosts and slots: both forms, every mistake by its line, what was written read back."""
+"""Hosts and slots: both forms, every mistake by its line, round trips, filters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ names = st.from_regex(r"[a-z0-9]([a-z0-9.-]{0,20}[a-z0-9])?", fullmatch=True) | 
 
 
 @given(st.dictionaries(names, st.integers(1, 128), min_size=1, max_size=12))
-def test_what_was_written_is_read_back(hosts):
+def test_round_trip(hosts):
     listed = [Host(name=name, slots=slots) for name, slots in hosts.items()]
     assert parse(to_text(listed)) == listed
 
 
 @given(st.dictionaries(names, st.integers(1, 128), min_size=1, max_size=12))
-def test_the_guides_list_is_read_too(hosts):
+def test_the_list_of_upstreams_training_guide_is_read_too(hosts):
     text = ",".join(f"[{name}]:{slots}" if ":" in name else f"{name}:{slots}" for name, slots in hosts.items())
     assert {host.name: host.slots for host in parse(text)} == hosts
 
@@ -37,11 +37,13 @@ def test_comments_blank_lines_and_many_slots(tmp_path):
 
 def test_all_mistakes_are_named_by_line():
     text = "a slots=8\nb\nc slots=0\na slots=4\nd slots=x\nbad name slots=2\n-x slots=2\n1::zz slots=2\n"
+    text += "fe80::1%$(touch${IFS}x) slots=2\n"
     with pytest.raises(ClusterError) as caught:
         parse(text, source="hosts")
-    said = str(caught.value).splitlines()
-    assert [line.split(":")[1] for line in said] == ["2", "3", "4", "5", "6", "7", "8"]
-    assert "b slots=8" in said[0] and "listed twice" in said[2] and "IPv6" in said[6]
+    problems = caught.value.problems
+    assert [line.split(":")[1] for line in problems] == ["2", "3", "4", "5", "6", "7", "8", "9"]
+    assert "b slots=8" in problems[0] and "listed twice" in problems[2] and "IPv6" in problems[6]
+    assert "not a network interface" in problems[7]
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "\n\n"])
@@ -50,7 +52,7 @@ def test_a_file_without_hosts_is_refused(text):
         parse(text)
 
 
-def test_an_absent_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ClusterError, match="cannot be read"):
         read(tmp_path / "no")
 
@@ -78,24 +80,25 @@ def test_hosts_and_slots_are_included_and_excluded(include, exclude, left):
 
 
 @given(st.sets(st.tuples(st.sampled_from(["a", "b-1.lab", "fd00::7"]), st.integers(0, 1)), min_size=1))
-def test_what_is_included_is_what_is_not_excluded(chosen):
-    text = "@".join(f"[{name}]:{slot}" if ":" in name else f"{name}:{slot}" for name, slot in sorted(chosen))
+def test_include_and_exclude_are_complements(selected):
+    text = "@".join(f"[{name}]:{slot}" if ":" in name else f"{name}:{slot}" for name, slot in sorted(selected))
 
     def slots(hosts):
         return {(host.name, slot) for host in hosts for slot in (host.slot_ids or range(host.slots))}
 
-    assert slots(select(HOSTS, include=text)) == chosen
-    assert slots(select(HOSTS, exclude=text)) == slots(HOSTS) - chosen
+    assert slots(select(HOSTS, include=text)) == selected
+    assert slots(select(HOSTS, exclude=text)) == slots(HOSTS) - selected
 
 
-def test_a_filter_names_every_wrong_word():
+def test_every_wrong_part_of_a_filter_is_named():
     with pytest.raises(ClusterError) as caught:
         select(HOSTS, include="c@a:12@b-1.lab:x@fd00::7")
-    said = caught.value.problems
-    assert len(said) == 4 and "no host c; there are a, b-1.lab" in said[0] and "slots 0 to 11, no 12" in said[1]
+    problems = caught.value.problems
+    assert len(problems) == 4 and "slots 0 to 11, not 12" in problems[1]
+    assert "no host is named c; there are a, b-1.lab" in problems[0]
     with pytest.raises(ClusterError, match="no slot of any host is left"):
         select(HOSTS[:1], exclude="a")
-    with pytest.raises(ClusterError, match="give one of the two"):
+    with pytest.raises(ClusterError, match="give only one of the two"):
         select(HOSTS, include="a", exclude="a")
 
 

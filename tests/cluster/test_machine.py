@@ -1,4 +1,4 @@
-"""What a machine is found to have."""
+"""This machine's description, and nvidia-smi's table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_gpu_is_read_with_its_memory_in_bytes():
     assert shared.memory_bytes == 0
 
 
-def test_this_machine_is_looked_at_for_a_folder_that_is_not_there_yet(tmp_path):
+def test_this_machine_with_a_folder_that_does_not_exist_yet(tmp_path):
     machine = this_machine(tmp_path / "runs" / "first")
     assert machine.cpu_cores >= 1 and machine.slots >= 1
     assert 0 < machine.memory_free_bytes <= machine.memory_bytes
