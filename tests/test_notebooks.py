@@ -162,7 +162,7 @@ def test_setting_up_shows_the_machine_checks_it_and_writes_a_hostfile_once(tmp_p
     assert (tmp_path / "my" / "hostfile").read_text() == f"localhost slots={slots}\n"
     shown = text_of(tmp_path / "out.ipynb")
     assert "CPU cores" in shown and "deepspeed" in shown and f"localhost slots={slots}" in shown
-    assert f"all-reduce over {slots} rank" in shown and "all is well, 1 host," in shown and "✓" in shown
+    assert f"all-reduce over {slots} rank" in shown and "all checks passed, 1 host," in shown and "✓" in shown
     (tmp_path / "my" / "hostfile").write_text("other slots=8\n")
     code, said = run_headless("01_setup_cluster", tmp_path, {"hostfile": "my/hostfile"})
     assert code != 0 and "overwrite_hostfile" in said
@@ -192,7 +192,7 @@ def test_setting_up_two_hosts_fails_on_a_red_cell_and_passes_when_it_is_mended(t
         assert "✗ 512 slots" in shown
         code, said, shown = execute(hosts="alpha:1,beta:1")
         assert code == 0, said
-        assert "all-reduce over 2 ranks" in shown and "alpha – beta: " in shown and "all is well, 2 hosts" in shown
+        assert "all-reduce over 2 ranks" in shown and "alpha – beta: " in shown and "all checks passed, 2 hosts" in shown
 
 
 def test_headless_training_ends_with_a_picture_and_a_table(trained):
