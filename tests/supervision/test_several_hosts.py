@@ -211,7 +211,7 @@ def test_losses_equal_those_of_one_host_through_a_stop_and_a_resume(place, stage
     assert not list(job.dir.log.glob(".secret-*")), "no secret stays behind"
     if not shared:
         beside = hosts.beta.run([sys.executable, "-m", "hynb.cli", "status", job.folder], check=False)
-        assert beside.returncode == 2 and "led from alpha" in beside.stderr
+        assert beside.returncode == 2 and "launched on alpha" in beside.stderr
 
 
 def test_each_failure_ends_the_run_everywhere_and_no_other_job(apart):
