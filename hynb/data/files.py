@@ -1,64 +1,71 @@
-"""Files of conversations: every line read by its place, converted or refused by name; no tokenizer, no torch."""
+"""Reads conversations line by line from files, converts other formats and names invalid lines, without torch."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import gzip
-import hashlib
+import io
 import itertools
 import json
 import os
+import random
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from hynb.errors import DataError
+from hynb.files import file_hash, files_hash
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 ROLES = ("system", "user", "assistant")
 FORMATS = '{"messages": [{"role": …, "content": …}, …]}, ShareGPT\'s conversations, or Alpaca\'s instruction/output'
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
+# Compressed bytes that are decompressed at once, in memory.
+_ZSTD_BLOCK_BYTES = 1 << 16
 Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(kw_only=True, frozen=True)
 class Conversation:
-    """One sample: its messages, and where it stands as file:line."""
+    """One sample: its messages, and its location as file:line."""
 
     messages: list[dict[str, Any]]
     source: str
 
 
 def find_files(paths: Paths, parameter: str = "train_data_file") -> list[Path]:
-    """The files that one path, several, or several in one text with commas between them name; globs too.
+    """The files that a path, several paths, or a text of paths and globs separated by commas name, each once.
 
     Args:
-        parameter: what gave the paths, named in messages.
+        parameter: the parameter that messages name.
 
     Raises:
-        DataError: all that name no file.
+        DataError: one message for each path that names no file.
     """
     files: list[Path] = []
     problems = []
-    for item in _one_by_one(paths):
+    for item in _split_paths(paths):
         text = str(item).strip()
         if Path(text).is_file():
             found = [text]
         elif glob.has_magic(text):
             found = sorted(name for name in _glob(text) if Path(name).is_file())
             if not found:
-                problems.append(f"{parameter} = {text}: no file fits this pattern")
+                problems.append(f"{parameter} = {text}: no file matches this pattern")
         elif Path(text).is_dir():
             problems.append(f"{parameter} = {text}: is a folder; name its files, or write {text}/*.jsonl")
             continue
         else:
             problems.append(f"{parameter} = {text}: there is no such file")
             continue
-        # The same file by two patterns is one file.
         files += [Path(name) for name in found if Path(name) not in files]
     if problems or not files:
         raise DataError(problems or f"{parameter}: names no file")
@@ -66,14 +73,14 @@ def find_files(paths: Paths, parameter: str = "train_data_file") -> list[Path]:
 
 
 def absolute_patterns(paths: str) -> str:
-    """The same files in one text, each by a path that means the same in any folder; globs stay globs."""
-    return ",".join(str(Path(str(item).strip()).expanduser().absolute()) for item in _one_by_one(paths))
+    """The same paths and globs, each absolute, separated by commas."""
+    return ",".join(str(Path(str(item).strip()).expanduser().absolute()) for item in _split_paths(paths))
 
 
-def _one_by_one(paths: Paths) -> Sequence[str | Path]:
+def _split_paths(paths: Paths) -> Sequence[str | Path]:
     if not isinstance(paths, (str, Path)):
         return paths
-    # A comma may be part of a name.
+    # A file's name may have a comma.
     return [paths] if isinstance(paths, Path) or Path(paths).is_file() else str(paths).split(",")
 
 
@@ -82,13 +89,13 @@ def _glob(pattern: str) -> list[str]:
 
 
 def read_conversations(paths: Paths) -> Iterator[Conversation]:
-    """The conversations of JSONL files in order; blank lines are passed over.
+    """The conversations of JSONL files in order; blank lines are skipped.
 
     Args:
-        paths: a file, several, or a glob; `.gz` and `.zst` are unpacked while they are read.
+        paths: as `find_files` takes them; `.gz` and `.zst` are decompressed while they are read.
 
     Raises:
-        DataError: at the first line that is none, with file:line and what is wrong.
+        DataError: at the first invalid line, with file:line and what is wrong.
     """
     for path in find_files(paths):
         for source, line in lines(path):
@@ -96,63 +103,102 @@ def read_conversations(paths: Paths) -> Iterator[Conversation]:
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Place (file:line) and bytes of every line that is not blank."""
+    """Location (file:line) and bytes of every line that is not blank."""
     with open_data(path) as file:
         for number, line in enumerate(file, 1):
-            line = without_mark(line, number)
+            line = without_bom(line, number)
             if line.strip():
                 yield f"{path}:{number}", line
 
 
 @contextlib.contextmanager
-def open_data(path: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, unpacked where its name ends in .gz or .zst.
+def open_data(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The content of a file for reading, decompressed if its name ends in .gz or .zst.
 
     Raises:
-        DataError: it cannot be read or unpacked.
+        DataError: it cannot be read or decompressed.
     """
     try:
-        with contextlib.ExitStack() as stack:
-            file: Any = stack.enter_context(path.open("rb"))
-            if path.suffix == ".gz":
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            elif path.suffix == ".zst":
-                file = stack.enter_context(_zstd_reader(path, file))
-            yield file
+        with path.open("rb") as file, _decompressed(path, file) as content:
+            yield content
     except OSError as error:
         # gzip's own errors are OSErrors without an errno.
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except EOFError:
-        raise DataError(f"{path}: breaks off: the compressed file is not whole") from None
-    except Exception as error:
-        if type(error).__name__ not in ("ZstdError", "error"):
-            raise
-        raise DataError(f"{path}: cannot be unpacked: {error}") from None
+        raise DataError(f"{path}: the compressed file is truncated; copy or download it again") from None
+    except zlib.error as error:
+        raise DataError(f"{path}: cannot be decompressed: {error}") from None
 
 
-def _zstd_reader(path: Path, file: IO[bytes]) -> Any:
+def _decompressed(path: Path, file: io.BufferedIOBase) -> contextlib.AbstractContextManager[io.BufferedIOBase]:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(path, file), _BLOCK_BYTES)
+    return contextlib.nullcontext(file)
+
+
+class _ZstdReader(io.RawIOBase):
+    """The content of a .zst file of one or several frames.
+
+    zstandard's own `stream_reader` (0.25) ends without an error where a file is truncated.
+
+    Raises:
+        DataError: the file is not zstd.
+        EOFError: the last frame is truncated.
+    """
+
+    def __init__(self, path: Path, file: io.BufferedIOBase) -> None:
+        super().__init__()
+        self._blocks = _zstd_blocks(path, file)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        """True; BufferedReader asks."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        """Fills a buffer as far as a decompressed block reaches; returns the number of bytes, 0 at the end."""
+        while not self._rest:
+            if (block := next(self._blocks, None)) is None:
+                return 0
+            self._rest = memoryview(block)
+        target = memoryview(buffer)
+        count = min(len(target), len(self._rest))
+        target[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
+def _zstd_blocks(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    frame = None
     try:
-        import zstandard
-    except ModuleNotFoundError:
-        raise DataError(
-            f"{path}: .zst needs the package zstandard (pip install zstandard), or unpack the file"
-        ) from None
-    import io
+        while block := file.read(_ZSTD_BLOCK_BYTES):
+            while block:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(block)
+                block = frame.unused_data
+                if frame.eof:
+                    frame = None
+    except zstandard.ZstdError as error:
+        raise DataError(f"{path}: cannot be decompressed: {error}") from None
+    if frame is not None:
+        raise EOFError
 
-    reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return io.BufferedReader(reader, _BLOCK_BYTES)
 
-
-def plain_file(path: Path) -> Path:
-    """A file that can be read by offsets: the path itself, or its unpacked copy in the cache, made once."""
+def seekable_file(path: Path) -> Path:
+    """A file with the same content that can be read by offset: itself, or its decompressed copy in the cache."""
     if path.suffix not in (".gz", ".zst"):
         return path
     target = cache_folder() / f"{file_hash(path)}.jsonl"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open_data(path) as packed, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy:
+        with open_data(path) as content, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy:
             try:
-                while block := packed.read(_BLOCK_BYTES):
+                while block := content.read(_BLOCK_BYTES):
                     copy.write(block)
             except BaseException:
                 Path(copy.name).unlink()
@@ -162,43 +208,43 @@ def plain_file(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where unpacked files and results of checks are kept: `hynb` under XDG_CACHE_HOME or ~/.cache."""
+    """Where decompressed files and results of checks are kept: `hynb` in XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hynb"
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def data_hash(paths: Paths) -> str:
-    """SHA-256 of a file's bytes; of several files, that of their hashes in order."""
-    hashes = [file_hash(path) for path in find_files(paths)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    """SHA-256 of a file's content, or of several files' hashes in order.
+
+    Raises:
+        DataError: as `find_files`.
+    """
+    return files_hash(find_files(paths))
 
 
-def without_mark(line: bytes, number: int) -> bytes:
-    """A line without the byte order mark that a first line may begin with."""
+def without_bom(line: bytes, number: int) -> bytes:
+    """A line without the byte order mark that the first line of a file may begin with."""
     return line.removeprefix(_BOM) if number == 1 else line
 
 
 def parse_line(line: bytes, source: str) -> Conversation:
-    """One line as a conversation, converted where it is ShareGPT's or Alpaca's.
+    """The conversation in one line; ShareGPT's and Alpaca's formats are converted.
+
+    Args:
+        source: the line's location as file:line.
 
     Raises:
-        DataError: with the line's place, what is wrong and an excerpt.
+        DataError: with the location, what is wrong and an excerpt.
     """
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: is no UTF-8 text (byte {error.start})") from None
+        raise DataError(f"{source}: invalid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{source}:{error.colno}: no valid JSON: {error.msg}; the line begins {excerpt(line)}"
+            f"{source}:{error.colno}: invalid JSON: {error.msg}; the line begins {excerpt(line)}"
         ) from None
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{source}: no readable JSON: {error or 'nested too deeply'}") from None
+        raise DataError(f"{source}: JSON that cannot be read: {error or 'nested too deeply'}") from None
     messages = _messages(record, source)
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{source}: must be {FORMATS}; the line begins {excerpt(line)}")
@@ -206,14 +252,14 @@ def parse_line(line: bytes, source: str) -> Conversation:
         if problem := _message_problem(message, messages[number - 2] if number > 1 else None):
             raise DataError(f"{source}: message {number}: {problem}")
     if messages[-1]["role"] != "assistant":
-        raise DataError(f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to learn")
+        raise DataError(f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to train on")
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
-        raise DataError(f'{source}: every answer has "train": false: there is nothing to learn')
+        raise DataError(f'{source}: every answer has "train": false: there is nothing to train on')
     return Conversation(messages=messages, source=source)
 
 
 def excerpt(line: bytes) -> str:
-    """The beginning of a line, for a message."""
+    """The beginning of a line, quoted, for a message."""
     return repr(line[:60].decode("utf-8", errors="replace").strip())
 
 
@@ -239,8 +285,8 @@ def _from_sharegpt(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
         name = turn["from"]
         if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
             raise DataError(
-                f"{source}: conversations, turn {number}: from {short(name)} is unknown; there are "
-                f"{', '.join(_SHAREGPT_ROLES)}"
+                f"{source}: conversations, turn {number}: from {short(name)} is unknown; it must be one "
+                f"of {', '.join(_SHAREGPT_ROLES)}"
             )
         message = {"role": _SHAREGPT_ROLES[name], "content": turn["value"]}
         messages.append(message | ({"train": turn["train"]} if "train" in turn else {}))
@@ -258,13 +304,13 @@ def _from_alpaca(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
     history = record.get("history") or []
     if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
         raise DataError(f"{source}: history must be a list of [question, answer]")
-    for asked, answered in history:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    for earlier_question, answer in history:
+        messages += [{"role": "user", "content": earlier_question}, {"role": "assistant", "content": answer}]
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """The `repr` of a value for a message, at most 60 characters."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):
@@ -273,49 +319,48 @@ def short(value: Any) -> str:
 
 
 def _message_problem(message: Any, before: dict[str, Any] | None) -> str:
+    """What is wrong with a message that follows another one; empty if nothing is."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return 'must be {"role": …, "content": …}'
     role, content = message["role"], message.get("content")
     if role not in ROLES:
-        return f"role {short(role)} is unknown; there are {', '.join(ROLES)}"
+        return f"role {short(role)} is unknown; it must be one of {', '.join(ROLES)}"
     if not isinstance(content, str):
         return f"the content of the {role} must be text, not {type(content).__name__}"
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
-        return f"the content of the {role} holds half of a surrogate pair; write the character itself"
+        return f"the content of the {role} has half of a surrogate pair; write the character itself"
     if not isinstance(message.get("train", True), bool):
         return f"train must be true or false, not {short(message['train'])}"
     if role == "system":
-        return "" if before is None else "the system's message must be the first"
+        return "" if before is None else "the system's message must come first"
     if before is None:
-        return "" if role == "user" else "the first message is the assistant's; the user's comes before it"
+        return "" if role == "user" else "the first message is the assistant's; the user's must come before it"
     if role == "assistant" and before["role"] != "user":
         return f"the assistant's message follows the {before['role']}'s; the user's must come before it"
     if role == "user" and before["role"] == "user":
-        return "two messages of the user's follow each other"
+        return "two messages of the user follow each other"
     if role == "assistant" and not content.strip():
         return "the assistant's answer is empty"
     return ""
 
 
 def split_share(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to evaluate on: a share of all, chosen by the seed, each in the file's order.
+    """Indices to train on and to evaluate on: a random fraction of all, in the order of the file.
 
     Args:
-        share: between 0 and 1; at least one sample goes to either side.
+        share: the fraction to evaluate on, between 0 and 1; each side gets at least one sample.
 
     Raises:
-        DataError: fewer than two samples, or a share outside of its range.
+        DataError: fewer than two samples, or a fraction out of range.
     """
     if not 0 < share < 1:
-        raise DataError(f"eval_split = {share}: must lie between 0 and 1")
+        raise DataError(f"eval_split = {share}: must be between 0 and 1")
     if count < 2:
         raise DataError(f"eval_split = {share}: {count} sample cannot be divided; give eval_data_file")
-    import random
-
-    held = sorted(random.Random(seed).sample(range(count), min(count - 1, max(1, round(count * share)))))
-    chosen = bytearray(count)
-    for index in held:
-        chosen[index] = 1
-    return list(itertools.compress(range(count), (not flag for flag in chosen))), held
+    held_out = sorted(random.Random(seed).sample(range(count), min(count - 1, max(1, round(count * share)))))
+    is_held_out = bytearray(count)
+    for index in held_out:
+        is_held_out[index] = 1
+    return list(itertools.compress(range(count), (not flag for flag in is_held_out))), held_out

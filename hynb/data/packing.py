@@ -1,67 +1,80 @@
-"""Batches without wasted tokens: whole conversations side by side, samples of like length, an order by seed."""
+"""Batches with little padding: packs of whole conversations, samples of similar length, seeded sampling order."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from hynb.data.template import IGNORED
 
+# Steps among which samples are sorted by length: the more, the less padding and the less random the order.
+_SORTED_STEPS = 50
+
 
 def best_fit(lengths: Sequence[int], max_seq_length: int, *, seed: int = 0) -> list[list[int]]:
-    """Samples put together so that few places stay empty: the longest first, each into the fullest pack it fits.
+    """Packs samples by best-fit decreasing: the longest first, each into the fullest pack that it fits into.
 
     Args:
-        lengths: tokens of every sample, none above max_seq_length.
-        seed: which of equally long samples come together.
+        lengths: tokens of every sample, at most max_seq_length each.
+        seed: decides which of equally long samples are packed together.
 
     Returns:
         Packs of sample indices; every sample is in exactly one.
+
+    Raises:
+        ValueError: a sample is longer than max_seq_length.
     """
     counts = np.asarray(lengths, dtype=np.int64)
     shuffled = np.random.default_rng(seed).permutation(len(counts))
     order = shuffled[np.argsort(-counts[shuffled], kind="stable")]
     packs: list[list[int]] = []
-    rooms: list[int] = []  # places left in any pack, sorted, each once
-    with_room: dict[int, list[int]] = {}
+    # Packs by their free tokens, and the sorted keys.
+    packs_by_free: dict[int, list[int]] = {}
+    free_sizes: list[int] = []
     for index in order.tolist():
         length = int(counts[index])
         if length > max_seq_length:
             raise ValueError(f"sample {index} has {length} tokens, more than max_seq_length = {max_seq_length}")
-        place = bisect.bisect_left(rooms, length)
-        if place == len(rooms):
-            room, number = max_seq_length, len(packs)
+        smallest = bisect.bisect_left(free_sizes, length)
+        if smallest == len(free_sizes):
+            free, pack = max_seq_length, len(packs)
             packs.append([])
         else:
-            room = rooms[place]
-            number = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room], rooms[place]
-        packs[number].append(index)
-        if left := room - length:
-            if left not in with_room:
-                with_room[left] = []
-                bisect.insort(rooms, left)
-            with_room[left].append(number)
+            free = free_sizes[smallest]
+            pack = packs_by_free[free].pop()
+            if not packs_by_free[free]:
+                del packs_by_free[free], free_sizes[smallest]
+        packs[pack].append(index)
+        if remaining := free - length:
+            if remaining not in packs_by_free:
+                packs_by_free[remaining] = []
+                bisect.insort(free_sizes, remaining)
+            packs_by_free[remaining].append(pack)
     return packs
 
 
+class Samples(Protocol):
+    """A data set of samples with `input_ids` and `labels`, such as `ChatDataset`."""
+
+    def __getitem__(self, index: int, /) -> dict[str, list[int]]: ...
+
+
 class PackedDataset(torch.utils.data.Dataset):
-    """Packs of whole conversations as samples, each with positions that restart at every conversation.
+    """Packs as samples; `position_ids` restart at every conversation.
 
     Args:
-        dataset: gives `input_ids` and `labels` of a conversation.
-        packs: of its indices, from `best_fit`; or of the parts' indices, where there are parts.
-        parts: sample, first token and end of what stands in a pack; whole samples when None.
+        dataset: the samples that are packed.
+        packs: indices of samples, from `best_fit`; with parts, indices of parts.
+        parts: (sample, first token, end) of each part of a sample; None for whole samples.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Samples,
         packs: Sequence[Sequence[int]],
         parts: Sequence[tuple[int, int, int]] | None = None,
     ) -> None:
@@ -77,7 +90,7 @@ class PackedDataset(torch.utils.data.Dataset):
         for number in self.packs[index]:
             sample = self._part(number)
             pack["input_ids"] += sample["input_ids"]
-            # Nothing stands before a conversation's first token: its neighbour must not learn to foretell it.
+            # The first token is not predicted: the token before it belongs to another conversation.
             pack["labels"] += [IGNORED, *sample["labels"][1:]]
             pack["position_ids"] += range(len(sample["input_ids"]))
         return pack
@@ -90,13 +103,13 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 class SeededSampler(torch.utils.data.Sampler):
-    """An order that only the seed and the epoch decide: the same on every rank and after a resume.
+    """A sampling order that depends only on seed and epoch: the same on every rank and after a resume.
 
     Args:
-        count: samples.
+        count: number of samples.
         seed: of the run.
-        lengths: tokens of every sample; when given, neighbours are of like length (`group_by_length`).
-        group: samples of a global step; groups of 50 such steps are sorted, then their steps mixed again.
+        lengths: tokens of every sample, to make steps of samples of similar length (`group_by_length`).
+        group: samples of a global step; within 50 steps samples are sorted by length, then the steps are shuffled.
     """
 
     def __init__(self, count: int, seed: int, *, lengths: Sequence[int] | None = None, group: int = 1) -> None:
@@ -107,7 +120,7 @@ class SeededSampler(torch.utils.data.Sampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch."""
+        """Sets the epoch, each of which has its own order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -116,18 +129,20 @@ class SeededSampler(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(self.count)
-        if self.lengths is None:
-            return iter(order.tolist())
+        return iter((order if self.lengths is None else self._grouped(order, self.lengths, rng)).tolist())
+
+    def _grouped(self, order: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The order with steps of samples of similar length."""
         steps: list[np.ndarray] = []
-        for start in range(0, self.count, self.group * 50):
-            part = order[start : start + self.group * 50]
-            part = part[np.argsort(-self.lengths[part], kind="stable")]
-            steps += [part[place : place + self.group] for place in range(0, len(part), self.group)]
-        # A short last step stays last, or all after it would be shifted; the longest comes first: what memory
-        # is short of shows at once.
+        for start in range(0, self.count, self.group * _SORTED_STEPS):
+            part = order[start : start + self.group * _SORTED_STEPS]
+            part = part[np.argsort(-lengths[part], kind="stable")]
+            steps += [part[first : first + self.group] for first in range(0, len(part), self.group)]
+        # A short last step stays last: elsewhere it would shift the boundaries of all later steps.
         tail = [steps.pop()] if steps and len(steps[-1]) < self.group else []
         mixed = [steps[index] for index in rng.permutation(len(steps))]
         if mixed:
-            longest = max(range(len(mixed)), key=lambda index: int(self.lengths[mixed[index]].max()))
+            # The step with the longest sample comes first, so that too little memory shows at once.
+            longest = max(range(len(mixed)), key=lambda index: int(lengths[mixed[index]].max()))
             mixed[0], mixed[longest] = mixed[longest], mixed[0]
-        return iter(np.concatenate([*mixed, *tail]).tolist() if mixed or tail else [])
+        return np.concatenate([order[:0], *mixed, *tail])

@@ -1,19 +1,23 @@
-"""A sample's tokens to look at, in plain text, in a terminal's colours and in HTML: trained ones have a sign."""
+"""A sample's tokens as plain text, in a terminal's colours and as HTML, with the trained ones marked."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from hynb.data.files import Conversation
 from hynb.data.template import DEFAULT, IGNORED, LabelOptions, encode
 
-# A page of a million spans would bring the browser to its knees.
+# A browser becomes slow with many more spans than this.
 _SHOWN_TOKENS = 4000
-# Blue and grey differ for every kind of colour blindness; the sign below carries the meaning without any.
+# Blue and grey differ for every kind of colour blindness; ⟦ and ⟧ carry the meaning without colour.
 _TERMINAL = {"trained": "\x1b[1;34m", "prompt": "\x1b[0m", "cut": "\x1b[9;90m"}
+_RESET = "\x1b[0m"
 _STYLE = {
     "trained": "background:#cfe3ff;color:#00337a;border-bottom:3px solid #00337a;font-weight:600",
     "prompt": "color:#444;background:#f2f2f2",
@@ -23,11 +27,15 @@ _STYLE = {
 
 @dataclass(kw_only=True, frozen=True)
 class Token:
-    """One or a few tokens that together make whole characters, and what becomes of them."""
+    """One token, or a few that together are whole characters.
+
+    Args:
+        kind: `trained` with a label, `prompt` without one, `cut` beyond max_seq_length.
+    """
 
     ids: tuple[int, ...]
     text: str
-    kind: str
+    kind: Literal["trained", "prompt", "cut"]
 
 
 def tokens(
@@ -36,19 +44,28 @@ def tokens(
     max_seq_length: int,
     options: LabelOptions = DEFAULT,
 ) -> list[Token]:
-    """The whole sample's tokens; kind is `trained`, `prompt`, or `cut` behind max_seq_length."""
+    """All tokens of a sample, those beyond max_seq_length included.
+
+    Raises:
+        DataError: as `encode`.
+    """
     whole = encode(conversation, tokenizer, 1 << 30, options)
-    kinds = ["prompt" if label == IGNORED else "trained" for label in whole["labels"]]
-    kinds[max_seq_length:] = ["cut"] * len(kinds[max_seq_length:])
+    labels = whole["labels"]
+
+    def kind(index: int) -> Literal["trained", "prompt", "cut"]:
+        if index >= max_seq_length:
+            return "cut"
+        return "prompt" if labels[index] == IGNORED else "trained"
+
     found: list[Token] = []
     run: list[int] = []
     for index, token_id in enumerate(whole["input_ids"]):
         run.append(token_id)
-        text = tokenizer.decode(run)
-        ends = index + 1 == len(kinds) or kinds[index + 1] != kinds[index]
-        # A character may be spread over up to four tokens; alone each of them is a question mark.
-        if "\ufffd" not in text or ends or len(run) == 4:
-            found.append(Token(ids=tuple(run), text=text, kind=kinds[index]))
+        text = _decoded(tokenizer, run)
+        last_of_kind = index + 1 == len(labels) or kind(index + 1) != kind(index)
+        # A character may consist of up to four tokens, each of which decodes to a replacement character.
+        if "\ufffd" not in text or last_of_kind or len(run) == 4:
+            found.append(Token(ids=tuple(run), text=text, kind=kind(index)))
             run = []
     return found
 
@@ -61,29 +78,24 @@ def as_text(
     options: LabelOptions = DEFAULT,
     colour: bool = False,
 ) -> str:
-    """A sample as text, what is trained on between ⟦ and ⟧; with colour for a terminal.
+    """A sample as text with the trained tokens between ⟦ and ⟧.
 
-    In colour the tail that is cut at max_seq_length is shown struck through; without, it is counted.
+    Args:
+        colour: use a terminal's colours, and strike through what is cut; otherwise it is left out and counted.
+
+    Raises:
+        DataError: as `encode`.
     """
     found = tokens(conversation, tokenizer, max_seq_length, options)
-    cut = sum(len(token.ids) for token in found if token.kind == "cut")
-    text, kind = "", "prompt"
-    run: list[int] = []
-
-    def flush() -> str:
-        shown = tokenizer.decode(run) if run else ""
-        run.clear()
-        if not colour:
-            return "" if kind == "cut" else shown
-        return _TERMINAL[kind] + shown + "\x1b[0m" if shown else ""
-
-    for token in [*found, None]:
-        new = token.kind if token else "prompt"
-        if new != kind or token is None:
-            text += flush() + ("⟧" if kind == "trained" else "") + ("⟦" if new == "trained" else "")
-            kind = new
-        if token:
-            run.extend(token.ids)
+    text = ""
+    for kind, group in groupby(found, key=lambda token: token.kind):
+        shown = _decoded(tokenizer, [token_id for token in group for token_id in token.ids])
+        if colour:
+            shown = _TERMINAL[kind] + shown + _RESET
+        elif kind == "cut":
+            shown = ""
+        text += f"⟦{shown}⟧" if kind == "trained" else shown
+    cut = _count(found, "cut")
     return text + (f"\n… {cut} tokens are cut at max_seq_length = {max_seq_length}" if cut else "")
 
 
@@ -94,24 +106,35 @@ def as_html(
     *,
     options: LabelOptions = DEFAULT,
 ) -> str:
-    """A sample as HTML: a span a token with its ids on hover; trained ones coloured, underlined and in ⟦ ⟧."""
+    """A sample as HTML: a span per token with its ids as tooltip; trained ones coloured and between ⟦ and ⟧.
+
+    Raises:
+        DataError: as `encode`.
+    """
     found = tokens(conversation, tokenizer, max_seq_length, options)
-    trained = sum(len(token.ids) for token in found if token.kind == "trained")
-    cut = sum(len(token.ids) for token in found if token.kind == "cut")
-    parts, kind = [], "prompt"
-    for token in [*found[:_SHOWN_TOKENS], None]:
-        new = token.kind if token else "prompt"
-        if new != kind:
-            parts.append(("⟧" if kind == "trained" else "") + ("⟦" if new == "trained" else ""))
-            kind = new
-        if token:
-            ids = " ".join(map(str, token.ids))
-            title = f"{ids} · {token.kind}"
-            shown = html.escape(token.text).replace("\n", "↵<br>")
-            parts.append(f'<span style="{_STYLE[kind]}" title="{title}">{shown}</span>')
+    body = ""
+    for kind, group in groupby(found[:_SHOWN_TOKENS], key=lambda token: token.kind):
+        spans = "".join(map(_span, group))
+        body += f"⟦{spans}⟧" if kind == "trained" else spans
     total = sum(len(token.ids) for token in found)
-    note = f"{html.escape(conversation.source)}: {total} tokens, {trained} trained on ⟦ ⟧"
-    note += f", {cut} cut at max_seq_length = {max_seq_length} (struck through)" if cut else ""
+    note = f"{html.escape(conversation.source)}: {total} tokens, {_count(found, 'trained')} trained on ⟦ ⟧"
+    if cut := _count(found, "cut"):
+        note += f", {cut} cut at max_seq_length = {max_seq_length} (struck through)"
     note += f"; the first {_SHOWN_TOKENS:,} are shown" if len(found) > _SHOWN_TOKENS else ""
-    body = "".join(parts)
     return f'<div style="font-family:monospace;line-height:1.7"><div>{note}</div><div>{body}</div></div>'
+
+
+def _span(token: Token) -> str:
+    title = f"{' '.join(map(str, token.ids))} · {token.kind}"
+    shown = html.escape(token.text).replace("\n", "↵<br>")
+    return f'<span style="{_STYLE[token.kind]}" title="{title}">{shown}</span>'
+
+
+def _count(found: Sequence[Token], kind: str) -> int:
+    return sum(len(token.ids) for token in found if token.kind == kind)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids)
+    assert isinstance(text, str)
+    return text

@@ -1,12 +1,14 @@
-"""Files of every kind, checks before a GPU is touched, previews, and ten thousand broken lines."""
+"""Files of every format, the check before training, previews, and ten thousand mutated lines."""
 
 from __future__ import annotations
 
 import argparse
 import gzip
 import json
+import os
 import random
 import re
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -32,7 +34,6 @@ from hynb.data.files import data_hash, parse_line
 from hynb.demo.pretrain import write_tokenizer
 from hynb.errors import DataError
 from hynb.runs import RunDir
-from hynb.train import check
 
 ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -84,7 +85,7 @@ def test_other_formats_are_converted(record, expected):
 
 
 @pytest.mark.parametrize(
-    ("record", "says"),
+    ("record", "message"),
     [
         ({"conversations": [{"from": "tool", "value": "q"}]}, "turn 1: from 'tool' is unknown"),
         ({"conversations": [3]}, "turn 1: must be"),
@@ -96,19 +97,19 @@ def test_other_formats_are_converted(record, expected):
         ({"messages": [ASK, ANSWER | {"train": False}]}, 'every answer has "train": false'),
     ],
 )
-def test_mistakes_in_other_formats_are_named(record, says):
+def test_mistakes_in_other_formats_are_named(record, message):
     with pytest.raises(DataError) as caught:
         parse_line(json.dumps(record).encode(), "f:1")
-    assert str(caught.value).startswith("f:1: ") and says in str(caught.value)
+    assert str(caught.value).startswith("f:1: ") and message in str(caught.value)
 
 
-def test_packed_files_globs_and_marks_read_alike(tmp_path, tokenizer):
+def test_compressed_files_globs_and_byte_order_marks_are_read_alike(tmp_path, tokenizer):
     plain = tiny_data(tmp_path / "a.jsonl", 8)
     content = plain.read_bytes()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
-    # Two frames in one file, as parallel packers write them.
-    packer, half = zstandard.ZstdCompressor(), content.index(b"\n", len(content) // 2) + 1
-    (tmp_path / "c.jsonl.zst").write_bytes(packer.compress(content[:half]) + packer.compress(content[half:]))
+    # Two frames in one file, as parallel compressors write them.
+    compressor, half = zstandard.ZstdCompressor(), content.index(b"\n", len(content) // 2) + 1
+    (tmp_path / "c.jsonl.zst").write_bytes(compressor.compress(content[:half]) + compressor.compress(content[half:]))
     (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
     expected = [conversation.messages for conversation in read_conversations(plain)]
     for name in ("b.jsonl.gz", "c.jsonl.zst", "d.jsonl"):
@@ -118,24 +119,38 @@ def test_packed_files_globs_and_marks_read_alike(tmp_path, tokenizer):
         assert [dataset.conversation(index).messages for index in range(len(dataset))] == expected
         assert dataset.conversation(3).source == f"{path}:4"
     everything = ChatDataset(f"{tmp_path}/*.jsonl*", tokenizer, 500)
-    assert len(everything) == 32 and everything.place(8) == f"{tmp_path / 'b.jsonl.gz'}:1"
+    assert len(everything) == 32 and everything.location(8) == f"{tmp_path / 'b.jsonl.gz'}:1"
     assert len(find_files([plain, f"{tmp_path}/*.jsonl"])) == 2
     assert len(find_files(f"{plain},{tmp_path / 'd.jsonl'}")) == 2
     assert data_hash(plain) == data_hash([plain]) != data_hash([plain, tmp_path / "d.jsonl"])
 
 
-def test_a_broken_archive_is_named(tmp_path):
-    whole = gzip.compress(json.dumps(sample("q")).encode() * 1000)
-    for name, content in [
-        ("cut.jsonl.gz", whole[:-20]),
-        ("no.jsonl.gz", b"text"),
-        ("no.jsonl.zst", b"text that is none"),
-        ("cut.jsonl.zst", zstandard.ZstdCompressor().compress(random.Random(0).randbytes(10_000))[:-300]),
+def test_a_damaged_compressed_file_is_named(tmp_path):
+    lines = json.dumps(sample("q")).encode() * 1000
+    whole = gzip.compress(lines)
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 0xFF
+    for name, content, message in [
+        ("cut.jsonl.gz", whole[:-20], "truncated"),
+        ("damaged.jsonl.gz", damaged, "cannot be"),
+        ("no.jsonl.gz", b"text", "cannot be read"),
+        ("no.jsonl.zst", b"not zstd", "cannot be decompressed"),
     ]:
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(DataError, match=re.escape(str(path))):
+        with pytest.raises(DataError, match=rf"{re.escape(str(path))}: .*{message}"):
             list(read_conversations(path))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_truncated_compressed_file_is_never_taken_for_a_shorter_one(tmp_path, suffix):
+    content = tiny_data(tmp_path / "a.jsonl", 200).read_bytes()
+    compressed = {"gz": gzip.compress(content), "zst": zstandard.ZstdCompressor().compress(content) * 2}[suffix]
+    for cut in (1, 5, len(compressed) // 3, len(compressed) - 20):
+        path = tmp_path / f"cut{cut}.jsonl.{suffix}"
+        path.write_bytes(compressed[:-cut])
+        with pytest.raises(DataError, match=f"{path.name}: the compressed file is truncated"):
+            check_data(path, on_bad_sample="skip", cache=False)
 
 
 def test_missing_files_are_named_together(tmp_path):
@@ -161,7 +176,7 @@ def test_train_false_and_train_on_prompt(tokenizer):
     assert [index for index, label in enumerate(off["labels"]) if label == IGNORED] == [trained[0] - 1, *trained[:2]]
 
 
-def test_letters_of_a_special_token_become_it_when_asked(tokenizer):
+def test_text_that_spells_a_special_token_becomes_it_if_allowed(tokenizer):
     conversation = Conversation(messages=[ASK | {"content": "a<|eos|>b"}, ANSWER], source="x")
     eos = tokenizer.convert_tokens_to_ids("<|eos|>")
     assert encode(conversation, tokenizer, 99)["input_ids"].count(eos) == 1
@@ -170,8 +185,8 @@ def test_letters_of_a_special_token_become_it_when_asked(tokenizer):
     assert encode(conversation, tokenizer, 99)["input_ids"].count(eos) == 1
 
 
-def test_an_earlier_answer_may_end_otherwise_than_the_last(tokenizer):
-    """`<|eos|>` ends both; only the last is followed by `<|endoftext|>`, the earlier by `<|extra_1|>`."""
+def test_an_earlier_answer_may_end_differently_from_the_last(tokenizer):
+    """`<|eos|>` ends both; the last is followed by `<|endoftext|>`, the earlier one by `<|extra_1|>`."""
     saved = tokenizer.chat_template
     ends = "{{ '<|eos|>' + ('<|endoftext|>' if loop.last else '<|extra_1|>') }}"
     tokenizer.chat_template = saved.replace("{{ message['content'] + '<|eos|>' }}", "{{ message['content'] }}" + ends)
@@ -198,7 +213,7 @@ def test_a_template_that_strips_contents_is_followed(tokenizer):
 
 
 def test_a_template_that_rewrites_an_answer_is_found(tokenizer, tmp_path):
-    """Reasoning models' templates drop what an earlier answer thought; training would then miss a part in silence."""
+    """Templates of reasoning models remove the thoughts of earlier answers: training would silently lose them."""
     saved = tokenizer.chat_template
     tokenizer.chat_template = saved.replace(
         "{{ message['content'] + '<|eos|>' }}", "{{ message['content'].split('</think>')[-1] + '<|eos|>' }}"
@@ -208,7 +223,7 @@ def test_a_template_that_rewrites_an_answer_is_found(tokenizer, tmp_path):
         report = check_data(path, tokenizer, 99, on_bad_sample="skip")
     finally:
         tokenizer.chat_template = saved
-    assert report.rejected_places == [f"{path}:201"] and "<think>" in report.rejected[0].problem
+    assert report.rejected_locations == [f"{path}:201"] and "<think>" in report.rejected[0].problem
     assert check_data(path, tokenizer, 99).samples == 201
 
 
@@ -219,17 +234,17 @@ def test_the_report_counts_everything(tokenizer, tmp_path):
     rejected_path = tmp_path / "run" / "rejected.jsonl"
     report = check_data(path, tokenizer, 200, on_bad_sample="skip", rejected_path=rejected_path)
     assert (report.lines, report.samples, len(report.rejected)) == (8, 6, 2)
-    assert report.rejected_places == [f"{path}:6", f"{path}:7"]
+    assert report.rejected_locations == [f"{path}:6", f"{path}:7"]
     written = [json.loads(line) for line in rejected_path.read_text().splitlines()]
-    assert [item["source"] for item in written] == report.rejected_places
+    assert [item["source"] for item in written] == report.rejected_locations
     assert json.loads(written[1]["line"]) == {"messages": 3} and "must be" in written[1]["problem"]
     assert report.duplicate_count == 2
     assert report.duplicates == [(f"{path}:4", f"{path}:1"), (f"{path}:8", f"{path}:2")] or sorted(
         report.duplicates
     ) == [(f"{path}:4", f"{path}:1"), (f"{path}:8", f"{path}:2")]
-    assert report.spelled_places == [f"{path}:5"]
-    dataset = ChatDataset(path, tokenizer, 200, rejected=report.rejected_places)
-    whole = ChatDataset(path, tokenizer, 10**6, rejected=report.rejected_places)
+    assert report.spelled_locations == [f"{path}:5"]
+    dataset = ChatDataset(path, tokenizer, 200, rejected=report.rejected_locations)
+    whole = ChatDataset(path, tokenizer, 10**6, rejected=report.rejected_locations)
     assert len(dataset) == report.samples
     for index in range(len(dataset)):
         assert report.kept[index] == len(dataset[index]["input_ids"])
@@ -240,28 +255,30 @@ def test_the_report_counts_everything(tokenizer, tmp_path):
     text = report.text(batch_size=2)
     for part in ("8 lines = 6 samples + 2 rejected", f"{path}:7: must be", "duplicates: 2", "special tokens: 1"):
         assert part in text
+    assert f"  {path}:4 repeats {path}:1" in text and "truncated at max_seq_length = 200: 1 samples" in text
     assert "packing:" in text and "padding at per_device_train_batch_size = 2" in text and "█" in text
-    # Padding by hand: batches of one have none.
+    # Batches of one sample have no padding.
     assert report.padding_waste(1) == 0 and 0 < report.padding_waste(6) < 1
     assert report.padding_waste(6) == pytest.approx(1 - report.kept.sum() / (report.kept.max() * 6))
-    # Nor have batches of one pack.
     assert report.packing_gain(1) == 1
     assert 1 < report.packing_gain(6) <= 1 / (1 - report.padding_waste(6))
-    assert "stay letters" in text and "become the token" in report.text(special_tokens_allowed=True)
+    assert "stays text" in text and "becomes the token" in report.text(special_tokens_allowed=True)
     with pytest.raises(DataError) as caught:
         check_data(path, tokenizer, 200)
     assert len(caught.value.problems) == 2
 
 
 def test_a_runs_rejected_lines_are_those_of_its_last_check(tokenizer, tmp_path):
+    from hynb.train import check_datasets
+
     path = write(tmp_path / "a.jsonl", sample("q"), {"messages": 3})
     config = Config(train_data_file=str(path), output_dir=str(tmp_path / "run"), on_bad_sample="skip")
     kept = RunDir(config.output_dir).rejected
-    assert check(config, tokenizer, print).summary["data_rejected"] == 1
+    assert check_datasets(config, tokenizer).summary["data_rejected"] == 1
     assert len(kept.read_text().splitlines()) == 1
-    # Mended before the run is resumed.
+    # The data is fixed before the run is resumed.
     write(path, sample("q"), sample("r"))
-    assert check(config, tokenizer, print).summary["data_rejected"] == 0
+    assert check_datasets(config, tokenizer).summary["data_rejected"] == 0
     assert not kept.exists()
 
 
@@ -278,9 +295,14 @@ def test_processes_and_cache_change_nothing(tokenizer, tmp_path, monkeypatch):
     stored = check_data(path, tokenizer, 60, on_bad_sample="skip")
     again = check_data(path, tokenizer, 60, on_bad_sample="skip")
     assert again.from_cache and not stored.from_cache
-    for report in (several, stored, again):
+    (cached,) = (file for file in (Path(os.environ["XDG_CACHE_HOME"]) / "hynb").iterdir() if file.suffix == ".npz")
+    cached.write_bytes(cached.read_bytes()[:-100])
+    repeated = check_data(path, tokenizer, 60, on_bad_sample="skip")
+    assert not repeated.from_cache
+    for report in (several, stored, again, repeated):
         assert report.text() == alone.text() and report.rejected == alone.rejected
-        assert report.kept.tolist() == alone.kept.tolist() and report.lines_of.tolist() == alone.lines_of.tolist()
+        assert report.kept.tolist() == alone.kept.tolist()
+        assert report.line_indices.tolist() == alone.line_indices.tolist()
     assert not check_data(path, tokenizer, 61, on_bad_sample="skip").from_cache
     path.write_text(path.read_text().replace("broken", "brokem"))
     assert not check_data(path, tokenizer, 60, on_bad_sample="skip").from_cache
@@ -296,10 +318,10 @@ def test_the_command(tokenizer_folder, tmp_path, capsys):
     path = tiny_data(tmp_path / "a.jsonl", 5)
     words = ["--tokenizer_name_or_path", tokenizer_folder, "--max_seq_length", 500, "--preview", 1]
     assert run_command(path, *words) == 0
-    said = capsys.readouterr().out
-    assert "5 lines = 5 samples + 0 rejected" in said and "⟦" in said
+    printed = capsys.readouterr().out
+    assert "5 lines = 5 samples + 0 rejected" in printed and "⟦" in printed
     path.write_text(path.read_text() + "x\n")
-    assert run_command(path, *words) == 2 and f"{path}:6:1: no valid JSON" in capsys.readouterr().out
+    assert run_command(path, *words) == 2 and f"{path}:6:1: invalid JSON" in capsys.readouterr().out
     assert run_command(path, *words, "--on_bad_sample", "skip") == 0
     assert run_command(path) == 2
     with pytest.raises(DataError, match="no such folder"):
@@ -308,7 +330,7 @@ def test_the_command(tokenizer_folder, tmp_path, capsys):
         run_command(path, "--max_seq_length", 0)
 
 
-def test_previews_mark_by_colour_and_by_sign(tokenizer):
+def test_previews_mark_trained_tokens_by_colour_and_by_brackets(tokenizer):
     messages = [ASK | {"content": "<b>&车系"}, ANSWER | {"content": "奥迪 A4"}]
     conversation = Conversation(messages=messages, source="f:1")
     encoded = encode(conversation, tokenizer, 99)
@@ -326,7 +348,7 @@ def test_previews_mark_by_colour_and_by_sign(tokenizer):
     assert "2 tokens are cut" in as_text(conversation, tokenizer, cut)
 
 
-def test_a_held_out_share_depends_on_the_seed_alone(tmp_path, tokenizer):
+def test_a_held_out_fraction_depends_only_on_the_seed(tmp_path, tokenizer):
     train, held = split_share(100, 0.1, 3)
     assert len(held) == 10 and sorted(train + held) == list(range(100))
     assert (train, held) == split_share(100, 0.1, 3) != split_share(100, 0.1, 4)
@@ -336,11 +358,11 @@ def test_a_held_out_share_depends_on_the_seed_alone(tmp_path, tokenizer):
             split_share(count, share, 0)
     path = tiny_data(tmp_path / "a.jsonl", 10)
     part = ChatDataset(path, tokenizer, 99).subset([7, 2])
-    assert [part.place(0), part.place(1)] == [f"{path}:8", f"{path}:3"] and len(part) == 2
+    assert [part.location(0), part.location(1)] == [f"{path}:8", f"{path}:3"] and len(part) == 2
 
 
 def mutated(rng, base):
-    """One broken or strange line; newlines are taken out, so that a line stays one."""
+    """One line, mutated; newlines are replaced so that it stays one line."""
     kind = rng.randrange(9)
     line = bytearray(rng.choice(base))
     if kind == 0:
@@ -384,10 +406,10 @@ def test_ten_thousand_mutated_lines_are_used_or_named(tokenizer, tmp_path):
     path = tmp_path / "fuzz.jsonl"
     path.write_bytes(b"\n".join(mutations) + b"\n")
     report = check_data(path, tokenizer, 200, on_bad_sample="skip", cache=False)
-    filled = [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    assert report.lines == len(filled) == report.samples + len(report.rejected)
+    not_blank = [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    assert report.lines == len(not_blank) == report.samples + len(report.rejected)
     assert report.samples > 1000 and len(report.rejected) > 1000
-    dataset = ChatDataset(path, tokenizer, 200, rejected=report.rejected_places)
+    dataset = ChatDataset(path, tokenizer, 200, rejected=report.rejected_locations)
     assert len(dataset) == report.samples
     for item in report.rejected:
         assert re.match(rf"{re.escape(str(path))}:\d+", item.problem) and len(item.problem) < 700
@@ -395,14 +417,14 @@ def test_ten_thousand_mutated_lines_are_used_or_named(tokenizer, tmp_path):
         assert any(label != IGNORED for label in dataset[index]["labels"])
 
 
-def test_a_ten_megabyte_string_is_no_obstacle(tokenizer, tmp_path):
+def test_a_string_of_ten_megabytes_is_handled(tokenizer, tmp_path):
     long = "ab 车 " * 1_700_000
     path = write(tmp_path / "long.jsonl", sample("q", long), {"messages": long}, sample("q"))
     report = check_data(path, on_bad_sample="skip", cache=False)
-    assert report.rejected_places == [f"{path}:2"] and report.samples == 2
+    assert report.rejected_locations == [f"{path}:2"] and report.samples == 2
     assert len(report.problems()[0]) < 500
-    # Tokenising takes seconds a megabyte with this tokenizer: a shorter one for that.
+    # This tokenizer takes seconds per megabyte: a shorter string.
     path = write(tmp_path / "long.jsonl", sample("q", long[:300_000]), sample(long[:300_000]), sample("q"))
     report = check_data(path, tokenizer, 100, on_bad_sample="skip", cache=False)
-    assert report.rejected_places == [f"{path}:2"] and report.samples == 2
+    assert report.rejected_locations == [f"{path}:2"] and report.samples == 2
     assert report.cut_answer_tokens > 100_000

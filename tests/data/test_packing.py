@@ -1,4 +1,4 @@
-"""Packing changes nothing but the speed: every conversation's loss, every sample once, the same order again."""
+"""Packing changes only the speed: each conversation has the same loss, each sample comes once, in the same order."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ LIMIT = 500
 
 
 def slow_best_fit(lengths, limit):
-    """Every pack looked at for every sample: the fullest that still has room."""
-    rooms = []
+    """Free tokens of each pack, where each sample goes into the fullest of all packs that it fits into."""
+    free = []
     for length in sorted(lengths, reverse=True):
-        fitting = [room for room in rooms if room >= length]
+        fitting = [tokens for tokens in free if tokens >= length]
         if fitting:
-            rooms[rooms.index(min(fitting))] -= length
+            free[free.index(min(fitting))] -= length
         else:
-            rooms.append(limit - length)
-    return sorted(rooms)
+            free.append(limit - length)
+    return sorted(free)
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=80), seed=st.integers(0, 5))
 @settings(max_examples=200, deadline=None)
-def test_packs_equal_those_of_the_slow_reference(lengths, seed):
+def test_packs_equal_those_of_a_slow_reference(lengths, seed):
     packs = best_fit(lengths, 50, seed=seed)
     assert Counter(index for pack in packs for index in pack) == Counter(range(len(lengths)))
     assert sorted(50 - sum(lengths[index] for index in pack) for pack in packs) == slow_best_fit(lengths, 50)
@@ -44,14 +44,13 @@ def test_a_sample_longer_than_a_pack_is_refused():
         best_fit([3, 51], 50)
 
 
-def mean_losses(model, batch, count_rows):
-    """The summed loss of every label position, by row."""
+def token_losses(model, batch):
+    """The loss of every label, 0 where there is none: samples × (longest - 1)."""
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     targets = batch["labels"][:, 1:]
-    losses = torch.nn.functional.cross_entropy(
+    return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
-    return [losses[row] for row in range(count_rows)]
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +62,13 @@ def model_folders(tmp_path_factory):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("train_on_prompt", [False, True])
 @pytest.mark.parametrize("flatten", [False, True])
-def test_a_conversation_s_loss_in_a_pack_is_its_loss_alone(
+def test_the_loss_of_a_conversation_in_a_pack_is_its_loss_alone(
     model_folders, tmp_path, model_type, attention, train_on_prompt, flatten
 ):
     folder = model_folders[model_type]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
-    # As the trainer sets it: with a cache transformers looks for no packs.
+    # As in training: with a cache, transformers does not separate the conversations of a pack.
     model.config.use_cache = False
     options = LabelOptions(train_on_prompt=train_on_prompt)
     dataset = ChatDataset(tiny_data(tmp_path / "a.jsonl", 10), tokenizer, LIMIT, options=options)
@@ -79,28 +78,27 @@ def test_a_conversation_s_loss_in_a_pack_is_its_loss_alone(
     with torch.no_grad():
         batch = Collator(pad_token_id=tokenizer.pad_token_id, flatten=flatten)([packed[n] for n in range(len(packs))])
         assert batch["input_ids"].shape[0] == (1 if flatten else len(packs))
-        rows = mean_losses(model, batch, batch["input_ids"].shape[0])
+        rows = token_losses(model, batch)
         for number, pack in enumerate(packs):
             start = sum(len(packed[n]["input_ids"]) for n in range(number)) if flatten else 0
             for index in pack:
                 alone = Collator(pad_token_id=tokenizer.pad_token_id)([dataset[index]])
-                expected = mean_losses(model, alone, 1)[0]
+                expected = token_losses(model, alone)[0]
                 row = rows[0] if flatten else rows[number]
                 found = row[start : start + len(expected)]
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
                 assert expected.sum() > 0
                 start += len(expected) + 1
-        # Nothing else has a loss: not the seam between two conversations, not the padding.
-        total = sum(float(row.sum()) for row in rows)
+        # Nothing else has a loss: neither the first token of a conversation nor the padding.
         alone = sum(
-            float(mean_losses(model, Collator(pad_token_id=0)([dataset[index]]), 1)[0].sum())
+            float(token_losses(model, Collator(pad_token_id=0)([dataset[index]])).sum())
             for index in range(len(dataset))
         )
-        assert total == pytest.approx(alone, rel=1e-5)
+        assert float(rows.sum()) == pytest.approx(alone, rel=1e-5)
 
 
-def test_flash_attention_sees_the_conversations_from_the_positions(model_folders, tmp_path):
-    """What transformers gives its flash kernels on a packed row: where each conversation begins and ends."""
+def test_flash_attention_gets_the_conversations_from_the_positions(model_folders, tmp_path):
+    """The sequence lengths that transformers passes to its flash attention kernels for a packed row."""
     from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
     tokenizer = AutoTokenizer.from_pretrained(model_folders["hunyuan"])
@@ -120,12 +118,12 @@ def test_lengths_for_packing_come_from_the_check(model_folders, tmp_path):
     path = tiny_data(tmp_path / "a.jsonl", 30)
     path.write_text("broken\n" + path.read_text())
     report = check_data(path, tokenizer, 70, on_bad_sample="skip", cache=False)
-    dataset = ChatDataset(path, tokenizer, 70, rejected=report.rejected_places)
+    dataset = ChatDataset(path, tokenizer, 70, rejected=report.rejected_locations)
     assert report.kept.tolist() == [len(sample["input_ids"]) for sample in dataset]
 
 
 @pytest.mark.parametrize("lengths", [None, [random.Random(1).randint(1, 99) for _ in range(103)]])
-def test_the_order_depends_on_seed_and_epoch_alone(lengths):
+def test_the_sampling_order_depends_only_on_seed_and_epoch(lengths):
     def order(seed, epoch):
         sampler = SeededSampler(103, seed, lengths=lengths, group=8)
         sampler.set_epoch(epoch)
@@ -137,24 +135,24 @@ def test_the_order_depends_on_seed_and_epoch_alone(lengths):
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
 
 
-def test_grouped_steps_hold_samples_of_like_length():
+def test_grouped_steps_have_samples_of_similar_length():
     rng = random.Random(2)
     lengths = [int(rng.lognormvariate(4, 1)) + 1 for _ in range(1000)]
 
-    def places(order, size):
+    def padded_tokens(order, size):
         return sum(max(lengths[i] for i in order[s : s + size]) * size for s in range(0, len(order), size))
 
     grouped = list(SeededSampler(1000, 0, lengths=lengths, group=8))
-    assert places(grouped, 8) < 1.2 * sum(lengths)
-    assert places(grouped, 8) < 0.6 * places(list(SeededSampler(1000, 0)), 8)
+    assert padded_tokens(grouped, 8) < 1.2 * sum(lengths)
+    assert padded_tokens(grouped, 8) < 0.6 * padded_tokens(list(SeededSampler(1000, 0)), 8)
     # The step that needs the most memory comes first.
     assert max(lengths) in [lengths[index] for index in grouped[:8]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("done", [1, 3, 7])
-def test_a_resume_goes_on_at_the_next_batch(model_folders, tmp_path, ranks, done):
-    """accelerate's own skipping over our sampler, packs included: the batches after it are those not seen yet."""
+def test_a_resumed_run_continues_with_the_next_batch(model_folders, tmp_path, ranks, done):
+    """accelerate skips the batches that were trained on; the rest equal those of an uninterrupted run."""
     from accelerate import skip_first_batches
     from accelerate.data_loader import prepare_data_loader
 
@@ -180,7 +178,7 @@ def test_a_resume_goes_on_at_the_next_batch(model_folders, tmp_path, ranks, done
 
 
 class OneWeight(torch.nn.Module):
-    """Learns nothing; keeps the batches that it was given."""
+    """A model that records its batches."""
 
     def __init__(self):
         super().__init__()
