@@ -331,7 +331,7 @@ def test_checking_the_data_shows_the_report_and_refuses_broken_lines(tmp_path, c
     assert "length in tokens" in shown._repr_html_()
     assert "checking the data: 100%, eval_data_file" in capsys.readouterr().out
     data.write_text(data.read_text() + "broken\n")
-    with pytest.raises(DataError, match=r"data\.jsonl:7:1: no valid JSON"):
+    with pytest.raises(DataError, match=r"data\.jsonl:7:1: invalid JSON"):
         check_data(given)
     assert "6 samples + 1 rejected" in repr(check_data(given.replace(on_bad_sample="skip")))
     # The preview passes over what a run leaves out, and marks by signs what colours mark.
