@@ -11,7 +11,7 @@ class HynbError(Exception):
 
     Args:
         problems: one message, or several that are shown together; each names the thing, its value, the rule,
-            where it stands (file:line, key, host) and the next action.
+            its location (file:line, key, host) and the next action.
     """
 
     exit_code = 2

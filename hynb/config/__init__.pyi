@@ -1,3 +1,5 @@
+from .parameter import Parameter as Parameter
+from .parameter import value_text as value_text
 from .paths import absolute_paths as absolute_paths
 from .reading import Reading as Reading
 from .reading import load_yaml as load_yaml
@@ -11,6 +13,4 @@ from .schema import GROUPS as GROUPS
 from .schema import MODEL_SIZE_NAMES as MODEL_SIZE_NAMES
 from .schema import SCHEDULERS_WITH_MIN_LR as SCHEDULERS_WITH_MIN_LR
 from .schema import Config as Config
-from .schema import Parameter as Parameter
 from .schema import parameters as parameters
-from .schema import value_text as value_text

@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from hynb.config.parameter import PARSERS
 from hynb.config.rules import check_config
-from hynb.config.schema import PARSERS, Config, parameter, parameters
+from hynb.config.schema import Config, parameter, parameters
 from hynb.errors import ConfigError, nearest
 
 # TrainingArguments that transformers 5 renamed.

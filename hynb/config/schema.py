@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from hynb.errors import nearest
+from hynb.config.parameter import Parameter
 
 Scheduler = Literal[
     "linear",
@@ -23,8 +23,6 @@ Scheduler = Literal[
 ]
 SCHEDULERS_WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-# How None is written on a command line and in a notebook's parameters, where plain types are needed.
-AUTOMATIC = "auto"
 
 
 def _parameter(
@@ -316,111 +314,6 @@ class Config:
         return dataclasses.replace(self, **changes, given=self.given | changes.keys())
 
 
-@dataclass(kw_only=True, frozen=True, eq=False)
-class Parameter:
-    """One parameter of the schema, from which its widget, flag, table row and validation are generated.
-
-    Args:
-        type: of a value other than None; str for a parameter with choices, list for a list of str.
-        optional: whether None is valid, which means automatic.
-        choices: the valid values; empty if the type allows any.
-        minimum: smallest valid number.
-        above: every valid number is greater than this.
-        maximum: largest valid number.
-    """
-
-    name: str
-    type: type
-    optional: bool
-    default: Any
-    choices: tuple[str, ...]
-    group: str
-    help: str
-    minimum: float | None
-    above: float | None
-    maximum: float | None
-    unit: str
-
-    @property
-    def type_name(self) -> str:
-        """The type in words, for messages and tables."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        return words.get(self.type, "a list of names")
-
-    @property
-    def range(self) -> str:
-        """The bounds as text; empty if there are none."""
-        bounds = [
-            f"{word} {value if isinstance(value, int) else format(value, 'g')}"
-            for word, value in (("≥", self.minimum), (">", self.above), ("≤", self.maximum))
-            if value is not None
-        ]
-        return " and ".join(bounds)
-
-    def parse(self, value: Any) -> Any:
-        """Converts text, a YAML value or a notebook's plain value to this parameter's type.
-
-        Raises:
-            ValueError: what is wrong with the value; the message lacks the parameter's name.
-        """
-        if self.optional and (value is None or value in ("", AUTOMATIC)):
-            return None
-        if value is None:
-            raise ValueError(f"is empty; it takes {self.type_name}")
-        if self.type is list:
-            parts = value.replace(",", " ").split() if isinstance(value, str) else value
-            if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-                raise ValueError(f"is {value!r}; it takes names, separated by commas")
-            return list(parts)
-        if self.type is str:
-            if not isinstance(value, str):
-                raise ValueError(f"is {value!r}; it takes {self.type_name}")
-            return value
-        return PARSERS[self.type](value)
-
-    def problems(self, value: Any) -> list[str]:
-        """One message for a value of the wrong type, outside the choices or out of bounds; else none."""
-        name = f"{self.name} = {value!r}"
-        if value is None:
-            return [] if self.optional else [f"{name}: must be {self.type_name}"]
-        if self.choices and value not in self.choices:
-            return [f"{name}: must be {self.type_name}{nearest(str(value), self.choices)}"]
-        wanted = (int, float) if self.type is float else self.type
-        if not isinstance(value, wanted) or (isinstance(value, bool) and self.type is not bool):
-            return [f"{name}: must be {self.type_name}"]
-        if self.type is list and not value:
-            return [f"{name}: must name at least one module; the default is {', '.join(self.default)}"]
-        if self.type in (int, float) and not self._in_bounds(value):
-            return [f"{name}: must be {self.range}; the default is {self.default_text}"]
-        return []
-
-    def _in_bounds(self, value: float) -> bool:
-        # NaN fails every comparison, and every number has a bound.
-        return (
-            (self.minimum is None or value >= self.minimum)
-            and (self.above is None or value > self.above)
-            and (self.maximum is None or value <= self.maximum)
-        )
-
-    @property
-    def default_text(self) -> str:
-        """The default as it is written on a command line."""
-        return value_text(self.default)
-
-
-def value_text(value: Any) -> str:
-    """The text of a parameter's value on a command line and in a table."""
-    if value is None:
-        return AUTOMATIC
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return ",".join(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def parameters() -> tuple[Parameter, ...]:
     """Every parameter in the order of the schema."""
     return _PARAMETERS
@@ -433,44 +326,6 @@ def parameter(name: str) -> Parameter:
         KeyError: there is no parameter of this name.
     """
     return _BY_NAME[name]
-
-
-def _parse_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = str(value).strip().lower()
-    if word in ("true", "yes", "on", "1"):
-        return True
-    if word in ("false", "no", "off", "0"):
-        return False
-    raise ValueError(f"is {value!r}; it takes true or false")
-
-
-def _parse_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    try:
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, str):
-            return int(value.replace("_", ""))
-    except ValueError:
-        pass
-    raise ValueError(f"is {value!r}; it takes a whole number")
-
-
-def _parse_float(value: Any) -> float:
-    # YAML 1.1 reads 1e-5 as text.
-    if not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise ValueError(f"is {value!r}; it takes a number")
-
-
-# By type: the value, or a ValueError that says what is wrong with it.
-PARSERS = {bool: _parse_bool, int: _parse_int, float: _parse_float}
 
 
 def _describe(name: str, annotation: Any, definition: dataclasses.Field) -> Parameter:

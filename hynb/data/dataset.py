@@ -24,7 +24,7 @@ class ChatDataset(torch.utils.data.Dataset):
     Args:
         paths: JSONL files as `find_files` takes them; `.gz` and `.zst` are decompressed into the cache once.
         tokenizer: None if only lines and conversations are read.
-        max_seq_length: tokens; longer samples are truncated.
+        max_seq_length: tokens; longer samples are truncated. None without a tokenizer.
         options: what is trained on.
         rejected: locations (file:line) of lines that a check rejected and that are left out.
         parameter: the parameter that messages name.
@@ -37,7 +37,7 @@ class ChatDataset(torch.utils.data.Dataset):
         self,
         paths: Paths,
         tokenizer: PreTrainedTokenizerBase | None,
-        max_seq_length: int,
+        max_seq_length: int | None,
         *,
         options: LabelOptions = DEFAULT,
         rejected: Sequence[str] = (),
@@ -83,7 +83,7 @@ class ChatDataset(torch.utils.data.Dataset):
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        assert self.tokenizer is not None
+        assert self.tokenizer is not None and self.max_seq_length is not None
         return encode(self.conversation(index), self.tokenizer, self.max_seq_length, self.options)
 
     def line(self, index: int) -> bytes:

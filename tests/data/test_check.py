@@ -285,7 +285,7 @@ def test_a_runs_rejected_lines_are_those_of_its_last_check(tokenizer, tmp_path):
 def test_processes_and_cache_change_nothing(tokenizer, tmp_path, monkeypatch):
     path = tiny_data(tmp_path / "a.jsonl", 150)
     path.write_text(path.read_text() + "broken\n" + json.dumps(sample("q")) + "\n", encoding="utf-8")
-    monkeypatch.setattr("hynb.data.check._RANGE_BYTES", 5000)
+    monkeypatch.setattr("hynb.data.scan._RANGE_BYTES", 5000)
     seen = []
     alone = check_data(path, tokenizer, 60, on_bad_sample="skip", processes=1, cache=False)
     several = check_data(
