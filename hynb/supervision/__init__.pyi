@@ -4,7 +4,6 @@ from .membership import RANK_VARIABLES as RANK_VARIABLES
 from .membership import Membership as Membership
 from .plan import CODE as CODE
 from .plan import chosen_hosts as chosen_hosts
-from .plan import free_port_at as free_port_at
 from .plan import make_plan as make_plan
 from .plan import rank_count as rank_count
 from .plan import ssh_config as ssh_config

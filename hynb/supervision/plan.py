@@ -13,9 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from hynb.cluster import Host, Ssh, free_port, gpu_count, hostfile, is_local, source_address
+from hynb.cluster import Host, Ssh, free_port, gpu_count, hostfile, is_local, own_address, resolve
 from hynb.config import Config
 from hynb.errors import ClusterError
 
@@ -152,7 +150,8 @@ def _visible_devices(host: Host) -> tuple[str, ...] | None:
 
 
 def _plan(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None) -> Plan:
-    address = _own_address(config, hosts, here, ssh)
+    other = next(host for index, host in enumerate(hosts) if index != here)
+    address = own_address(_address_of(other.name, ssh), interface=config.network_interface)
     return Plan(
         launcher=config.launcher,
         hosts=tuple(hosts),
@@ -160,7 +159,7 @@ def _plan(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | No
         ssh=ssh,
         address=address,
         master_address=address if here == 0 else _address_of(hosts[0].name, ssh),
-        master_port=config.master_port or free_port_at(address),
+        master_port=config.master_port or free_port(address),
     )
 
 
@@ -222,54 +221,13 @@ def _unready_hosts(ssh: Ssh, hosts: Sequence[Host]) -> list[str]:
         return [problem for problems in pool.map(ask, hosts) for problem in problems]
 
 
-def _own_address(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None) -> str:
-    """The address by which the other hosts reach this machine."""
-    if config.network_interface is not None:
-        name = config.network_interface
-        found = psutil.net_if_addrs().get(name)
-        if found is None:
-            names = ", ".join(sorted(psutil.net_if_addrs()))
-            raise ClusterError(
-                f"network_interface = {name}: this machine has no interface of that name; it has {names}"
-            )
-        if any(item.address.startswith("127.") for item in found):
-            raise ClusterError(
-                f"network_interface = {name}: other hosts cannot reach this machine through its loopback"
-            )
-        for family in (socket.AF_INET, socket.AF_INET6):
-            for item in found:
-                if item.family == family and not item.address.startswith("fe80"):
-                    return item.address
-        raise ClusterError(f"network_interface = {name}: has no address")
-    others = [host for index, host in enumerate(hosts) if index != here]
-    other = _address_of(others[0].name, ssh)
-    source = source_address(other)
-    if source is None:
-        raise ClusterError(f"{others[0].name}: no way leads to {other}; `ip route` lists the routes")
-    return source
-
-
 def _address_of(name: str, ssh: Ssh | None) -> str:
-    """The address of a host that may be known to ssh alone."""
-    if ssh is not None:
-        name, _ = ssh.address(name)
-    try:
-        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise ClusterError(
-            f"{name}: this name cannot be resolved here: {error.strerror}; add it to /etc/hosts"
-        ) from None
+    """The address of a host that may be known to ssh alone.
 
-
-def free_port_at(address: str) -> int:
-    """A TCP port that is free now on an address of this machine."""
-    try:
-        with socket.create_server(
-            (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET
-        ) as probe:
-            return probe.getsockname()[1]
-    except OSError:
-        return free_port()
+    Raises:
+        ClusterError: its name cannot be resolved.
+    """
+    return resolve(ssh.address(name)[0] if ssh is not None else name)
 
 
 def filter_text(host: Host) -> str:

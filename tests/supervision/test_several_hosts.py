@@ -293,8 +293,8 @@ def test_hosts_that_cannot_take_part_are_named(apart):
         ({"include": "gamma"}, "gamma"),
         ({"launcher": "mpich"}, "install mpich"),
         ({"launcher": "slurm"}, "the program srun is not on this machine"),
-        ({"network_interface": "eth7"}, "this machine has no interface of that name; it has cable, lo"),
-        ({"network_interface": "lo"}, "other hosts cannot reach this machine through its loopback"),
+        ({"network_interface": "eth7"}, "this machine has no such interface; it has cable, lo"),
+        ({"network_interface": "lo"}, "other hosts cannot reach the loopback interface"),
         ({"include": "beta@alpha", "exclude": "beta"}, "include and exclude are both given"),
     ):
         refused = job.launch(check=False, **values)
