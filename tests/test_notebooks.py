@@ -19,7 +19,7 @@ from conftest import need
 
 from hynb.config import load_yaml, parameters
 from hynb.launch import Run
-from hynb.widgets.session import parameters_cell
+from hynb.widgets import parameters_cell
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -1,4 +1,4 @@
-"""Writes the parameters cell of the finetune notebook anew from the schema: python tools/parameters_cell.py."""
+"""Rewrites the parameters cell of the fine-tuning notebook from the schema: python tools/parameters_cell.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 
-from hynb.widgets.session import parameters_cell
+from hynb.widgets import parameters_cell
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "02_finetune.ipynb"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hynb.errors import MergeError
-from hynb.files import read_json
+from hynb.files import file_hash, read_json
 from hynb.merge import shards
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
@@ -57,6 +57,12 @@ class Adapter:
                 break
         divisor = math.sqrt(rank) if self.settings.get("use_rslora") else rank
         return alpha / divisor * self.weight
+
+    def identity(self) -> dict[str, Any]:
+        """Path, sha256 and size in bytes of the weight file, and the weight in the merge."""
+        path = self.weights_file
+        sizes = {"sha256": file_hash(path), "bytes": path.stat().st_size}
+        return {"path": str(self.folder)} | sizes | {"weight": self.weight}
 
     def problems(self) -> list[str]:
         """Settings that cannot be merged, as messages."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hynb.errors import MergeError
-from hynb.files import file_hash, read_json
+from hynb.files import read_json
 from hynb.merge import shards
 from hynb.merge.adapter import Adapter, open_adapter
 from hynb.merge.changes import Change
@@ -108,7 +108,7 @@ def plan_merge(
         shards=base_shards,
         changes=changes,
         base_identity=identity,
-        adapter_identities=[_identity(adapter) for adapter in opened],
+        adapter_identities=[adapter.identity() for adapter in opened],
         untied=untied if {_HEAD, _EMBEDDINGS} & changes.keys() else None,
     )
 
@@ -133,9 +133,3 @@ def _other_base(adapter: Adapter, identity: dict[str, Any]) -> list[str]:
         f"{adapter.folder}: belongs to another base: it was trained on {recorded['path']}, and {identity['path']} "
         "has a different config.json or different weights"
     ]
-
-
-def _identity(adapter: Adapter) -> dict[str, Any]:
-    path = adapter.weights_file
-    sizes = {"sha256": file_hash(path), "bytes": path.stat().st_size}
-    return {"path": str(adapter.folder)} | sizes | {"weight": adapter.weight}

@@ -11,9 +11,9 @@ from hynb.merge import shards
 from hynb.merge.changes import Change, changed_tensor
 from hynb.merge.pickled_base import as_safetensors
 from hynb.merge.plan import MergePlan, plan_merge
+from hynb.merge.receipt import RECEIPT
 from hynb.merge.shards import TensorEntry
 from hynb.merge.tensors import TORCH_DTYPES, read_tensor, tensor_bytes
-from hynb.merge.write import RECEIPT
 
 
 def verify_merge(output_path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:

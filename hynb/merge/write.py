@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from hynb.files import read_json, write_json
 from hynb.merge import shards
 from hynb.merge.pickled_base import as_safetensors
 from hynb.merge.plan import MergePlan, plan_merge
+from hynb.merge.receipt import write_receipt
 from hynb.merge.shard_writer import MergeProgress, ShardWriter, TensorChange, largest_and_mean
 from hynb.merge.shards import SAVE_DTYPES
 from hynb.merge.tensors import TORCH_DTYPES
 
-RECEIPT = "merge_receipt.json"
 _STATE = "merge_state.json"
 
 
@@ -103,7 +102,14 @@ def merge_lora(
             ) from error
         _write_other_files(plan, partial, writer, save_dtype)
         result = _result(writer, output, time.monotonic() - started)
-        _write_receipt(partial, plan, save_dtype, result)
+        write_receipt(
+            partial,
+            base=plan.base_identity,
+            adapters=plan.adapter_identities,
+            save_dtype=save_dtype,
+            result=asdict(result),
+        )
+        _remove_records(partial)
         _move_into_place(partial, output)
     return result
 
@@ -172,11 +178,8 @@ def _result(writer: ShardWriter, output: Path, seconds: float) -> MergeResult:
     )
 
 
-def _write_receipt(partial: Path, plan: MergePlan, save_dtype: str, result: MergeResult) -> None:
-    """Writes the receipt, and removes the records that an interrupted merge continues from."""
-    inputs = {"base": plan.base_identity, "adapters": plan.adapter_identities, "save_dtype": save_dtype}
-    versions = {name: metadata.version(name) for name in ("hynb", "torch")}
-    write_json(partial / RECEIPT, {"v": 1} | inputs | asdict(result) | {"versions": versions, "made_at": time.time()})
+def _remove_records(partial: Path) -> None:
+    """Removes the files that an interrupted merge continues from."""
     # The state first: without it a merge that is interrupted from here on starts again instead of losing records.
     for record in [partial / _STATE, *partial.glob("*.changes.json")]:
         record.unlink()

@@ -1,4 +1,4 @@
-"""Forms, live panels and pictures for notebooks; the only package that imports ipywidgets and matplotlib."""
+"""Forms, live panels and plots for notebooks; the only package that imports ipywidgets and matplotlib."""
 
 import lazy_loader
 

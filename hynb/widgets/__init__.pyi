@@ -2,6 +2,8 @@ from .cluster_view import check_hosts as check_hosts
 from .cluster_view import set_up_hosts as set_up_hosts
 from .costs import memory_plan as memory_plan
 from .costs import preset_costs as preset_costs
+from .data_view import check_data as check_data
+from .data_view import sample as sample
 from .form import ConfigForm as ConfigForm
 from .machine import machine_table as machine_table
 from .machine import versions_table as versions_table
@@ -10,13 +12,12 @@ from .merge_view import ask_all as ask_all
 from .merge_view import check as check
 from .merge_view import merge as merge
 from .panel import RunPanel as RunPanel
-from .plan import check_data as check_data
+from .parameters import check_names as check_names
+from .parameters import parameters_cell as parameters_cell
+from .parameters import read_parameters as read_parameters
 from .plan import deepspeed_plan as deepspeed_plan
-from .plan import sample as sample
+from .result import show_result as show_result
 from .runs import RunChooser as RunChooser
-from .session import check_names as check_names
 from .session import finished as finished
-from .session import read_parameters as read_parameters
-from .session import show_result as show_result
 from .session import start_or_attach as start_or_attach
 from .session import watch as watch

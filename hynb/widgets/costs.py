@@ -1,4 +1,4 @@
-"""What each ZeRO preset would take for a Config, worked out from the model's config.json."""
+"""The memory that a run and each ZeRO preset need, estimated from the model's config.json."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from hynb.config import Config
 from hynb.errors import ConfigError, HynbError
 from hynb.files import read_json
 from hynb.plan import memory, zero
-from hynb.runs import resume_checkpoint
+from hynb.runs import find_base
 from hynb.widgets.table import Table, size_text
+
+# Hunyuan's special tokens, which the tiktoken file does not contain.
+_SPECIAL_TOKENS = 209
 
 
 def preset_costs(config: Config) -> Table | str:
-    """One row a preset: memory of a GPU and of the host, checkpoint; or in words why it can't be told."""
+    """Memory of GPU and host and the size of a checkpoint, one row per preset; or why there is no estimate."""
     try:
-        plans = memory.compare(model_config(config), _workload(config))
+        plans = memory.compare(_model_config(config), _workload(config))
     except HynbError as error:
-        return f"What each preset takes can't be told: {error}"
+        return f"No estimate of what each preset needs: {error}"
     gpu_bytes = min((gpu.memory_bytes for gpu in _gpus()), default=0)
     rows = [
         (
@@ -40,45 +43,39 @@ def preset_costs(config: Config) -> Table | str:
 
 
 def memory_plan(config: Config) -> Table:
-    """What the run takes on each GPU, by part, on the host and on the disk, beside what this machine has.
-
-    Raises:
-        ConfigError: a DeepSpeed file of one's own, whose memory is not worked out.
-        ModelError: a model whose memory is not known.
-    """
+    """What the run needs on each GPU, by part, in host memory and on the disk, beside what this machine has."""
     if config.deepspeed not in zero.PRESETS:
-        text = f"not worked out for {config.deepspeed}, which is no preset"
-        return Table(columns=("what", "value"), rows=[("memory", text)], title=_title(config))
+        return _no_estimate(config, f"{config.deepspeed} is not one of the presets")
     try:
-        plan = memory.estimate(model_config(config), _workload(config), preset=config.deepspeed)
+        plan = memory.estimate(_model_config(config), _workload(config), preset=config.deepspeed)
     except HynbError as error:
-        return Table(columns=("what", "value"), rows=[("memory", f"not known: {error}")], title=_title(config))
+        return _no_estimate(config, str(error))
     machine = this_machine(config.output_dir)
-    on_cpu = not machine.gpus
-    rows = [(name, size_text(size_bytes)) for name, size_bytes in plan.parts.items()]
-    total = f"{size_text(plan.gpu_bytes)}"
-    if not on_cpu:
+    total = size_text(plan.gpu_bytes)
+    if machine.gpus:
         total += _fits(plan.gpu_bytes, min(gpu.memory_bytes for gpu in machine.gpus))
+    rows = [(name, size_text(size_bytes)) for name, size_bytes in plan.parts.items()]
     rows += [
-        ("each GPU, together", total),
+        ("each GPU, in total", total),
         ("host memory", size_text(plan.host_bytes) + _fits(plan.host_bytes, machine.memory_bytes)),
         ("a checkpoint on the disk", size_text(plan.disk_bytes) + _fits(plan.disk_bytes, machine.disk_free_bytes)),
     ]
-    note = " (figures for GPUs; without one the same tensors lie in host memory)" if on_cpu else ""
-    chosen = len(plan.parts)
-    return Table(columns=("what", "bytes"), rows=rows, title=_title(config) + note, chosen=chosen)
+    note = "" if machine.gpus else " (for GPUs; on a CPU the same tensors are in host memory)"
+    return Table(columns=("what", "size"), rows=rows, title=_title(config) + note, chosen=len(plan.parts))
 
 
-def model_config(config: Config) -> dict[str, Any]:
-    """The config.json of the run's base model, or of the random model that its sizes describe.
+def _no_estimate(config: Config, reason: str) -> Table:
+    return Table(columns=("what", "value"), rows=[("memory", f"no estimate: {reason}")], title=_title(config))
+
+
+def _model_config(config: Config) -> dict[str, Any]:
+    """The content of config.json of the run's base model, or of the random model that its sizes describe.
 
     Raises:
-        ConfigError: there is none in the folder.
+        ConfigError: the folder has no config.json.
+        ModelError: the base of the checkpoint to resume from is missing.
     """
-    folder: Path | None = Path(config.model_name_or_path).expanduser() if config.model_name_or_path else None
-    if folder is None and (checkpoint := resume_checkpoint(config)) is not None:
-        adapter = read_json(checkpoint / "adapter_config.json")
-        folder = Path(adapter["base_model_name_or_path"]) if adapter else checkpoint
+    folder = find_base(config)
     if folder is None:
         return _random_model(config)
     found = read_json(folder / "config.json")
@@ -92,15 +89,15 @@ def _random_model(config: Config) -> dict[str, Any]:
     names += ("num_key_value_heads", "cla_share_factor", "use_mixed_mlp_moe", "num_shared_expert", "use_qk_norm")
     sizes = {name: getattr(config, name) for name in (*names, "tie_word_embeddings")}
     sizes |= {"model_type": "hunyuan", "num_hidden_layers": config.num_layers}
-    return sizes | {"vocab_size": config.vocab_size or _vocabulary(config)}
+    return sizes | {"vocab_size": config.vocab_size or _vocabulary_size(config)}
 
 
-def _vocabulary(config: Config) -> int:
-    """Tokens of the tokenizer, from its files; the tiktoken file lacks Hunyuan's 209 special ones."""
+def _vocabulary_size(config: Config) -> int:
+    """The number of the tokenizer's tokens, counted in its files, because the kernel does not import transformers."""
     folder = Path(config.tokenizer_name_or_path or "").expanduser()
     if (folder / "hy.tiktoken").is_file():
         with (folder / "hy.tiktoken").open("rb") as file:
-            return sum(1 for _ in file) + 209
+            return sum(1 for _ in file) + _SPECIAL_TOKENS
     if (folder / "tokenizer.json").is_file():
         found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         return len(found["model"]["vocab"]) + len(found.get("added_tokens", []))
@@ -108,9 +105,9 @@ def _vocabulary(config: Config) -> int:
 
 
 def _workload(config: Config) -> memory.Workload:
-    """The parameters on which memory depends."""
+    """The parameters that memory depends on."""
     if config.hostfile is None:
-        # More ranks than there are GPUs: a plan for another machine may be made on this one.
+        # num_processes may exceed the GPUs here: the plan may be for another machine.
         slots = [config.num_processes or len(_gpus()) or 1]
     else:
         slots = [host.slots for host in hostfile.read(config.hostfile)]
@@ -131,16 +128,16 @@ def _workload(config: Config) -> memory.Workload:
 
 @functools.cache
 def _gpus() -> tuple[Gpu, ...]:
-    """Asked once: nvidia-smi takes a second on a large machine, and the form asks at every key."""
+    """The GPUs of this machine; cached, because nvidia-smi can take a second and the form needs them at every key."""
     return this_machine().gpus
 
 
 def _title(config: Config) -> str:
     method = f"LoRA of rank {config.lora_rank}" if config.use_lora else "full fine-tuning"
     model = Path(config.model_name_or_path).name if config.model_name_or_path else "a random model"
-    return f"Expected memory: {model}, {method}, {config.max_seq_length} tokens"
+    return f"Estimated memory: {model}, {method}, {config.max_seq_length} tokens"
 
 
-def _fits(needed_bytes: int, there_bytes: int) -> str:
-    word = "fits into" if needed_bytes <= there_bytes else "more than"
-    return f" ({word} the {size_text(there_bytes)} here)"
+def _fits(needed_bytes: int, available_bytes: int) -> str:
+    verdict = "fits into" if needed_bytes <= available_bytes else "more than"
+    return f" ({verdict} the {size_text(available_bytes)} here)"

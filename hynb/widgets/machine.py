@@ -1,4 +1,4 @@
-"""Tables of what this machine has, and a hostfile that names it."""
+"""Tables of what this machine has, and a hostfile with this machine alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hynb.widgets.table import Table, size_text
 
 
 def machine_table(folder: str | Path = ".") -> Table:
-    """GPUs or their absence, cores, memory and the disk of a folder."""
+    """GPUs, CPU cores, memory, and the free space on the disk of a folder."""
     machine = this_machine(folder)
     rows = [("host", machine.host)]
     for gpu in machine.gpus:
@@ -27,7 +27,7 @@ def machine_table(folder: str | Path = ".") -> Table:
 
 
 def versions_table() -> Table:
-    """Python and the packages that training depends on."""
+    """The versions of Python and of the packages that training depends on."""
     machine = this_machine()
     rows = [("python", machine.python), *machine.versions.items()]
     return Table(columns=("package", "version"), rows=rows, title="Versions")
@@ -37,27 +37,30 @@ def write_local_hostfile(path: str | Path, *, slots: int | str = "auto", overwri
     """Writes a hostfile with this machine alone.
 
     Args:
-        slots: ranks on this machine; "auto" for one a GPU, or one on a CPU.
-        overwrite: replace a file that says something else.
+        slots: ranks on this machine; "auto" for one per GPU, or one on a CPU.
+        overwrite: replace a file with other content.
+
+    Returns:
+        a table with the path and the content of the file.
 
     Raises:
-        ConfigError: slots that are no number.
-        ClusterError: the file says something else, or cannot be written.
+        ConfigError: slots is not a number of ranks.
+        ClusterError: the file has other content, or cannot be written.
     """
     if slots == "auto":
         slots = this_machine().slots
     if not isinstance(slots, int) or slots < 1:
-        raise ConfigError(f'slots = {slots!r}: must be a whole number, at least 1, or "auto"')
+        raise ConfigError(f'slots = {slots!r}: must be a whole number ≥ 1, or "auto"')
     path = Path(path).expanduser().absolute()
     hosts = hostfile.local(slots)
     text = hostfile.to_text(hosts)
     if path.exists() and path.read_text(encoding="utf-8") != text and not overwrite:
         raise ClusterError(
-            f"hostfile = {path}: says something else than {text.strip()!r}; "
-            "choose another path, or replace it with overwrite_hostfile"
+            f"hostfile = {path}: exists already and does not contain {text.strip()!r}; choose another path, or "
+            "replace the file with overwrite_hostfile"
         )
     try:
         hostfile.write(path, hosts)
     except OSError as error:
         raise ClusterError(f"hostfile = {path}: cannot be written: {error.strerror}") from None
-    return Table(columns=("hostfile", "says"), rows=[(str(path), text.strip())])
+    return Table(columns=("hostfile", "content"), rows=[(str(path), text.strip())])

@@ -1,0 +1,126 @@
+"""The numbers of a run's log events as curves, and what they say in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from hynb.runs import RunStatus
+from hynb.widgets.table import duration_text, size_text
+
+# The smoothed loss averages over a tenth of the run, and over this many log steps at most.
+_MAX_SPAN = 50
+# The remaining time is estimated from this many log steps.
+_PACE_STEPS = 20
+
+
+@dataclass(kw_only=True)
+class Curve:
+    """What the log events of a run contain, one list entry per event; a missing number is NaN.
+
+    Args:
+        memory_bytes: of the newest event.
+        tokens: number of tokens trained on so far.
+        saves: steps of the checkpoints.
+        eval_steps, eval_loss: one entry per evaluation.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    tokens_per_second: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    memory_bytes: float = math.nan
+    tokens: float = 0
+    saves: list[int] = field(default_factory=list)
+    eval_steps: list[int] = field(default_factory=list)
+    eval_loss: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, events: Sequence[dict[str, Any]]) -> Curve:
+        """The curves of a run's events."""
+        curve = cls()
+        for event in events:
+            if event["kind"] == "save":
+                curve.saves.append(event["global_step"])
+            elif event["kind"] == "eval":
+                curve.eval_steps.append(event["global_step"])
+                curve.eval_loss.append(_number(event.get("eval_loss")))
+            elif event["kind"] == "log":
+                curve.steps.append(event["global_step"])
+                curve.loss.append(_number(event.get("loss")))
+                curve.learning_rate.append(_number(event.get("learning_rate")))
+                curve.tokens_per_second.append(_number(event.get("tokens_per_second")))
+                curve.step_seconds.append(_number(event.get("step_seconds")))
+                curve.memory_bytes = _number(event.get("memory_bytes"))
+                tokens = _number(event.get("tokens"))
+                curve.tokens = tokens if tokens > 0 else curve.tokens
+        return curve
+
+    @property
+    def span(self) -> int:
+        """The number of log steps that the smoothed loss averages over."""
+        return max(1, min(_MAX_SPAN, len(self.loss) // 10))
+
+    def smoothed(self) -> list[float]:
+        """The loss as an exponential moving average over `span` log steps, corrected for the bias of its start."""
+        weight = 2 / (self.span + 1)
+        mean, total, smoothed = 0.0, 0.0, []
+        for value in self.loss:
+            if math.isfinite(value):
+                mean = (1 - weight) * mean + weight * value
+                total = (1 - weight) * total + weight
+            smoothed.append(mean / total if total else math.nan)
+        return smoothed
+
+    def lowest_loss(self) -> tuple[float, int] | None:
+        """The lowest loss and its step; None without a finite loss."""
+        finite = [pair for pair in zip(self.loss, self.steps, strict=True) if math.isfinite(pair[0])]
+        return min(finite, default=None)
+
+    def seconds_left(self, max_steps: int | None) -> float | None:
+        """The time to the last step at the pace of the newest log steps; None if it cannot be estimated."""
+        pace = [value for value in self.step_seconds[-_PACE_STEPS:] if math.isfinite(value)]
+        if not pace or not max_steps:
+            return None
+        return median(pace) * max(0, max_steps - self.steps[-1])
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The newest numbers, each with its name, as panel and table show them."""
+        if not self.steps:
+            return []
+        found = [
+            ("loss", f"{self.loss[-1]:.4f} (first {self.loss[0]:.4f}, smoothed {self.smoothed()[-1]:.4f})"),
+            ("learning rate", f"{self.learning_rate[-1]:.3g}"),
+            ("speed", f"{self.tokens_per_second[-1]:,.0f} tokens/s, {self.step_seconds[-1]:.3g} s per step"),
+            ("tokens so far", f"{self.tokens:,.0f}"),
+            ("memory", size_text(self.memory_bytes)),
+        ]
+        if self.eval_steps:
+            found.insert(1, ("evaluation loss", self._evaluation_text()))
+        return [(name, text) for name, text in found if "nan" not in text]
+
+    def alt_text(self, status: RunStatus) -> str:
+        """The plot in words, for those who cannot see it."""
+        if not self.steps:
+            return f"No loss yet; the run is {status.state}."
+        seconds = self.seconds_left(status.max_steps)
+        left = f", about {duration_text(seconds)} left" if status.live and seconds is not None else ""
+        evaluation = f"; evaluation loss {self._evaluation_text()}" if self.eval_steps else ""
+        return (
+            f"Training loss by step: {self.loss[0]:.4f} at step {self.steps[0]}, "
+            f"{self.loss[-1]:.4f} at step {self.steps[-1]}{evaluation}; the run is {status}{left}. "
+            "Below it the learning rate and the tokens per second."
+        )
+
+    def _evaluation_text(self) -> str:
+        lowest, step = min(zip(self.eval_loss, self.eval_steps, strict=True))
+        text = f"{self.eval_loss[-1]:.4f} at step {self.eval_steps[-1]}"
+        return text if step == self.eval_steps[-1] else f"{text} (lowest {lowest:.4f} at step {step})"
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan

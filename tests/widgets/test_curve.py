@@ -1,0 +1,55 @@
+"""The numbers of a run as curves and in words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from hynb.runs import RunStatus
+from hynb.widgets.curve import Curve
+
+
+def log_events(steps, **values):
+    return [{"kind": "log", "global_step": step, "loss": 1 / step} | values for step in steps]
+
+
+def test_the_smoothed_loss_starts_at_the_first_loss_and_skips_nan():
+    curve = Curve.of(log_events(range(1, 101), loss=3.0))
+    assert curve.smoothed() == pytest.approx([3.0] * 100)
+    curve.loss[50] = math.nan
+    assert curve.smoothed() == pytest.approx([3.0] * 100)
+
+
+def test_the_remaining_time_follows_the_pace_of_the_newest_steps():
+    events = [*log_events(range(1, 30), step_seconds=100.0), *log_events(range(30, 61), step_seconds=2.0)]
+    assert Curve.of(events).seconds_left(100) == pytest.approx(80)
+    assert Curve.of(events).seconds_left(None) is None
+    assert Curve().seconds_left(100) is None
+
+
+def test_evaluations_are_shown_in_words():
+    evaluations = [
+        {"kind": "eval", "global_step": step, "eval_loss": loss} for step, loss in ((2, 0.7), (4, 0.5), (6, 0.6))
+    ]
+    curve = Curve.of([*log_events(range(1, 7)), *evaluations])
+    assert ("evaluation loss", "0.6000 at step 6 (lowest 0.5000 at step 4)") in curve.facts()
+    assert "evaluation loss 0.6000 at step 6" in curve.alt_text(RunStatus(state="running", max_steps=6))
+
+
+def test_values_that_are_not_numbers_are_left_out():
+    """A line of events.jsonl may be of another version, or damaged."""
+    curve = Curve.of(log_events([1, 2], tokens="many", memory_bytes=None, learning_rate=True, step_seconds="<b>"))
+    assert [name for name, _ in curve.facts()] == ["loss", "tokens so far"]
+    assert dict(curve.facts())["tokens so far"] == "0"
+
+
+def test_the_lowest_loss_is_a_finite_one():
+    curve = Curve.of([*log_events([1, 2, 4]), *log_events([5], loss=math.nan)])
+    assert curve.lowest_loss() == (0.25, 4)
+    assert Curve.of(log_events([1], loss=math.nan)).lowest_loss() is None
+
+
+def test_a_run_without_a_loss_is_described_too():
+    assert Curve().alt_text(RunStatus(state="starting")) == "No loss yet; the run is starting."
+    assert Curve().facts() == []
