@@ -69,3 +69,17 @@ def tiny_data(path: Path, count: int = 40) -> Path:
     """Conversations of different lengths."""
     write_jsonl(path, car_samples(count, 1, seed=3)[0])
     return path
+
+
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def exchange(question: str, answer: str = "a") -> dict:
+    """A record of training data with one question and one answer."""
+    return {"messages": [QUESTION | {"content": question}, ANSWER | {"content": answer}]}
+
+
+def write_lines(path: Path, *records: dict) -> Path:
+    """Writes records as JSONL."""
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path

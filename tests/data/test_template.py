@@ -1,33 +1,16 @@
-"""Labels against a slow, obvious reference; invalid lines with their location; data sets and batches."""
+"""Labels against a slow, obvious reference, for the chat templates of several models."""
 
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_data
+from tiny import ANSWER, QUESTION
 from transformers import AutoTokenizer
 
-import hynb.hunyuan_large  # noqa: F401  registers the tokenizer
-from hynb.data import (
-    IGNORED,
-    ChatDataset,
-    Collator,
-    Conversation,
-    as_text,
-    check_data,
-    encode,
-    read_conversations,
-    render_prompt,
-    stop_token_ids,
-)
-from hynb.data.files import parse_line
-from hynb.demo.pretrain import write_tokenizer
-from hynb.errors import DataError
+from hynb.data import IGNORED, Conversation, LabelOptions, as_text, encode, render_prompt, stop_token_ids
 
 # The template of Hunyuan-A13B: a marker before the answer, which is not part of it.
 A13B_STYLE = (
@@ -36,22 +19,21 @@ A13B_STYLE = (
     "{% else %}<|extra_1|>{{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|extra_1|>{% endif %}"
 )
+
+
 # The template of the dense models: a marker at the beginning, one after the system's text, one before each turn.
 DENSE_STYLE = (
     "{{ '<|bos|>' }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '<|extra_3|>' }}{% endif %}"
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|extra_5|>' + m['content'] }}"
     "{% elif m['role'] == 'assistant' %}{{ '<|extra_1|>' + m['content'] + '<|extra_2|>' }}{% endif %}{% endfor %}"
 )
+
+
 # A reasoning model's template, which writes an empty thought before each answer.
 THINKING_STYLE = DENSE_STYLE.replace("'<|extra_1|>' +", "'<|extra_1|><|extra_0|>\\n\\n<|extra_4|>' +")
+
+
 STYLES = {"large": None, "a13b": A13B_STYLE, "dense": DENSE_STYLE, "thinking": THINKING_STYLE}
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, vocab_size=700, samples=500)
-    return AutoTokenizer.from_pretrained(folder)
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Co")), min_size=1, max_size=30)
@@ -148,7 +130,7 @@ def test_a_template_that_puts_the_system_message_into_the_users(tokenizer):
         "{% for m in rest %}{% if m['role'] == 'user' %}<|startoftext|>{{ first if loop.first else '' }}"
         "{{ m['content'] }}<|extra_0|>{% else %}{{ m['content'] }}<|eos|>{% endif %}{% endfor %}"
     )
-    messages = [{"role": "system", "content": "s"}, ROLE, ANSWER, ROLE, ANSWER]
+    messages = [{"role": "system", "content": "s"}, QUESTION, ANSWER, QUESTION, ANSWER]
     saved = tokenizer.chat_template
     tokenizer.chat_template = {"default": style, "tool_use": "{{ messages }}"}
     try:
@@ -188,6 +170,57 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer):
     assert marker not in encoded["labels"] and encoded["labels"][-1] == eos
 
 
+def test_text_that_spells_a_special_token_becomes_it_if_allowed(tokenizer):
+    conversation = Conversation(messages=[QUESTION | {"content": "a<|eos|>b"}, ANSWER], source="x")
+    eos = tokenizer.convert_tokens_to_ids("<|eos|>")
+    assert encode(conversation, tokenizer, 99)["input_ids"].count(eos) == 1
+    allowed = LabelOptions(allow_special_tokens_in_text=True)
+    assert encode(conversation, tokenizer, 99, allowed)["input_ids"].count(eos) == 2
+    assert encode(conversation, tokenizer, 99)["input_ids"].count(eos) == 1
+
+
+def test_train_false_and_train_on_prompt(tokenizer):
+    messages = [QUESTION, ANSWER | {"train": False}, QUESTION, ANSWER]
+    conversation = Conversation(messages=messages, source="x")
+    plain = encode(Conversation(messages=[QUESTION, ANSWER, QUESTION, ANSWER], source="x"), tokenizer, 99)
+    off = encode(conversation, tokenizer, 99)
+    trained = [index for index, label in enumerate(plain["labels"]) if label != IGNORED]
+    assert off["input_ids"] == plain["input_ids"] and len(trained) == 4
+    assert [index for index, label in enumerate(off["labels"]) if label != IGNORED] == trained[2:]
+    on_prompt = LabelOptions(train_on_prompt=True)
+    whole = encode(Conversation(messages=[QUESTION, ANSWER], source="x"), tokenizer, 99, on_prompt)
+    assert whole["labels"] == whole["input_ids"]
+    off = encode(conversation, tokenizer, 99, on_prompt)
+    assert [index for index, label in enumerate(off["labels"]) if label == IGNORED] == [trained[0] - 1, *trained[:2]]
+
+
+def test_an_earlier_answer_may_end_differently_from_the_last(tokenizer):
+    """`<|eos|>` ends both; the last is followed by `<|endoftext|>`, the earlier one by `<|extra_1|>`."""
+    saved = tokenizer.chat_template
+    ends = "{{ '<|eos|>' + ('<|endoftext|>' if loop.last else '<|extra_1|>') }}"
+    tokenizer.chat_template = saved.replace("{{ message['content'] + '<|eos|>' }}", "{{ message['content'] }}" + ends)
+    messages = [QUESTION, ANSWER, QUESTION, ANSWER]
+    try:
+        encoded = encode(Conversation(messages=messages, source="x"), tokenizer, 99)
+        assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+    finally:
+        tokenizer.chat_template = saved
+    trained = [label for label in encoded["labels"] if label != IGNORED]
+    assert tokenizer.decode(trained) == "a<|eos|>a<|eos|><|endoftext|>"
+
+
+def test_a_template_that_strips_contents_is_followed(tokenizer):
+    saved = tokenizer.chat_template
+    tokenizer.chat_template = saved.replace("message['content']", "message['content'] | trim")
+    messages = [QUESTION | {"content": " q\n"}, ANSWER | {"content": "\ta "}]
+    try:
+        ids = encode(Conversation(messages=messages, source="x"), tokenizer, 99)["input_ids"]
+        assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(ids) == "<|startoftext|>q<|extra_0|>a<|eos|>"
+    finally:
+        tokenizer.chat_template = saved
+
+
 def test_a_prompt_is_the_training_sample_up_to_its_answer(tokenizer):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     answered = [*messages, {"role": "assistant", "content": "yes"}]
@@ -196,107 +229,3 @@ def test_a_prompt_is_the_training_sample_up_to_its_answer(tokenizer):
     first = next(index for index, label in enumerate(whole["labels"]) if label != IGNORED)
     assert prompt == whole["input_ids"][:first]
     assert stop_token_ids(tokenizer) == [whole["input_ids"][-1]]
-
-
-ROLE = {"role": "user", "content": "q"}
-ANSWER = {"role": "assistant", "content": "a"}
-INVALID = [
-    (b"{", "invalid JSON"),
-    (b"[]", 'must be {"messages"'),
-    (b"\xff\xfe", "invalid UTF-8 at byte 0"),
-    (b"[" * 100_000, "JSON that cannot be read"),
-    (b'{"messages": 1}', 'must be {"messages"'),
-    (json.dumps({"messages": []}).encode(), "must be"),
-    (json.dumps({"messages": [1]}).encode(), "message 1: must be"),
-    (json.dumps({"messages": [{"role": "bot", "content": "x"}]}).encode(), "role 'bot' is unknown"),
-    (json.dumps({"messages": [ROLE]}).encode(), "there is no answer to train on"),
-    (json.dumps({"messages": [ANSWER]}).encode(), "first message is the assistant's"),
-    (json.dumps({"messages": [ROLE, ROLE, ANSWER]}).encode(), "two messages of the user follow each other"),
-    (json.dumps({"messages": [ROLE, ANSWER, ANSWER]}).encode(), "message 3: the assistant's message follows"),
-    (json.dumps({"messages": [ROLE, {"role": "system", "content": "s"}, ANSWER]}).encode(), "must come first"),
-    (json.dumps({"messages": [ROLE, {"role": "assistant", "content": " "}]}).encode(), "answer is empty"),
-    (json.dumps({"messages": [{"role": "user", "content": 3}, ANSWER]}).encode(), "must be text, not int"),
-    (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}', "surrogate"),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), INVALID)
-def test_an_invalid_line_is_named(line, message):
-    with pytest.raises(DataError) as caught:
-        parse_line(line, "file.jsonl:7")
-    assert str(caught.value).startswith("file.jsonl:7") and message in str(caught.value)
-
-
-def test_mutated_lines_are_read_or_named():
-    rng = random.Random(5)
-    good = json.dumps({"messages": [ROLE, ANSWER]}).encode()
-    accepted = 0
-    for _ in range(3000):
-        line = bytearray(good)
-        for _ in range(rng.randint(1, 4)):
-            place = rng.randrange(len(line))
-            if rng.random() < 0.5:
-                line[place] = rng.randrange(256)
-            else:
-                del line[place : place + rng.randint(1, 8)]
-            if not line:
-                break
-        try:
-            parse_line(bytes(line), "f:1")
-            accepted += 1
-        except DataError as error:
-            assert str(error).startswith("f:1")
-    assert 0 < accepted < 3000
-
-
-def test_all_invalid_lines_of_a_file_are_counted(tokenizer, tmp_path):
-    path = tiny_data(tmp_path / "train.jsonl", 10)
-    lines = path.read_text().splitlines()
-    path.write_text(
-        "\n".join(["\ufeff" + lines[0], "", "x{", *lines[1:5], '{"messages": 3}']) + "\n", encoding="utf-8"
-    )
-    with pytest.raises(DataError) as caught:
-        check_data(path, tokenizer, 512)
-    assert [problem.split(" ")[0].rstrip(":") for problem in caught.value.problems] == [f"{path}:3:1", f"{path}:8"]
-    with pytest.raises(DataError, match="30 of 30 lines are invalid; the first 20 are shown"):
-        path.write_text("x\n" * 30)
-        check_data(path, tokenizer, 512)
-    path.write_text("\n")
-    with pytest.raises(DataError, match="is empty"):
-        check_data(path, tokenizer, 512)
-
-
-def test_a_sample_whose_answer_is_truncated_away_is_rejected(tokenizer, tmp_path):
-    path = tmp_path / "long.jsonl"
-    long = [{"role": "user", "content": "x " * 500}, ANSWER]
-    path.write_text(json.dumps({"messages": long}) + "\n")
-    with pytest.raises(DataError, match="nothing of the answer is left within max_seq_length = 64"):
-        check_data(path, tokenizer, 64)
-    assert check_data(path, tokenizer, 5000).samples == 1
-
-
-def test_the_data_set_reads_each_line_by_its_offset(tokenizer, tmp_path):
-    path = tiny_data(tmp_path / "train.jsonl", 12)
-    path.write_text("\n" + path.read_text().replace("\n", "\n\n"), encoding="utf-8")
-    dataset = ChatDataset(path, tokenizer, 512)
-    read = list(read_conversations(path))
-    assert len(dataset) == len(read) == 12
-    for index in (11, 0, 5):
-        assert dataset.conversation(index) == read[index]
-        assert dataset[index] == encode(read[index], tokenizer, 512)
-
-
-def test_a_batch_is_padded_to_its_longest_sample():
-    samples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Collator(pad_token_id=9)(samples)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-
-
-def test_the_preview_marks_what_is_trained_on(tokenizer):
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    sample = Conversation(messages=messages, source="x")
-    assert as_text(sample, tokenizer, 100) == "<|startoftext|>question<|extra_0|>⟦answer<|eos|>⟧"
-    assert "tokens are cut at max_seq_length = 4" in as_text(sample, tokenizer, 4)

@@ -1,0 +1,175 @@
+"""Files of every format: read, converted, or refused with file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+
+import pytest
+import zstandard
+from tiny import ANSWER, QUESTION, exchange, tiny_data
+
+from hynb.data import ChatDataset, check_data, find_files, read_conversations, split_share
+from hynb.data.files import data_hash, parse_line
+from hynb.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [QUESTION, ANSWER]),
+        (
+            {"system": "s", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]},
+            [{"role": "system", "content": "s"}, QUESTION, ANSWER],
+        ),
+        ({"instruction": "q", "output": "a"}, [QUESTION, ANSWER]),
+        ({"instruction": "x", "input": "y", "output": "a"}, [QUESTION | {"content": "x\ny"}, ANSWER]),
+        (
+            {"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["q", "a"]]},
+            [{"role": "system", "content": "s"}, QUESTION, ANSWER, QUESTION, ANSWER],
+        ),
+    ],
+)
+def test_other_formats_are_converted(record, expected):
+    assert parse_line(json.dumps(record).encode(), "f:1").messages == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"conversations": [{"from": "tool", "value": "q"}]}, "turn 1: from 'tool' is unknown"),
+        ({"conversations": [3]}, "turn 1: must be"),
+        ({"conversations": []}, "must be"),
+        ({"instruction": ["q"], "output": "a"}, "instruction must be text, not list"),
+        ({"instruction": "q", "output": "a", "history": 1}, "history must be a list"),
+        ({"instruction": "q", "output": ""}, "answer is empty"),
+        ({"messages": [QUESTION, ANSWER | {"train": "no"}]}, "train must be true or false"),
+        ({"messages": [QUESTION, ANSWER | {"train": False}]}, 'every answer has "train": false'),
+    ],
+)
+def test_mistakes_in_other_formats_are_named(record, message):
+    with pytest.raises(DataError) as caught:
+        parse_line(json.dumps(record).encode(), "f:1")
+    assert str(caught.value).startswith("f:1: ") and message in str(caught.value)
+
+
+INVALID = [
+    (b"{", "invalid JSON"),
+    (b"[]", 'must be {"messages"'),
+    (b"\xff\xfe", "invalid UTF-8 at byte 0"),
+    (b"[" * 100_000, "JSON that cannot be read"),
+    (b'{"messages": 1}', 'must be {"messages"'),
+    (json.dumps({"messages": []}).encode(), "must be"),
+    (json.dumps({"messages": [1]}).encode(), "message 1: must be"),
+    (json.dumps({"messages": [{"role": "bot", "content": "x"}]}).encode(), "role 'bot' is unknown"),
+    (json.dumps({"messages": [QUESTION]}).encode(), "there is no answer to train on"),
+    (json.dumps({"messages": [ANSWER]}).encode(), "first message is the assistant's"),
+    (json.dumps({"messages": [QUESTION, QUESTION, ANSWER]}).encode(), "two messages of the user follow each other"),
+    (json.dumps({"messages": [QUESTION, ANSWER, ANSWER]}).encode(), "message 3: the assistant's message follows"),
+    (json.dumps({"messages": [QUESTION, {"role": "system", "content": "s"}, ANSWER]}).encode(), "must come first"),
+    (json.dumps({"messages": [QUESTION, {"role": "assistant", "content": " "}]}).encode(), "answer is empty"),
+    (json.dumps({"messages": [{"role": "user", "content": 3}, ANSWER]}).encode(), "must be text, not int"),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}', "surrogate"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), INVALID)
+def test_an_invalid_line_is_named(line, message):
+    with pytest.raises(DataError) as caught:
+        parse_line(line, "file.jsonl:7")
+    assert str(caught.value).startswith("file.jsonl:7") and message in str(caught.value)
+
+
+def test_mutated_lines_are_read_or_named():
+    rng = random.Random(5)
+    good = json.dumps({"messages": [QUESTION, ANSWER]}).encode()
+    accepted = 0
+    for _ in range(3000):
+        line = bytearray(good)
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(len(line))
+            if rng.random() < 0.5:
+                line[place] = rng.randrange(256)
+            else:
+                del line[place : place + rng.randint(1, 8)]
+            if not line:
+                break
+        try:
+            parse_line(bytes(line), "f:1")
+            accepted += 1
+        except DataError as error:
+            assert str(error).startswith("f:1")
+    assert 0 < accepted < 3000
+
+
+def test_compressed_files_globs_and_byte_order_marks_are_read_alike(tmp_path, tokenizer):
+    plain = tiny_data(tmp_path / "a.jsonl", 8)
+    content = plain.read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    # Two frames in one file, as parallel compressors write them.
+    compressor, half = zstandard.ZstdCompressor(), content.index(b"\n", len(content) // 2) + 1
+    (tmp_path / "c.jsonl.zst").write_bytes(compressor.compress(content[:half]) + compressor.compress(content[half:]))
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    expected = [conversation.messages for conversation in read_conversations(plain)]
+    for name in ("b.jsonl.gz", "c.jsonl.zst", "d.jsonl"):
+        path = tmp_path / name
+        assert [item.messages for item in read_conversations(path)] == expected
+        dataset = ChatDataset(path, tokenizer, 500)
+        assert [dataset.conversation(index).messages for index in range(len(dataset))] == expected
+        assert dataset.conversation(3).source == f"{path}:4"
+    everything = ChatDataset(f"{tmp_path}/*.jsonl*", tokenizer, 500)
+    assert len(everything) == 32 and everything.location(8) == f"{tmp_path / 'b.jsonl.gz'}:1"
+    assert len(find_files([plain, f"{tmp_path}/*.jsonl"])) == 2
+    assert len(find_files(f"{plain},{tmp_path / 'd.jsonl'}")) == 2
+    assert data_hash(plain) == data_hash([plain]) != data_hash([plain, tmp_path / "d.jsonl"])
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path):
+    lines = json.dumps(exchange("q")).encode() * 1000
+    whole = gzip.compress(lines)
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 0xFF
+    for name, content, message in [
+        ("cut.jsonl.gz", whole[:-20], "truncated"),
+        ("damaged.jsonl.gz", damaged, "cannot be"),
+        ("no.jsonl.gz", b"text", "cannot be read"),
+        ("no.jsonl.zst", b"not zstd", "cannot be decompressed"),
+    ]:
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{re.escape(str(path))}: .*{message}"):
+            list(read_conversations(path))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_truncated_compressed_file_is_never_taken_for_a_shorter_one(tmp_path, suffix):
+    content = tiny_data(tmp_path / "a.jsonl", 200).read_bytes()
+    compressed = {"gz": gzip.compress(content), "zst": zstandard.ZstdCompressor().compress(content) * 2}[suffix]
+    for cut in (1, 5, len(compressed) // 3, len(compressed) - 20):
+        path = tmp_path / f"cut{cut}.jsonl.{suffix}"
+        path.write_bytes(compressed[:-cut])
+        with pytest.raises(DataError, match=f"{path.name}: the compressed file is truncated"):
+            check_data(path, on_bad_sample="skip", cache=False)
+
+
+def test_missing_files_are_named_together(tmp_path):
+    with pytest.raises(DataError) as caught:
+        find_files([tmp_path, tmp_path / "none.jsonl", f"{tmp_path}/*.x"])
+    assert len(caught.value.problems) == 3
+    for text, problem in zip(["is a folder", "no such", "pattern"], caught.value.problems, strict=True):
+        assert text in problem
+
+
+def test_a_held_out_fraction_depends_only_on_the_seed(tmp_path, tokenizer):
+    train, held = split_share(100, 0.1, 3)
+    assert len(held) == 10 and sorted(train + held) == list(range(100))
+    assert (train, held) == split_share(100, 0.1, 3) != split_share(100, 0.1, 4)
+    assert [len(part) for part in split_share(2, 0.99, 0)] == [1, 1]
+    for count, share in [(10, 0.0), (10, 1.5), (1, 0.5)]:
+        with pytest.raises(DataError, match="eval_split"):
+            split_share(count, share, 0)
+    path = tiny_data(tmp_path / "a.jsonl", 10)
+    part = ChatDataset(path, tokenizer, 99).subset([7, 2])
+    assert [part.location(0), part.location(1)] == [f"{path}:8", f"{path}:3"] and len(part) == 2

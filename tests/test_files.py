@@ -1,0 +1,48 @@
+"""Files that are replaced atomically, and hashes of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from hynb.errors import RunError
+from hynb.files import file_hash, files_hash, read_json, replace_text, write_json
+
+
+def test_json_is_read_back_and_leaves_no_other_file(tmp_path):
+    path = tmp_path / "status.json"
+    assert read_json(path) is None
+    for content in ({"state": "running", "文字": [1, None]}, {}):
+        write_json(path, content)
+        assert read_json(path) == content
+    replace_text(path, '{"a": 1}')
+    assert read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "cannot be read"), (b"\xff", "cannot be read"), (b"[1]", "must be a JSON object, not list")],
+)
+def test_a_damaged_file_is_named(tmp_path, content, message):
+    path = tmp_path / "status.json"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=rf"status\.json: {message}"):
+        read_json(path)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(RunError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_hashes_depend_on_content_and_order(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"abc" * 100_000)
+    two.write_text(json.dumps({}))
+    assert file_hash(one) == hashlib.sha256(one.read_bytes()).hexdigest() == files_hash([one])
+    assert len({files_hash([one]), files_hash([two]), files_hash([one, two]), files_hash([two, one])}) == 4
+    before = file_hash(two)
+    two.rename(tmp_path / "three")
+    assert file_hash(tmp_path / "three") == before
