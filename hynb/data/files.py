@@ -285,7 +285,7 @@ def _from_sharegpt(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
         name = turn["from"]
         if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
             raise DataError(
-                f"{source}: conversations, turn {number}: from {short(name)} is unknown; it must be one "
+                f"{source}: conversations, turn {number}: from {_short(name)} is unknown; it must be one "
                 f"of {', '.join(_SHAREGPT_ROLES)}"
             )
         message = {"role": _SHAREGPT_ROLES[name], "content": turn["value"]}
@@ -309,7 +309,7 @@ def _from_alpaca(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
 
 
-def short(value: Any) -> str:
+def _short(value: Any) -> str:
     """The `repr` of a value for a message, at most 60 characters."""
     try:
         text = repr(value)
@@ -324,7 +324,7 @@ def _message_problem(message: Any, before: dict[str, Any] | None) -> str:
         return 'must be {"role": …, "content": …}'
     role, content = message["role"], message.get("content")
     if role not in ROLES:
-        return f"role {short(role)} is unknown; it must be one of {', '.join(ROLES)}"
+        return f"role {_short(role)} is unknown; it must be one of {', '.join(ROLES)}"
     if not isinstance(content, str):
         return f"the content of the {role} must be text, not {type(content).__name__}"
     try:
@@ -332,7 +332,7 @@ def _message_problem(message: Any, before: dict[str, Any] | None) -> str:
     except UnicodeEncodeError:
         return f"the content of the {role} has half of a surrogate pair; write the character itself"
     if not isinstance(message.get("train", True), bool):
-        return f"train must be true or false, not {short(message['train'])}"
+        return f"train must be true or false, not {_short(message['train'])}"
     if role == "system":
         return "" if before is None else "the system's message must come first"
     if before is None:
