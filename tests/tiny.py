@@ -56,7 +56,7 @@ def tiny_model(folder: Path, model_type: str = "hunyuan", *, seed: int = 0, **si
 
 
 def with_code(folder: Path) -> Path:
-    """Gives a model folder what an original one carries: code, an auto_map, a generation config."""
+    """Adds what upstream's model folders have: code, an auto_map, a generation config."""
     (folder / "modeling_hunyuan.py").write_text("raise SystemExit('code of the model folder was run')\n")
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_hunyuan.HunYuanForCausalLM"}
