@@ -1,4 +1,4 @@
-"""The `hynb` command: the same verbs as the notebooks."""
+"""The `hynb` command: everything that the notebooks do, in a terminal."""
 
 from __future__ import annotations
 
@@ -6,19 +6,31 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hynb.config import GROUPS, Config, parameters
 from hynb.errors import HynbError, RunFailedError
-from hynb.runs import evaluation_line, progress_line
+from hynb.runs import RunStatus, evaluation_line, progress_line
+
+if TYPE_CHECKING:
+    from hynb.launch import Run
+
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
+# Commands that have their own module, which is imported only when the command is called.
+_MODULES = (
+    ("merge", "hynb.merge.command", "merge a LoRA adapter into its base model"),
+    ("check-data", "hynb.data.command", "check training data before a GPU is used"),
+    ("preflight", "hynb.preflight.command", "check every host of a run before it starts"),
+    ("hosts", "hynb.cluster.command", "set up passwordless ssh to the hosts of a cluster"),
+    ("demo", "hynb.demo.run", "train, merge and evaluate a small model on this machine"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; a user's mistake ends in its message and an exit code, never in a traceback."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    """Runs one command; a user's mistake ends in its message and an exit code, never in a traceback."""
+    args, rest = _parser().parse_known_args(argv)
     if rest and args.run is not _delegate:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
         return args.run(args)
@@ -27,64 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"hynb: {problem}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("hynb: interrupted; a run that was started goes on", file=sys.stderr)
-        return 130
+        print("hynb: interrupted; a run that has started goes on", file=sys.stderr)
+        return _INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
-        return 141
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hynb", description="Fine-tune Tencent Hunyuan models.")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-
-    launch = verbs.add_parser("launch", help="start training in the background")
-    launch.add_argument("--config", help="YAML file of parameters; `hynb parameters --yaml` writes one")
-    launch.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one parameter on top")
-    launch.add_argument("--follow", action="store_true", help="stay and show progress; fail if the run fails")
-    launch.set_defaults(run=_launch)
-
-    status = verbs.add_parser("status", help="say how a run is doing")
-    status.add_argument("run_folder", metavar="RUN")
-    status.set_defaults(run=_status)
-
-    attach = verbs.add_parser("attach", help="show a run's progress until it ends; Ctrl-C leaves it running")
-    attach.add_argument("run_folder", metavar="RUN")
-    attach.set_defaults(run=_attach)
-
-    stop = verbs.add_parser("stop", help="save a checkpoint and end a run")
-    stop.add_argument("run_folder", metavar="RUN")
-    stop.add_argument("--kill", action="store_true", help="end it at once, without a checkpoint")
-    stop.set_defaults(run=_stop)
-
-    check = verbs.add_parser("check", help="check a config and say what it would do, without starting it")
-    check.add_argument("--config", required=True)
-    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    check.set_defaults(run=_check)
-
-    listing = verbs.add_parser("parameters", help="list every parameter")
-    listing.add_argument("--yaml", action="store_true", help="as a YAML file to start from")
-    listing.add_argument("--markdown", action="store_true", help="as the tables of the README")
-    listing.set_defaults(run=_parameters)
-
-    for name, module, help_text in (
-        ("merge", "hynb.merge.command", "merge a LoRA adapter into its base model"),
-        ("check-data", "hynb.data.command", "check training data before a GPU is touched"),
-        ("preflight", "hynb.preflight.command", "check every host of a run before it starts"),
-        ("hosts", "hynb.cluster.command", "set up passwordless ssh to the hosts of a cluster"),
-        ("demo", "hynb.demo.run", "run the whole job with a small model on this machine"),
-    ):
-        # The room's own arguments come from the room, which is imported only when its verb is called.
-        verb = verbs.add_parser(name, help=help_text, add_help=False)
-        verb.set_defaults(run=_delegate, verb=name, module=module)
-    return parser
+        return _BROKEN_PIPE
 
 
 def read_config(path: str | None, settings: Sequence[str]) -> Config:
-    """The Config of a YAML file and `--set` words on top.
+    """The Config of a YAML file, with `KEY=VALUE` settings that override it.
+
+    Args:
+        path: the YAML file; None for the defaults.
 
     Raises:
-        ConfigError: all mistakes at once.
+        ConfigError: every mistake, at once.
     """
     from hynb.config import Reading, read_settings, read_yaml
 
@@ -95,6 +64,70 @@ def read_config(path: str | None, settings: Sequence[str]) -> Config:
     return config
 
 
+def parameter_tables() -> str:
+    """Every parameter in Markdown, one table per group; the README contains this text."""
+    lines = []
+    for group, title in GROUPS.items():
+        lines += [f"### {title}", "", "| parameter | default | range | what it does |", "|---|---|---|---|"]
+        for item in parameters():
+            if item.group == group:
+                bounds = ", ".join(item.choices) or item.range
+                unit = f" {item.unit}" if item.unit else ""
+                text = item.help.replace("|", "\\|")
+                lines.append(f"| `{item.name}` | `{item.default_text}`{unit} | {bounds} | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hynb", description="Fine-tune Tencent's Hunyuan models.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    launch = commands.add_parser("launch", help="start training in the background")
+    _add_config_arguments(launch)
+    launch.add_argument("--follow", action="store_true", help="show progress until the run ends; fail if it fails")
+    launch.set_defaults(run=_launch)
+
+    status = commands.add_parser("status", help="show the state of a run")
+    status.add_argument("run_folder", metavar="RUN", help="run folder")
+    status.set_defaults(run=_status)
+
+    attach = commands.add_parser("attach", help="show a run's progress until it ends; Ctrl-C leaves the run alone")
+    attach.add_argument("run_folder", metavar="RUN", help="run folder")
+    attach.set_defaults(run=_attach)
+
+    stop = commands.add_parser("stop", help="save a checkpoint and end a run")
+    stop.add_argument("run_folder", metavar="RUN", help="run folder")
+    stop.add_argument("--kill", action="store_true", help="end the run at once, without a checkpoint")
+    stop.set_defaults(run=_stop)
+
+    check = commands.add_parser("check", help="check the parameters of a run and show the command that it would run")
+    _add_config_arguments(check, required=True)
+    check.set_defaults(run=_check)
+
+    listing = commands.add_parser("parameters", help="list every parameter")
+    listing.add_argument("--yaml", action="store_true", help="as a YAML file to start from")
+    listing.add_argument("--markdown", action="store_true", help="as the tables in the README")
+    listing.set_defaults(run=_parameters)
+
+    for name, module, help_text in _MODULES:
+        command = commands.add_parser(name, help=help_text, add_help=False)
+        command.set_defaults(run=_delegate, command=name, module=module)
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    parser.add_argument(
+        "--config",
+        required=required,
+        metavar="FILE",
+        help="YAML file of parameters; `hynb parameters --yaml` prints one to start from",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one parameter; may be repeated"
+    )
+
+
 def _launch(args: argparse.Namespace) -> int:
     from hynb.launch import launch
 
@@ -103,7 +136,7 @@ def _launch(args: argparse.Namespace) -> int:
     print(f"watch:   hynb attach {run.output_dir}")
     print(f"stop:    hynb stop {run.output_dir}")
     if lines := run.paste_lines():
-        print(f"paste on the other hosts, of which each joins then:\n{lines}", end="")
+        print(f"to join the other hosts, run one of these lines on each:\n{lines}", end="")
     return _follow(run) if args.follow else 0
 
 
@@ -116,9 +149,9 @@ def _status(args: argparse.Namespace) -> int:
     logs = [event for event in run.events() if event["kind"] == "log"]
     if logs:
         print(progress_line(logs[-1], status.max_steps))
-    if run.checkpoints():
-        print("checkpoints: " + ", ".join(item.name for item in run.checkpoints()))
-    return 1 if status.state == "failed" else 0
+    if checkpoints := run.checkpoints():
+        print("checkpoints: " + ", ".join(item.name for item in checkpoints))
+    return RunFailedError.exit_code if status.state == "failed" else 0
 
 
 def _attach(args: argparse.Namespace) -> int:
@@ -135,7 +168,7 @@ def _stop(args: argparse.Namespace) -> int:
         print(run.kill())
         return 0
     if run.status().live:
-        print("asked all ranks to save a checkpoint and end; this takes as long as a step and a save")
+        print("stop requested: the ranks finish their step, save a checkpoint and end", flush=True)
     print(run.stop())
     return 0
 
@@ -148,7 +181,7 @@ def _check(args: argparse.Namespace) -> int:
     config = absolute_paths(read_config(args.config, args.set))
     check_run(config)
     make_plan(config)
-    print("all is well; this would run:")
+    print("no problems found; this command would run:")
     print(command_text(config))
     return 0
 
@@ -167,19 +200,19 @@ def _parameters(args: argparse.Namespace) -> int:
 
 
 def _delegate(args: argparse.Namespace) -> int:
-    room = importlib.import_module(args.module)
-    parser = argparse.ArgumentParser(prog=f"hynb {args.verb}")
-    room.add_arguments(parser)
-    return room.run(parser.parse_args(args.rest))
+    module = importlib.import_module(args.module)
+    parser = argparse.ArgumentParser(prog=f"hynb {args.command}")
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(args.rest))
 
 
-def _follow(run: Any) -> int:
-    """Prints a line a log step until the run ends."""
-    shown = ("", "")
+def _follow(run: Run) -> int:
+    """Prints every new state and phase, and one line per log event, until the run ends."""
+    before: RunStatus | None = None
     for status, events in run.follow():
-        if (status.state, status.reason) != shown and status.live:
+        if status.live and _is_news(status, before):
             print(status, flush=True)
-            shown = (status.state, status.reason)
+        before = status
         for event in events:
             if event["kind"] == "log":
                 print(progress_line(event, status.max_steps), flush=True)
@@ -187,7 +220,7 @@ def _follow(run: Any) -> int:
                 print(evaluation_line(event), flush=True)
             elif event["kind"] == "save":
                 print(f"saved {event['path']} in {event['seconds']} s", flush=True)
-    # The processes take a moment to go, and of several hosts the last word comes then.
+    # The processes take a moment to end, and of several hosts the final record is written then.
     status = run.wait()
     print(status)
     if status.state == "failed":
@@ -195,19 +228,11 @@ def _follow(run: Any) -> int:
     return 0
 
 
-def parameter_tables() -> str:
-    """Every parameter in Markdown, a table a group; the README's tables are this text."""
-    lines = []
-    for group, title in GROUPS.items():
-        lines += [f"### {title}", "", "| parameter | default | range | what it does |", "|---|---|---|---|"]
-        for item in parameters():
-            if item.group == group:
-                bounds = ", ".join(item.choices) or item.range
-                unit = f" {item.unit}" if item.unit else ""
-                text = item.help.replace("|", "\\|")
-                lines.append(f"| `{item.name}` | `{item.default_text}`{unit} | {bounds} | {text} |")
-        lines.append("")
-    return "\n".join(lines)
+def _is_news(status: RunStatus, before: RunStatus | None) -> bool:
+    if before is None or (status.state, status.reason) != (before.state, before.reason):
+        return True
+    # That training goes on after a checkpoint or an evaluation is clear from the lines of their events.
+    return status.phase not in (before.phase, "training")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ _REPORT_SECONDS = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hynb merge`; the first four have the names that upstream's merge script gives them."""
+    parser.description = "Merge LoRA adapters into a base model, shard by shard."
     parser.add_argument("--base_model_path", required=True, help="folder of the base model")
     parser.add_argument(
         "--adapter_model_path",
@@ -30,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save_dtype",
         default="keep",
         choices=list(SAVE_DTYPES),
-        help="dtype of the merged weights; keep (the default) leaves each tensor in its own",
+        help="dtype of the merged weights; keep leaves each tensor in its own [keep]",
     )
-    parser.add_argument("--adapter_weights", nargs="+", type=float, help="a factor for each adapter; default 1")
+    parser.add_argument("--adapter_weights", nargs="+", type=float, help="a factor for each adapter [1]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     parser.add_argument(
         "--link", action="store_true", help="hard-link shards that no adapter touches instead of copying them"

@@ -1,0 +1,104 @@
+"""The `hynb` command; runs themselves are started by the tests of training and supervision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hynb.cli import main
+from hynb.config import parameters, read_yaml
+from hynb.runs import RunWriter
+
+STEP = {"loss": 1.0, "learning_rate": 1e-4, "tokens_per_second": 9.0, "step_seconds": 1.0}
+EVALUATION = {"eval_loss": 0.5, "eval_tokens": 100, "eval_perplexity": 1.65, "eval_seconds": 2.0}
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("launch", "status", "attach", "stop", "check", "parameters", "merge", "check-data", "demo"):
+        assert f"\n    {command}" in text
+
+
+@pytest.mark.parametrize("command", ["merge", "check-data", "preflight", "hosts", "demo"])
+def test_commands_with_a_module_of_their_own_have_help_and_name_unknown_flags(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0 and f"usage: hynb {command}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main([command, "--no_such_flag"])
+    assert end.value.code == 2
+
+
+def test_an_unknown_flag_and_a_missing_command_are_refused(capsys):
+    for argv in (["status", "runs/x", "--no_such_flag"], []):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == 2
+    assert "unrecognized arguments: --no_such_flag" in capsys.readouterr().err
+
+
+def test_a_mistake_ends_in_its_message_alone(tmp_path, capsys):
+    assert main(["status", str(tmp_path / "nothing")]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("hynb: ") and str(tmp_path / "nothing") in output.err
+    assert "Traceback" not in output.err and output.out == ""
+    assert main(["launch", "--set", "learning_rate=fast", "--set", "no_such=1"]) == 2
+    assert capsys.readouterr().err.count("hynb: ") >= 2
+
+
+def test_parameters_are_listed_as_text_and_as_yaml(tmp_path, capsys):
+    assert main(["parameters"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [f"--{p.name}" for p in parameters()]
+    assert main(["parameters", "--yaml"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert read_yaml(tmp_path / "run.yaml").problems == []
+
+
+def test_status_shows_the_phase_the_last_step_and_the_checkpoints(tmp_path, capsys):
+    writer = RunWriter(tmp_path)
+    writer.event("log", 3, **STEP)
+    writer.status("running", global_step=3, max_steps=9)
+    writer.phase("saving")
+    writer.dir.checkpoint(2).mkdir()
+    assert main(["status", str(tmp_path)]) == 0
+    state, step, checkpoints = capsys.readouterr().out.splitlines()
+    assert state == "running, step 3 of 9, saving"
+    assert step.startswith("step 3/9  loss 1.0000") and checkpoints == "checkpoints: checkpoint-2"
+    writer.status("failed", global_step=3, max_steps=9, reason="out of memory")
+    assert main(["status", str(tmp_path)]) == 1
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_attach_prints_each_phase_and_event_once_until_the_run_ends(tmp_path):
+    writer = RunWriter(tmp_path)
+    writer.phase("checking data")
+    command = [sys.executable, "-m", "hynb.cli", "attach", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "starting, checking data\n"
+        writer.phase("loading")
+        assert process.stdout.readline() == "starting, loading\n"
+        writer.phase("training")
+        writer.status("running", global_step=1, max_steps=2)
+        writer.event("log", 1, **STEP)
+        lines = {process.stdout.readline() for _ in range(2)}
+        assert "running, step 1 of 2\n" in lines and any(line.startswith("step 1/2  loss") for line in lines)
+        writer.phase("saving")
+        assert process.stdout.readline() == "running, step 1 of 2, saving\n"
+        writer.phase("training")
+        writer.event("save", 1, path="checkpoint-1", seconds=0.5)
+        assert process.stdout.readline() == "saved checkpoint-1 in 0.5 s\n"
+        writer.event("eval", 2, **EVALUATION)
+        assert process.stdout.readline().startswith("evaluation at step 2: loss 0.5000")
+        writer.status("finished", global_step=2, max_steps=2)
+        assert process.stdout.read() == "finished, step 2 of 2\n"
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
