@@ -15,13 +15,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hynb.errors import DataError
 from hynb.files import file_hash, files_hash
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 ROLES = ("system", "user", "assistant")
 FORMATS = '{"messages": [{"role": …, "content": …}, …]}, ShareGPT\'s conversations, or Alpaca\'s instruction/output'
@@ -157,7 +154,8 @@ class _ZstdReader(io.RawIOBase):
         """True; BufferedReader asks."""
         return True
 
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
+    # Python 3.11 has no type for writable buffers (collections.abc.Buffer comes with 3.12).
+    def readinto(self, buffer: Any, /) -> int:
         """Fills a buffer as far as a decompressed block reaches; returns the number of bytes, 0 at the end."""
         while not self._rest:
             if (block := next(self._blocks, None)) is None:
