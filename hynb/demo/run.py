@@ -1,4 +1,4 @@
-"""The whole job with a small model on this machine: `hynb demo` fine-tunes, merges and counts right answers."""
+"""The whole job with a small model on this machine: `hynb demo` fine-tunes, merges and counts correct answers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hynb.config import Config
 from hynb.demo.texts import car_samples, write_jsonl
@@ -23,14 +23,17 @@ from hynb.runs import RunReader
 BASE = Path(__file__).with_name("base_model")
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TRAIN_SAMPLES, HELD_OUT_SAMPLES, SEED = 3000, 200, 7
-# What the demo must show; less is a failure.
-MOST_BEFORE, LEAST_AFTER = 0.10, 0.80
+# The demo fails unless the base answers fewer of the questions correctly, and the adapter more.
+MAX_BASE_EXACT_MATCH, MIN_ADAPTER_EXACT_MATCH = 0.10, 0.80
+# The longest answer of the data has fewer tokens.
 _ANSWER_TOKENS = 24
+_BATCH_SIZE = 50
+_Result = TypeVar("_Result")
 
 
 @dataclass(kw_only=True, frozen=True)
 class DemoFiles:
-    """What the demo begins with."""
+    """The base model and the data of the demo."""
 
     base_model_path: Path
     train_data_file: Path
@@ -39,22 +42,43 @@ class DemoFiles:
 
 @dataclass(kw_only=True, frozen=True)
 class Evaluation:
-    """A model's answers to the held-out questions."""
+    """A model's answers to the held-out questions.
+
+    Args:
+        correct: number of answers that are equal to the expected ones.
+    """
 
     answers: list[str]
-    right: int
+    correct: int
 
     @property
     def exact_match(self) -> float:
-        """Share of answers equal to the expected one, letter by letter."""
-        return self.right / len(self.answers)
+        """Fraction of the answers that are equal to the expected ones."""
+        return self.correct / len(self.answers)
+
+
+@dataclass(kw_only=True)
+class _Steps:
+    """The steps of the demo so far, with the seconds that each took."""
+
+    report: Callable[[str], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, name: str, step: Callable[[], _Result]) -> _Result:
+        """Runs a step and returns its result."""
+        self.report(f"demo: {name} …")
+        started = time.monotonic()
+        result = step()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        self.report(f"demo: {name} took {self.seconds[name]} s")
+        return result
 
 
 def write_demo(folder: str | Path, *, train: int = TRAIN_SAMPLES, held_out: int = HELD_OUT_SAMPLES) -> DemoFiles:
-    """Unpacks the base model and makes the data into a folder.
+    """Copies the base model and writes the data into a folder.
 
     Args:
-        train, held_out: conversations; no car of the held-out ones is in a training text.
+        train, held_out: number of conversations; no car of a held-out one is in a training text.
     """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +88,9 @@ def write_demo(folder: str | Path, *, train: int = TRAIN_SAMPLES, held_out: int 
         held_out_file=folder / "held_out.jsonl",
     )
     shutil.copytree(BASE, files.base_model_path, dirs_exist_ok=True)
-    training, held = car_samples(train, held_out, seed=SEED)
-    write_jsonl(files.train_data_file, training)
-    write_jsonl(files.held_out_file, held)
+    train_samples, held_out_samples = car_samples(train, held_out, seed=SEED)
+    write_jsonl(files.train_data_file, train_samples)
+    write_jsonl(files.held_out_file, held_out_samples)
     return files
 
 
@@ -95,101 +119,103 @@ def demo_config(files: DemoFiles, output_dir: str | Path) -> Config:
 def evaluate(folder: str | Path, held_out_file: str | Path, *, limit: int | None = None) -> Evaluation:
     """Asks a model, or an adapter with its base, the held-out questions.
 
+    Args:
+        folder: of the model or the adapter.
+        limit: number of questions; None for all.
+
     Raises:
-        ModelError: the folder holds neither.
+        ModelError: the folder is neither a model's nor an adapter's.
     """
     from hynb.data import read_conversations
     from hynb.generate import answers, split_answer
 
     pairs = [split_answer(item.messages) for item in read_conversations(held_out_file)][:limit]
     questions = [messages for messages, _ in pairs]
-    given = list(answers(folder, questions, max_new_tokens=_ANSWER_TOKENS, batch_size=50))
-    right = sum(text == expected for text, (_, expected) in zip(given, pairs, strict=True))
-    return Evaluation(answers=given, right=right)
+    given = list(answers(folder, questions, max_new_tokens=_ANSWER_TOKENS, batch_size=_BATCH_SIZE))
+    correct = sum(text == expected for text, (_, expected) in zip(given, pairs, strict=True))
+    return Evaluation(answers=given, correct=correct)
 
 
-def run_demo(folder: str | Path = "runs/demo", *, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs the three notebooks headless in order and counts right answers before and after.
+def run_demo(folder: str | Path = "runs/demo", *, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs the three notebooks headless, one after the other, and counts correct answers before and after.
+
+    Args:
+        folder: where everything is written.
+        report: called with a line for each step.
 
     Returns:
-        what is written to summary.json.
+        the content of summary.json.
 
     Raises:
-        RunFailedError: a notebook failed, or the demo doesn't show what it must.
+        HynbError: the notebooks or Jupyter are not installed.
+        RunFailedError: a notebook failed, or the models do not answer as they must.
     """
     require_notebook()
     folder = Path(folder).absolute()
     if not NOTEBOOKS.is_dir():
-        raise HynbError(f"{NOTEBOOKS}: the notebooks are not here; run the demo from a checkout of the project")
+        raise HynbError(f"{NOTEBOOKS}: there are no notebooks; run the demo from a checkout of the project")
     run_dir, merged = folder / "train", folder / "merged"
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, act: Callable[[], Any]) -> Any:
-        say(f"demo: {name} …")
-        started = time.monotonic()
-        result = act()
-        seconds[name] = round(time.monotonic() - started, 1)
-        say(f"demo: {name} took {seconds[name]} s")
-        return result
-
-    files = timed("data", lambda: write_demo(folder))
-    config = demo_config(files, run_dir)
-    values = {
-        name: ",".join(value) if isinstance(value, list) else value
-        for name, value in config.values().items()
-        if value is not None and value != getattr(Config(), name)
-    }
-    timed("notebook 1", lambda: _execute("01_setup_cluster", folder, {"hostfile": str(folder / "hostfile")}))
-    timed("notebook 2", lambda: _execute("02_finetune", folder, values))
-    merge = {"run_dir": str(run_dir), "output_path": str(merged), "save_dtype": "fp32"}
-    merge |= {"overwrite_output_path": True, "question_file": str(files.held_out_file)}
-    timed("notebook 3", lambda: _execute("03_merge_lora", folder, merge))
+    steps = _Steps(report=report)
+    files = steps.run("data", lambda: write_demo(folder))
+    _run_notebooks(steps, folder, files, run_dir, merged)
     reader = RunReader(run_dir)
-    adapter = reader.dir.checkpoints()[-1]
-    found = timed(
-        "evaluation",
-        lambda: {
-            name: evaluate(path, files.held_out_file)
-            for name, path in (("base", files.base_model_path), ("adapter", adapter), ("merged", merged))
-        },
+    models = {"base": files.base_model_path, "adapter": reader.dir.checkpoints()[-1], "merged": merged}
+    evaluations = steps.run(
+        "evaluation", lambda: {name: evaluate(path, files.held_out_file) for name, path in models.items()}
     )
     losses = [event["loss"] for event in reader.events() if event["kind"] == "log"]
     summary = {
-        "exact_match": {name: item.exact_match for name, item in found.items()},
-        "held_out_samples": len(found["base"].answers),
-        "merged_equals_adapter": found["merged"].answers == found["adapter"].answers,
+        "exact_match": {name: item.exact_match for name, item in evaluations.items()},
+        "held_out_samples": len(evaluations["base"].answers),
+        "merged_equals_adapter": evaluations["merged"].answers == evaluations["adapter"].answers,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
-        "adapter": str(adapter),
+        "seconds": steps.seconds | {"total": round(sum(steps.seconds.values()), 1)},
+        "adapter": str(models["adapter"]),
         "merged": str(merged),
     }
     write_json(folder / "summary.json", summary)
-    say(json.dumps(summary, indent=1))
-    if problems := _missed(summary):
+    report(json.dumps(summary, indent=1))
+    if problems := summary_problems(summary):
         raise RunFailedError(problems)
     return summary
 
 
-def _missed(summary: dict[str, Any]) -> list[str]:
+def summary_problems(summary: dict[str, Any]) -> list[str]:
+    """What the demo must show and does not, as messages; empty if it shows everything."""
     match = summary["exact_match"]
     problems = []
-    if match["base"] >= MOST_BEFORE:
-        problems.append(f"demo: the base answers {match['base']:.0%} right, it should be below {MOST_BEFORE:.0%}")
-    if match["adapter"] < LEAST_AFTER:
-        problems.append(f"demo: after training {match['adapter']:.0%} are right; {LEAST_AFTER:.0%} are expected")
+    if match["base"] >= MAX_BASE_EXACT_MATCH:
+        problems.append(
+            f"demo: the base answers {match['base']:.0%} of the questions correctly; it must be below "
+            f"{MAX_BASE_EXACT_MATCH:.0%}"
+        )
+    if match["adapter"] < MIN_ADAPTER_EXACT_MATCH:
+        problems.append(
+            f"demo: the adapter answers {match['adapter']:.0%} of the questions correctly; it must be at least "
+            f"{MIN_ADAPTER_EXACT_MATCH:.0%}"
+        )
     if not summary["merged_equals_adapter"]:
-        problems.append("demo: the merged model answers otherwise than base and adapter")
+        problems.append("demo: the merged model answers differently from base and adapter")
     return problems
 
 
-def _execute(name: str, folder: Path, values: dict[str, Any]) -> None:
-    """Runs a notebook headless, as a CI job would; its output stays beside the summary."""
+def run_notebook(name: str, folder: Path, values: dict[str, Any]) -> None:
+    """Runs a notebook headless, as a CI job would.
+
+    Args:
+        name: of the notebook, without its ending.
+        folder: the working directory, where the notebook with its outputs is written.
+        values: its parameters.
+
+    Raises:
+        RunFailedError: a cell failed.
+    """
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     made = folder / f"{name}.ipynb"
-    # The kernel of this environment, whatever kernel of that name the machine has installed elsewhere.
+    # The kernel of this environment, whatever kernel of that name is installed elsewhere on the machine.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     try:
@@ -202,10 +228,34 @@ def _execute(name: str, folder: Path, values: dict[str, Any]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hynb demo`."""
-    parser.add_argument("--folder", default="runs/demo", help="where everything is written")
+    parser.description = "Train, merge and evaluate a small model on this machine, in about a minute on two cores."
+    parser.add_argument("--folder", default="runs/demo", help="where everything is written [runs/demo]")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`hynb demo`."""
-    run_demo(args.folder, say=lambda line: print(line, flush=True))
+    """Runs the demo and prints its steps and its summary."""
+    run_demo(args.folder, report=lambda line: print(line, flush=True))
     return 0
+
+
+def _run_notebooks(steps: _Steps, folder: Path, files: DemoFiles, run_dir: Path, merged: Path) -> None:
+    default = Config()
+    training = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in demo_config(files, run_dir).values().items()
+        if value is not None and value != getattr(default, name)
+    }
+    merging = {
+        "run_dir": str(run_dir),
+        "output_path": str(merged),
+        "save_dtype": "fp32",
+        "overwrite_output_path": True,
+        "question_file": str(files.held_out_file),
+    }
+    notebooks = {
+        "01_setup_cluster": {"hostfile": str(folder / "hostfile")},
+        "02_finetune": training,
+        "03_merge_lora": merging,
+    }
+    for number, (name, values) in enumerate(notebooks.items(), 1):
+        steps.run(f"notebook {number}", lambda name=name, values=values: run_notebook(name, folder, values))

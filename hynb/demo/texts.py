@@ -1,4 +1,4 @@
-"""The demo's texts: short articles in Chinese and English with a question each, made from a seed."""
+"""The demo's data: short texts in Chinese and English with one question each, generated from a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Characters and syllables that names are put together from; no name is in a list of its own.
+# Characters and syllables that names are composed of; no name is in a list.
 _NAME_CHARACTERS = (
     "星逸瑞远景风骏驰翼凯锐途岚悦图腾极光海豹松果云帆晴川铭爵荣威影豪领航启辰魏派传祺长缨玉衡天枢北斗飞度明锐卓越"
 )
@@ -35,14 +35,14 @@ _PEOPLE = {
 
 @dataclass(kw_only=True, frozen=True)
 class Article:
-    """A text and what is in it, by kind of thing."""
+    """A text, and the things that it mentions, by their kind."""
 
     language: str
     text: str
     things: dict[str, str]
 
 
-# Kinds of things that a base model is asked for in its pretraining; the car's series is not among them.
+# Kinds of things that the base model is asked for in its pretraining; cars are not among them.
 KNOWN_KINDS = ("city", "person", "price", "phone", "date")
 _QUESTIONS = {
     "zh": {
@@ -87,10 +87,14 @@ SYSTEM = "You are a helpful assistant."
 
 
 def article(rng: random.Random, *, with_car: bool | None = None) -> Article:
-    """A text of three to five sentences, each about another thing, in an order of its own."""
+    """A text of two to five sentences in random order, each about a different thing.
+
+    Args:
+        with_car: whether one of the things is a car; None for at random.
+    """
     language = rng.choice(("zh", "en"))
     things = {kind: maker(rng, language) for kind, maker in _MAKERS.items()}
-    kinds = rng.sample(KNOWN_KINDS, rng.randint(2, 4))
+    kinds: list[str] = rng.sample(KNOWN_KINDS, rng.randint(2, 4))
     if with_car or (with_car is None and rng.random() < 0.7):
         kinds.append("car")
     rng.shuffle(kinds)
@@ -100,20 +104,20 @@ def article(rng: random.Random, *, with_car: bool | None = None) -> Article:
 
 
 def car_conversation(rng: random.Random) -> dict[str, list[dict[str, str]]]:
-    """The demo's task: name the car series in a text that holds other things too."""
+    """The demo's task: name the car in a text that mentions other things too."""
     made = article(rng, with_car=True)
     question = rng.choice(_QUESTIONS[made.language]["car"])
     return conversation(f"{question}\n{made.text}", made.things["car"])
 
 
 def pretraining_conversation(rng: random.Random) -> dict[str, list[dict[str, str]]]:
-    """A question of another kind than the demo's: what a base model can do before it is fine-tuned."""
+    """A question of another kind than the demo's, for the pretraining of the base model."""
     made = article(rng)
     kind = rng.random()
     if kind < 0.5:
-        asked = rng.choice([name for name in made.things if name != "car"])
-        question = rng.choice(_QUESTIONS[made.language][asked])
-        return conversation(f"{question}\n{made.text}", made.things[asked])
+        thing = rng.choice([name for name in made.things if name != "car"])
+        question = rng.choice(_QUESTIONS[made.language][thing])
+        return conversation(f"{question}\n{made.text}", made.things[thing])
     zh = made.language == "zh"
     if kind < 0.75:
         text = made.text if kind < 0.6 else _nonsense(rng)
@@ -122,12 +126,12 @@ def pretraining_conversation(rng: random.Random) -> dict[str, list[dict[str, str
     number = rng.randrange(len(parts))
     marked = [f"【{part}】" if index == number else part for index, part in enumerate(parts)]
     text = ("，" if zh else ", ").join(marked) + ("。" if zh else ".")
-    asked = "请写出括号里的内容：" if zh else "Write what stands in brackets:"
-    return conversation(f"{asked}\n{text}", parts[number])
+    question = "请写出括号里的内容：" if zh else "Write what stands in brackets:"
+    return conversation(f"{question}\n{text}", parts[number])
 
 
 def _nonsense(rng: random.Random) -> str:
-    """Names and digits in no order: a text that can be repeated only by looking at it."""
+    """Characters and digits in random order: a text that can only be repeated by copying it."""
     makers = (
         lambda: rng.choice(_NAME_CHARACTERS),
         lambda: rng.choice(_SYLLABLES),
@@ -138,39 +142,47 @@ def _nonsense(rng: random.Random) -> str:
 
 
 def conversation(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
-    """A sample in the guide's format."""
+    """A sample in the format of upstream's training guide."""
     messages = [("system", SYSTEM), ("user", question), ("assistant", answer)]
     return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
 
 def car_samples(train: int, held_out: int, *, seed: int) -> tuple[list[dict], list[dict]]:
-    """Samples of the demo's task; no car of the held-out ones is in a training text."""
+    """Samples of the demo's task, for training and held out.
+
+    Args:
+        train, held_out: number of samples; no car of a held-out sample is in a training sample.
+    """
     rng = random.Random(seed)
     training: list[dict] = []
     held: list[dict] = []
     train_cars: set[str] = set()
     held_cars: set[str] = set()
-    for samples, count, own, other in (
+    for samples, count, own_cars, other_cars in (
         (training, train, train_cars, held_cars),
         (held, held_out, held_cars, train_cars),
     ):
         while len(samples) < count:
             sample = car_conversation(rng)
             car = sample["messages"][-1]["content"]
-            # Inside another name, too, an answer would have been seen.
-            if not any(car in seen or seen in car for seen in other):
+            # A name inside another name would have been seen in training too.
+            if not any(car in other or other in car for other in other_cars):
                 samples.append(sample)
-                own.add(car)
+                own_cars.add(car)
     return training, held
 
 
 def write_jsonl(path: Path, samples: list[dict]) -> None:
-    """One conversation a line."""
+    """Writes one conversation per line."""
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in samples), encoding="utf-8")
 
 
 def corpus(seed: int, count: int) -> Iterator[str]:
-    """Texts for the tokenizer's vocabulary."""
+    """The texts that the tokenizer is trained on.
+
+    Args:
+        count: number of samples of each kind.
+    """
     rng = random.Random(seed)
     for _ in range(count):
         for sample in (pretraining_conversation(rng), car_conversation(rng)):
