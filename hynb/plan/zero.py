@@ -159,6 +159,13 @@ def load(name_or_path: str) -> dict[str, Any]:
     return ds_config
 
 
+def stage_of(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config; 0, DeepSpeed's default, if the config has no valid one."""
+    section = ds_config.get("zero_optimization")
+    stage = section.get("stage", 0) if isinstance(section, dict) else 0
+    return stage if isinstance(stage, int) else 0
+
+
 def for_machine(ds_config: dict[str, Any], *, on_cpu: bool) -> dict[str, Any]:
     """A copy of a DeepSpeed config for this machine; on GPUs unchanged.
 

@@ -143,7 +143,7 @@ def _check_deepspeed(config: Config) -> list[str]:
     problems = []
     if config.deepspeed not in zero.PRESETS:
         problems += zero.check(ds_config, source=config.deepspeed)
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    stage = zero.stage_of(ds_config)
     if config.make_moe_param_leaf_module and stage != 3:
         problems.append(
             f"make_moe_param_leaf_module needs ZeRO-3, and deepspeed = {config.deepspeed} is stage {stage}: "

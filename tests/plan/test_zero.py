@@ -41,6 +41,21 @@ def test_the_file_name_of_a_preset_means_the_preset_unless_there_is_such_a_file(
     assert zero.load(str(path)) == {"zero_optimization": {"stage": 1}}
 
 
+@pytest.mark.parametrize(
+    ("ds_config", "stage"),
+    [
+        (zero.build("ds_zero2_no_offload"), 2),
+        (zero.build("ds_zero3_offload"), 3),
+        ({}, 0),
+        ({"zero_optimization": {}}, 0),
+        ({"zero_optimization": []}, 0),
+        ({"zero_optimization": {"stage": "two"}}, 0),
+    ],
+)
+def test_the_stage_of_a_config_valid_or_not(ds_config, stage):
+    assert zero.stage_of(ds_config) == stage
+
+
 def test_a_config_for_a_cpu_needs_no_compiled_optimizer():
     ds_config = zero.build("ds_zero3_offload")
     before = json.dumps(ds_config)
