@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,6 @@ class TestHost:
     shared: bool
     _holder: subprocess.Popen
     _sshd: subprocess.Popen | None = None
-    _environment: dict[str, str] = field(default_factory=dict)
 
     def path(self, inside: str | Path) -> Path:
         """The path of a file of the host's home or disk for this process, outside of the host."""
@@ -104,7 +103,7 @@ class TestHost:
         """The variables of a login on this host, with this environment's programs first in PATH."""
         programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         values = {"HOME": str(self.home), "PATH": programs, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "USER": "root"}
-        return values | {"PYTHONDONTWRITEBYTECODE": "1"} | self._environment | more
+        return values | {"PYTHONDONTWRITEBYTECODE": "1"} | more
 
     def popen(self, argv: Sequence[object], *, env: Mapping[str, str] | None = None, **options) -> subprocess.Popen:
         """Starts a command on the host, in its disk folder."""

@@ -6,7 +6,6 @@ from .host_facts import UNREADABLE as UNREADABLE
 from .host_facts import DiskFacts as DiskFacts
 from .host_facts import FactsRequest as FactsRequest
 from .host_facts import HostFacts as HostFacts
-from .host_facts import source_address as source_address
 from .hostfile import ClusterDir as ClusterDir
 from .hostfile import Host as Host
 from .machine import PACKAGES as PACKAGES

@@ -46,7 +46,6 @@ class HostState:
     """
 
     name: str
-    local: bool
     done: str
     problem: str
     failure: Failure | None = None
@@ -162,7 +161,7 @@ def _set_up_host(
 ) -> HostState:
     local = is_local(host)
     if local and alone:
-        return HostState(name=host, local=True, done="this machine, needs no ssh", problem="")
+        return HostState(name=host, done="this machine, needs no ssh", problem="")
     done = ["this machine"] if local else []
     ssh = Ssh(config=cluster.ssh_config)
     try:
@@ -176,7 +175,7 @@ def _set_up_host(
         elif not answer.problem:
             done.append("key accepted")
     except ClusterError as error:
-        return HostState(name=host, local=local, done=", ".join(done), problem=str(error))
+        return HostState(name=host, done=", ".join(done), problem=str(error))
     problem = answer.problem
     if answer.code:
         problem = (
@@ -184,7 +183,7 @@ def _set_up_host(
             f"({answer.last_error_line('no error message')}). Its login shell, or an `exit` in its ~/.bashrc, ends "
             f"every command. Try `{ssh.shown(host)}`"
         )
-    return HostState(name=host, local=local, done=", ".join(done), problem=problem, failure=answer.failure)
+    return HostState(name=host, done=", ".join(done), problem=problem, failure=answer.failure)
 
 
 def _are_own_keys(_: str, keys: Sequence[HostKey]) -> bool:

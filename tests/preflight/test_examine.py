@@ -203,6 +203,26 @@ def test_files_that_differ(hosts):
     assert_all_pass(hosts)
 
 
+def test_fixes_with_spaces_and_shell_syntax_in_paths(hosts):
+    """The path of a data file, for a shell and rsync on two hosts, and of the ssh_config, for rsync's own parser."""
+    folder = "it's a $(touch hit) `touch hit`; touch hit"
+    disk = hosts.alpha.path(hosts.alpha.disk)
+    shutil.copytree(disk / FOLDER, disk / folder)
+    shutil.copy(disk / "train.jsonl", disk / folder)
+    values = {"train_data_file": f"{folder}/train.jsonl", "hostfile": f"{folder}/hostfile", "use_lora": True}
+    values |= {"output_dir": f"{folder}/run"}
+    lines = "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
+    (disk / folder / "run.yaml").write_text(lines)
+    config = ["--config", f"{folder}/run.yaml"]
+    report, failed = run_preflight(hosts, *config)
+    assert failed == {("beta", "data")}
+    apply_fixes(hosts, report)
+    assert_all_pass(hosts, *config)
+    copied = hosts.beta.path(hosts.beta.disk) / folder / "train.jsonl"
+    assert copied.read_bytes() == (disk / "train.jsonl").read_bytes()
+    assert not [path for host in hosts for path in host.root.rglob("hit")]
+
+
 def test_a_host_without_code_and_environment(hosts):
     """The code is copied; the environment is created there."""
     alpha, beta = hosts
