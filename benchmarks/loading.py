@@ -74,19 +74,20 @@ def memory_of_self() -> tuple[int, int]:
 
 def load(folder: str, preset: str, results: str) -> None:
     """Runs in each rank: loads the model as a training run does and writes the peaks."""
+    from hynb.train import set_up_process
+
+    set_up_process()
     import deepspeed
 
-    from hynb import train_entry
     from hynb.plan import zero
-    from hynb.train import load_model, load_tokenizer
+    from hynb.train import init_process_group, load_model, load_tokenizer, training_arguments
 
-    train_entry._set_up_process()
-    train_entry._init_distributed(False)
+    init_process_group()
     config = Config(model_name_or_path=folder, output_dir=results, deepspeed=preset, bf16=True, max_steps=1)
     ds_config = zero.for_machine(zero.load(preset), on_cpu=True)
     tokenizer, _ = load_tokenizer(config, Path(folder))
     # Kept alive: ZeRO-3 is enabled only as long as this object exists.
-    args = train_entry._training_arguments(config, ds_config, print, evaluates=False)
+    args = training_arguments(config, ds_config, evaluates=False)
     assert args.hf_deepspeed_config.is_zero3()
     torch.distributed.barrier()
     before = memory_of_self()
@@ -99,7 +100,7 @@ def load(folder: str, preset: str, results: str) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     began = time.monotonic()
-    model = load_model(config, Path(folder), tokenizer, print)
+    model = load_model(config, Path(folder), tokenizer)
     seconds = time.monotonic() - began
     ended.set()
     held = sum(weight.ds_tensor.numel() * weight.ds_tensor.element_size() for weight in model.parameters())

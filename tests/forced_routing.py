@@ -1,13 +1,11 @@
-"""What a rank runs in test_zero_equality: training whose every token goes to one expert, another on each rank."""
+"""Routers whose choice is forced, for test_zero_equality: each rank sends all of its tokens to one expert."""
 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 
-from hynb import train_entry
 from hynb.hunyuan_large.modeling import HunYuanLargeGate
 
 
@@ -15,7 +13,7 @@ def force(expert_of_row) -> None:
     """Replaces the routers' choice; the weights stay the probabilities of the forced experts.
 
     Args:
-        expert_of_row: of the number of tokens, the expert of each (tokens).
+        expert_of_row: function of the number of tokens that returns the expert of each (tokens).
     """
     plain = HunYuanLargeGate.forward
 
@@ -27,9 +25,7 @@ def force(expert_of_row) -> None:
     HunYuanLargeGate.forward = forward
 
 
-if __name__ == "__main__":
+def force_expert_of_rank() -> None:
+    """Called in a rank before it begins: sends all of its tokens to the expert with its number."""
     rank = int(os.environ["RANK"])
     force(lambda count: torch.full((count,), rank))
-    code = train_entry.main([word for word in sys.argv[1:] if not word.startswith("--local_rank")])
-    sys.stdout.flush()
-    os._exit(code)

@@ -1,4 +1,4 @@
-"""Answers of a model to questions: base, adapter or merged."""
+"""Answers to questions from a base model, an adapter or a merged model."""
 
 import lazy_loader
 

@@ -1,2 +1,3 @@
-from .answers import answers as answers
-from .answers import split_answer as split_answer
+from .generation import answers as answers
+from .generation import main as main
+from .generation import split_answer as split_answer

@@ -7,6 +7,7 @@ from transformers.conversion_mapping import (
 )
 
 from hynb.hunyuan_large.configuration import HunYuanLargeConfig
+from hynb.hunyuan_large.loss import LanguageModelHead, causal_loss
 from hynb.hunyuan_large.modeling import (
     HunYuanLargeDecoderLayer,
     HunYuanLargeForCausalLM,
@@ -22,6 +23,8 @@ __all__ = [
     "HunYuanLargeForCausalLM",
     "HunYuanLargeMoE",
     "HunYuanLargeModel",
+    "LanguageModelHead",
+    "causal_loss",
 ]
 
 

@@ -15,4 +15,5 @@ from .events import evaluation_line as evaluation_line
 from .events import progress_line as progress_line
 from .folder import ProcessId as ProcessId
 from .folder import RunDir as RunDir
+from .heartbeat import Phase as Phase
 from .status import RunStatus as RunStatus

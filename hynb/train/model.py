@@ -1,12 +1,11 @@
-"""The model that a run trains: loaded or made, with its adapter, frozen parts and ZeRO-3 leaves."""
+"""The model that a run trains, and its tokenizer: loaded from a folder, or random."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
+import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,34 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import CausalLMOutput, ModelOutput
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils.generic import ModelOutput
 
-import hynb.hunyuan_large  # noqa: F401  registers the model with the Auto classes
 from hynb.config import MODEL_SIZE_NAMES, Config
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
-from hynb.hunyuan_large.loss import LanguageModelHead, causal_loss
-from hynb.train.checkpoint import carry_over
+from hynb.hunyuan_large import HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
+from hynb.train.checkpoint import copy_model_files
 
-# Tokens whose logits are in memory at once: 0.5 GB over a vocabulary of 128k, in float32.
-_LOSS_PIECE_TOKENS = 1024
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
+# Their logits take 0.5 GB for a vocabulary of 128k, in float32.
+LOSS_PIECE_TOKENS = 1024
 
 
 def load_tokenizer(config: Config, base: Path | None) -> tuple[PreTrainedTokenizerBase, Path]:
-    """The tokenizer and the folder that it came from.
+    """The tokenizer, and the folder that it was loaded from.
+
+    Args:
+        base: the base model's folder, which has the tokenizer unless `tokenizer_name_or_path` names another.
 
     Raises:
-        ModelError: the folder's files are no tokenizer that can be loaded.
+        ModelError: the tokenizer cannot be loaded or has no chat template.
     """
-    folder = Path(config.tokenizer_name_or_path or base).expanduser().absolute()
+    named = config.tokenizer_name_or_path or base
+    if named is None:
+        raise ModelError("tokenizer_name_or_path: is needed where there is neither a base model nor a checkpoint")
+    folder = Path(named).expanduser().absolute()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -46,36 +52,35 @@ def load_tokenizer(config: Config, base: Path | None) -> tuple[PreTrainedTokeniz
     if config.model_max_length is not None:
         tokenizer.model_max_length = config.model_max_length
     if tokenizer.chat_template is None:
-        raise ModelError(f"{folder}: the tokenizer has no chat template; take the one of an instruct model")
+        raise ModelError(f"{folder}: the tokenizer has no chat template; use the tokenizer of an instruct model")
     return tokenizer, folder
 
 
-def load_model(config: Config, base: Path | None, tokenizer: PreTrainedTokenizerBase, say: Say) -> PreTrainedModel:
-    """The model that a run begins with: the base's weights, or random ones of the given sizes.
+def load_model(config: Config, base: Path | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that a run begins with: with the base's weights, or random with the sizes of the Config.
 
-    Under ZeRO-3 the weights come sharded, because TrainingArguments were made before.
-
-    Args:
-        say: takes each line that the user should read.
+    Under ZeRO-3 each rank holds its shard of the weights, provided that the TrainingArguments exist already.
 
     Raises:
-        ModelError: the folder cannot be loaded, or a tensor of the model is not in it.
+        ModelError: the folder cannot be loaded, or lacks a tensor of the model.
     """
-    options = {"dtype": training_dtype(config), "attn_implementation": attention(config, say)}
+    options = {"dtype": training_dtype(config), "attn_implementation": _attention(config)}
     if base is None:
-        return _random_model(config, tokenizer, options, say)
+        return _random_model(config, tokenizer, options)
     ignored = sorted(config.given & set(MODEL_SIZE_NAMES))
     if ignored:
-        say(f"ignored, because the model folder decides them: {', '.join(ignored)}")
+        logger.info(f"ignored, because the model folder decides them: {', '.join(ignored)}")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # A pair only because of output_loading_info, which the annotation does not know.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, trust_remote_code=config.trust_remote_code, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{base}: the model cannot be loaded: {error}") from error
+    model, info = loaded
     problems = [
-        f"{base}: {what}: {', '.join(sorted(map(str, info[key]))[:5])}. Random weights would take their place"
-        for key, what in (("missing_keys", "tensors are missing"), ("mismatched_keys", "shapes differ"))
+        f"{base}: {what}: {', '.join(sorted(map(str, info[key]))[:5])}. They would be random"
+        for key, what in (("missing_keys", "tensors are missing"), ("mismatched_keys", "tensors have other shapes"))
         if info.get(key)
     ]
     if problems:
@@ -84,43 +89,46 @@ def load_model(config: Config, base: Path | None, tokenizer: PreTrainedTokenizer
 
 
 def write_random_base(
-    config: Config, tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, folder: Path, say: Say
+    config: Config, tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, folder: Path
 ) -> None:
-    """Saves a random model of the given sizes as a base folder, for an adapter to be trained and merged with."""
+    """Saves a random model with the sizes of the Config as a base folder, which an adapter needs to be merged."""
     options = {"dtype": training_dtype(config), "attn_implementation": "sdpa"}
-    beside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    _random_model(config, tokenizer, options, say).save_pretrained(beside)
-    carry_over(None, tokenizer_folder, beside)
-    beside.replace(folder)
-    say(f"the random base model of this adapter is kept in {folder}")
+    _random_model(config, tokenizer, options).save_pretrained(unfinished)
+    copy_model_files(None, tokenizer_folder, unfinished)
+    unfinished.replace(folder)
+    logger.info(f"the random base model of this adapter is kept in {folder}")
 
 
-def save_loss_memory(model: PreTrainedModel) -> None:
-    """Lets a model compute its loss in pieces: the logits of a long sequence over 128k tokens would fill a GPU.
+def save_loss_memory(model: PreTrainedModel, *, piece_tokens: int = LOSS_PIECE_TOKENS) -> None:
+    """Makes a model compute its loss in pieces: the logits of a long sequence over 128k tokens would fill a GPU.
 
-    Hunyuan-Large does so by itself; transformers' own Hunyuan classes get a forward pass that returns the loss
-    without logits where there are labels.
+    Hunyuan-Large supports this itself. The forward pass of transformers' own Hunyuan classes is replaced by one that
+    returns the loss without logits when there are labels.
+
+    Args:
+        piece_tokens: tokens whose logits are in memory at the same time.
     """
-    if hasattr(type(model), "loss_piece_tokens"):
-        model.loss_piece_tokens = _LOSS_PIECE_TOKENS
+    if isinstance(model, HunYuanLargeForCausalLM):
+        model.loss_piece_tokens = piece_tokens
         return
     plain = model.forward
     if model.config.model_type not in FAMILIES or type(model.lm_head) is not torch.nn.Linear:
         return
     model.lm_head.__class__ = LanguageModelHead
 
-    # The Trainer reads the signature to see what the model takes.
+    # The Trainer reads the signature for the inputs that the model takes.
     @functools.wraps(plain)
     def forward(*args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> ModelOutput:
-        # An adapter on the output layer takes its place; it makes logits.
+        # An adapter on the output layer has replaced it and needs logits.
         if labels is None or args or type(model.lm_head) is not LanguageModelHead:
             return plain(*args, labels=labels, **kwargs)
         count = kwargs.pop("num_items_in_batch", None)
         hidden = model.model(**kwargs).last_hidden_state
-        counted = {"piece": _LOSS_PIECE_TOKENS, "num_items_in_batch": count}
-        return CausalLMOutput(loss=causal_loss(model.lm_head, hidden, labels, **counted))
+        loss = causal_loss(model.lm_head, hidden, labels, piece=piece_tokens, num_items_in_batch=count)
+        return CausalLMOutput(loss=loss)
 
     model.forward = forward
 
@@ -130,22 +138,11 @@ def training_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def attention(config: Config, say: Say) -> str:
-    """transformers' name of the attention that is used."""
-    if not config.use_flash_attn:
-        return "sdpa"
-    if importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available():
-        return "flash_attention_2"
-    missing = "no GPU is here" if not torch.cuda.is_available() else "the package flash_attn is not installed"
-    say(f"use_flash_attn: {missing}; PyTorch's sdpa is used instead, with the same result")
-    return "sdpa"
-
-
 def mark_moe_leaves(model: PreTrainedModel) -> None:
     """Makes ZeRO-3 gather each MoE block as a whole instead of expert by expert.
 
     Raises:
-        ModelError: for a model without MoE blocks.
+        ModelError: the model has no MoE blocks, or hynb does not know its family.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -153,18 +150,40 @@ def mark_moe_leaves(model: PreTrainedModel) -> None:
     family = FAMILIES.get(model_type)
     if family is None:
         raise ModelError(
-            f"make_moe_param_leaf_module: hynb knows no MoE block of model_type {model_type}; leave it off"
+            f"make_moe_param_leaf_module: hynb knows no MoE block of model_type {model_type}; "
+            "leave make_moe_param_leaf_module out"
         )
     block = family.moe_block_class()
     if block is None or not any(isinstance(item, block) for item in model.modules()):
-        raise ModelError("make_moe_param_leaf_module: this model is dense, it has no experts; leave it off")
+        raise ModelError(
+            "make_moe_param_leaf_module: this model is dense, it has no experts; leave make_moe_param_leaf_module out"
+        )
     set_z3_leaf_modules(model, [block])
 
 
-def _random_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], say: Say
-) -> PreTrainedModel:
-    say(
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Numbers of all `parameters` and of `trainable_parameters`, also where ZeRO-3 holds only a shard of each."""
+    counts = {"parameters": 0, "trainable_parameters": 0}
+    for weight in model.parameters():
+        count = getattr(weight, "ds_numel", None) or weight.numel()
+        counts["parameters"] += count
+        counts["trainable_parameters"] += count if weight.requires_grad else 0
+    return counts
+
+
+def _attention(config: Config) -> str:
+    """transformers' name of the attention implementation."""
+    if not config.use_flash_attn:
+        return "sdpa"
+    if importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available():
+        return "flash_attention_2"
+    missing = "there is no GPU" if not torch.cuda.is_available() else "the package flash_attn is not installed"
+    logger.info(f"use_flash_attn: {missing}; PyTorch's sdpa is used instead, with the same result")
+    return "sdpa"
+
+
+def _random_model(config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedModel:
+    logger.info(
         "NO MODEL WAS GIVEN: training begins with RANDOM WEIGHTS of the given sizes. "
         "To fine-tune, set model_name_or_path"
     )
@@ -192,17 +211,7 @@ def _random_model(
     )
     if model_config.vocab_size < len(tokenizer):
         raise ModelError(
-            f"vocab_size = {config.vocab_size} is below the tokenizer's {len(tokenizer)}; leave it on auto"
+            f"vocab_size = {config.vocab_size} is below the tokenizer's {len(tokenizer)}; set it to auto"
         )
     torch.manual_seed(config.seed)
     return AutoModelForCausalLM.from_config(model_config, **options)
-
-
-def describe(model: torch.nn.Module) -> dict[str, int]:
-    """Counts of all and of trainable parameters, also where ZeRO-3 holds only a share of each."""
-    counts = {"parameters": 0, "trainable_parameters": 0}
-    for weight in model.parameters():
-        count = getattr(weight, "ds_numel", None) or weight.numel()
-        counts["parameters"] += count
-        counts["trainable_parameters"] += count if weight.requires_grad else 0
-    return counts

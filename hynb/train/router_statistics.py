@@ -1,9 +1,10 @@
-"""How evenly a router spreads tokens over its experts, counted in training, and the loss that evens it out."""
+"""How evenly the routers of a model spread tokens over experts, and the loss that balances them."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,16 +13,34 @@ from hynb.errors import ModelError
 from hynb.families import FAMILIES
 
 
-class RouterWatch:
-    """Counts where each router of a model sends its tokens, from forward hooks, without waiting for the GPU.
+@dataclass(kw_only=True)
+class _LayerSums:
+    """Sums over the tokens of one layer since the last reset.
 
-    Tokens that are padding are left out where `mask` is set, and so is the second forward pass of gradient
-    checkpointing.
+    Args:
+        slots: tokens routed to each expert (experts).
+        entropy: of the router's probabilities, in nats.
+        tokens: number of tokens.
+    """
+
+    slots: torch.Tensor
+    entropy: torch.Tensor
+    tokens: torch.Tensor
+
+
+class RouterWatch:
+    """Counts to which experts each router of a model sends its tokens, in forward hooks and without a device sync.
+
+    Padding is left out where `mask` is set, and so is the second forward pass of gradient checkpointing.
 
     Args:
         model: with or without an adapter around it.
         model_type: of its config.
-        coefficient: of the balancing loss; 0 for none.
+        coefficient: weight of the balancing loss; 0 for none.
+
+    Attributes:
+        mask: attention mask of the current batch (batch × length); None where nothing is padded.
+        layers: index of each layer that has a router.
     """
 
     def __init__(self, model: nn.Module, model_type: str, coefficient: float = 0.0) -> None:
@@ -29,9 +48,7 @@ class RouterWatch:
         self.layers: list[int] = []
         self._coefficient = coefficient
         self._sigmoid = model_type in FAMILIES and FAMILIES[model_type].sigmoid_router
-        self._counts: list[torch.Tensor | None] = []
-        self._entropy: list[torch.Tensor | None] = []
-        self._tokens: list[torch.Tensor | None] = []
+        self._sums: list[_LayerSums | None] = []
         self._losses: list[torch.Tensor] = []
         for name, module in routers(model, model_type):
             # …layers.7.mlp.gate
@@ -40,104 +57,120 @@ class RouterWatch:
         self.reset()
 
     def reset(self) -> None:
-        """Begins to count anew."""
-        self._counts, self._entropy, self._tokens = ([None] * len(self.layers) for _ in range(3))
+        """Starts to count from zero."""
+        self._sums = [None] * len(self.layers)
 
     def take_loss(self) -> torch.Tensor | None:
-        """The balancing loss of the forward pass that has just ended, times its coefficient; None without one.
+        """The balancing loss of the last forward pass, times its coefficient; None without one.
 
-        The mean over layers of experts · Σ share of tokens · mean probability: 1 when all experts are used alike
-        (Switch Transformer, arXiv 2101.03961, equation 4, for any top-k).
+        The mean over layers of experts · Σ fraction of tokens · mean probability, which is 1 for uniform routing
+        (Switch Transformer, arXiv 2101.03961, equation 4, here for any top-k).
 
         Raises:
-            ModelError: the pass left no graph behind, as reentrant checkpointing does.
+            ModelError: the pass recorded no graph, as under reentrant checkpointing.
         """
         losses, self._losses = self._losses, []
         if not self._coefficient or not losses:
             return None
         if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses):
             raise ModelError(
-                "router_aux_loss_coef: the routers' outputs carry no gradient. Reentrant checkpointing does that: "
-                "leave gradient_checkpointing_kwargs out; or nothing before the routers is trained: set it to 0"
+                "router_aux_loss_coef: the routers' outputs carry no gradient. Reentrant checkpointing causes that: "
+                "leave gradient_checkpointing_kwargs out. If nothing before the routers is trained, set it to 0"
             )
         return self._coefficient * torch.stack(losses).mean()
 
-    def summary(self, reduce: Any) -> dict[str, list[float]] | None:
-        """What was counted since the last reset, one number a layer; None for a model without routers.
+    def summary(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, list[float]] | None:
+        """What was counted since the last reset, one entry per layer; None for a model without routers.
 
         Args:
             reduce: sums a tensor over all ranks; called once, on every rank.
 
         Returns:
-            layer; max_share and min_share of an expert, where an even spread has top_k / experts; dead, experts
-            that no token went to; entropy of the router's probabilities, from 0 (always one) to 1 (all alike).
+            layer; max_share and min_share, the fractions of tokens of the most and the least used expert (top_k /
+            experts for uniform routing); dead, the number of experts without a token; entropy of the router's
+            probabilities, from 0 (one expert) to 1 (uniform).
         """
-        if not self.layers or self._counts[0] is None:
+        sums = [item for item in self._sums if item is not None]
+        if not sums:
             return None
-        widths = [len(counts) for counts in self._counts]
-        packed = torch.cat([*self._counts, torch.stack(self._entropy), torch.stack(self._tokens)])
-        packed = reduce(packed).cpu()
+        widths = [len(item.slots) for item in sums]
+        scalars = torch.stack([item.entropy for item in sums] + [item.tokens for item in sums])
+        packed = reduce(torch.cat([*(item.slots for item in sums), scalars])).cpu()
         counts = packed[: sum(widths)].split(widths)
         entropy, tokens = packed[sum(widths) :].chunk(2)
-        found: dict[str, list[float]] = {"layer": self.layers}
-        shares = [count / total.clamp(min=1) for count, total in zip(counts, tokens, strict=True)]
-        found["max_share"] = [round(share.max().item(), 4) for share in shares]
-        found["min_share"] = [round(share.min().item(), 4) for share in shares]
-        found["dead"] = [int((count == 0).sum()) for count in counts]
-        found["entropy"] = [
-            round((value / total.clamp(min=1)).item() / math.log(width), 4)
-            for value, total, width in zip(entropy, tokens, widths, strict=True)
-        ]
+        totals = tokens.clamp(min=1).tolist()
+        shares = [count / total for count, total in zip(counts, totals, strict=True)]
         self.reset()
-        return found
+        return {
+            "layer": [*self.layers],
+            "max_share": [round(share.max().item(), 4) for share in shares],
+            "min_share": [round(share.min().item(), 4) for share in shares],
+            "dead": [int((count == 0).sum()) for count in counts],
+            "entropy": [
+                round(value / total / math.log(width), 4)
+                for value, total, width in zip(entropy.tolist(), totals, widths, strict=True)
+            ],
+        }
 
-    def _hook(self, place: int) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    def _hook(self, place: int) -> Callable[[nn.Module, object, tuple[torch.Tensor, ...]], None]:
+        """The forward hook of the router at a place in `layers`."""
+
+        def hook(module: nn.Module, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
             if not module.training:
                 return
             # In the backward pass this is the layer's recomputation, which must save what the first pass saved.
             recomputed = torch._C._current_graph_task_id() != -1
             if recomputed and not self._coefficient:
                 return
-            logits, chosen = _logits_and_chosen(output)
+            logits, chosen = output[0], next(item for item in output if not item.is_floating_point())
             scores = self._scores(logits if self._coefficient else logits.detach())
-            real = torch.ones(len(logits), device=logits.device)
-            if self.mask is not None and self.mask.numel() == len(logits):
-                real = self.mask.reshape(-1).to(logits.device, torch.float32)
-            total = real.sum()
+            counted = self._counted(logits)
             slots = torch.zeros(logits.shape[-1], device=logits.device)
-            slots.index_add_(0, chosen.reshape(-1), real.repeat_interleave(chosen.shape[-1]))
+            slots.index_add_(0, chosen.reshape(-1), counted.repeat_interleave(chosen.shape[-1]))
             if self._coefficient:
-                mean = (scores * real[:, None]).sum(0) / total.clamp(min=1)
-                share = slots / (total.clamp(min=1) * chosen.shape[-1])
-                loss = logits.shape[-1] * (share * mean).sum()
+                loss = _balancing_loss(scores, slots, counted, top_k=chosen.shape[-1])
                 if not recomputed:
                     self._losses.append(loss)
-            if recomputed:
-                return
-            with torch.no_grad():
-                entropy = -(torch.special.xlogy(scores, scores).sum(-1) * real).sum()
-                for sums, value in ((self._counts, slots), (self._entropy, entropy), (self._tokens, total)):
-                    sums[place] = value if sums[place] is None else sums[place] + value
+            if not recomputed:
+                self._add(place, scores.detach(), slots, counted)
 
         return hook
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities (tokens × experts) of the router's logits."""
         if not self._sigmoid:
             return torch.softmax(logits.float(), dim=-1)
         scores = torch.sigmoid(logits.float())
         return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
+    def _counted(self, logits: torch.Tensor) -> torch.Tensor:
+        """1 for each token that counts and 0 for padding (tokens)."""
+        if self.mask is not None and self.mask.numel() == len(logits):
+            return self.mask.reshape(-1).to(logits.device, torch.float32)
+        return torch.ones(len(logits), device=logits.device)
 
-def _logits_and_chosen(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = [item for item in output if not item.is_floating_point()]
-    return output[0], ids[0]
+    def _add(self, place: int, scores: torch.Tensor, slots: torch.Tensor, counted: torch.Tensor) -> None:
+        entropy = -(torch.special.xlogy(scores, scores).sum(-1) * counted).sum()
+        sums = self._sums[place]
+        if sums is None:
+            self._sums[place] = _LayerSums(slots=slots, entropy=entropy, tokens=counted.sum())
+        else:
+            sums.slots += slots
+            sums.entropy += entropy
+            sums.tokens += counted.sum()
 
 
 def routers(model: nn.Module, model_type: str) -> list[tuple[str, nn.Module]]:
-    """Name and module of every router of a model; none for a dense one."""
+    """Name and module of every router of a model; empty for a dense one."""
     family = FAMILIES.get(model_type)
-    kind = family.router_class() if family else None
-    if kind is None:
+    router_class = family.router_class() if family else None
+    if router_class is None:
         return []
-    return [(name, module) for name, module in model.named_modules() if type(module) is kind]
+    return [(name, module) for name, module in model.named_modules() if type(module) is router_class]
+
+
+def _balancing_loss(scores: torch.Tensor, slots: torch.Tensor, counted: torch.Tensor, *, top_k: int) -> torch.Tensor:
+    total = counted.sum().clamp(min=1)
+    mean = (scores * counted[:, None]).sum(0) / total
+    fraction = slots / (total * top_k)
+    return scores.shape[-1] * (fraction * mean).sum()

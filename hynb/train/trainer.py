@@ -1,10 +1,12 @@
-"""transformers' Trainer with what hynb adds: whole checkpoints, events, a stop file, a check of adapters."""
+"""transformers' Trainer with hynb's additions: whole checkpoints, events, stop requests, a check of the adapter."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hynb.data import IGNORED, SeededSampler
 from hynb.errors import ModelError, RunError
 from hynb.files import write_json
-from hynb.runs import CHECKPOINT_RECORD, RunDir, RunWriter
-from hynb.train.checkpoint import carry_over, keep_untrained_routers, write_base_identity
-from hynb.train.host_folders import OwnFolders
-from hynb.train.model import describe
+from hynb.runs import CHECKPOINT_RECORD, Phase, RunDir, RunWriter
+from hynb.train.checkpoint import copy_model_files, restore_untrained_routers, write_base_identity
+from hynb.train.model import count_parameters
+from hynb.train.node_local import NodeLocalFolders
 from hynb.train.router_statistics import RouterWatch
 
 
@@ -27,12 +29,13 @@ class RunTrainer(Trainer):
 
     Args:
         base: folder of the base model; None for a random one.
-        tokenizer_folder: whose files travel into full checkpoints.
-        record: what a resume must find unchanged, written beside each checkpoint.
-        keep_checkpoints: how many of the newest stay; None for all.
-        sampler: the order of the training set.
-        routers: counts where tokens go, and makes the balancing loss.
-        folders: the run folders of several hosts that share none; None where there is one.
+        tokenizer_folder: its files are copied into full checkpoints.
+        record: what a resumed run must have in common with this one; written into each checkpoint.
+        keep_checkpoints: number of newest checkpoints that are kept; None for all.
+        writer: of the run folder; None on other ranks than 0.
+        sampler: the sampling order of the training set.
+        routers: the statistics of the model's routers, and their balancing loss.
+        folders: the run folders of hosts that share none; None where there is one folder.
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class RunTrainer(Trainer):
         writer: RunWriter | None,
         sampler: SeededSampler,
         routers: RouterWatch,
-        folders: OwnFolders | None,
+        folders: NodeLocalFolders | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        assert self.args.output_dir is not None
         self.run_dir = RunDir(self.args.output_dir)
         self.run_writer = writer
         self.is_lora = hasattr(self.model, "peft_config")
@@ -60,17 +64,19 @@ class RunTrainer(Trainer):
         self._routers = routers
         self._folders = folders
         self._saving = False
-        self._tokens = 0
+        self._tokens: torch.Tensor | int = 0
         self._tokens_total = 0
         self._last_log_time = time.monotonic()
         self._last_log_step = 0
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
-        """One micro batch; counts the tokens that are no padding."""
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One micro batch; counts its tokens without padding."""
         mask = inputs.get("attention_mask")
         self._tokens += mask.sum() if mask is not None else inputs["input_ids"].numel()
         self._routers.mask = mask
-        return super().training_step(model, inputs, *args)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -79,83 +85,133 @@ class RunTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The model's loss, and the routers' balancing loss where one is asked for."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """The model's loss, plus the routers' balancing loss where its coefficient is not 0."""
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         balancing = self._routers.take_loss()
         if balancing is None:
             return result
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            # The model's loss is a share of the whole accumulated batch's, so this one must be too.
+            # The model's loss is already divided by the tokens of all accumulated micro batches.
             balancing = balancing / self.current_gradient_accumulation_steps
         return (result[0] + balancing, result[1]) if return_outputs else result + balancing
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Mean loss of a token over the evaluation set, each sample counted once on whatever number of ranks."""
-        started = time.monotonic()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss per token over the evaluation set, with each sample counted once on any number of ranks."""
+        with self._phase("evaluating") as started:
+            total, tokens = self._evaluation_sums(self.eval_dataset if eval_dataset is None else eval_dataset)
+            mean = total / max(1, tokens)
+            metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": tokens}
+            metrics["seconds"] = round(time.monotonic() - started, 2)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Writes a log step to events.jsonl too, with tokens, speed and memory over all ranks."""
+        step, max_steps = self.state.global_step, self.state.max_steps
+        if "loss" in logs:
+            logs |= self._speed()
+            statistics = self._routers.summary(self._sum_over_ranks)
+            if self.run_writer:
+                self.run_writer.event("log", step, epoch=self.state.epoch, **logs)
+                self.run_writer.status("running", global_step=step, max_steps=max_steps)
+                if statistics:
+                    self.run_writer.event("moe", step, **statistics)
+        elif self.run_writer and any(name.startswith("eval_") for name in logs):
+            self.run_writer.event("eval", step, epoch=self.state.epoch, **logs)
+        super().log(logs, start_time)
+
+    def save_last_checkpoint(self) -> Path:
+        """The checkpoint of the last step, which is saved here under save_strategy `no` or between two save_steps."""
+        target = self.run_dir.checkpoint(self.state.global_step)
+        if not target.exists():
+            self.args.save_only_model = self.args.save_strategy == "no"
+            assert self.model is not None
+            self._save_checkpoint(self.model, None)
+        return target
+
+    def _speed(self) -> dict[str, float]:
+        """Tokens, time and memory since the last log step, over all ranks."""
+        tokens = int(self._sum_over_ranks(torch.as_tensor(self._tokens, device=self.args.device).long()))
+        self._tokens = 0
+        self._tokens_total += tokens
+        now = time.monotonic()
+        steps = max(1, self.state.global_step - self._last_log_step)
+        seconds = now - self._last_log_time
+        self._last_log_time, self._last_log_step = now, self.state.global_step
+        return {
+            "tokens": self._tokens_total,
+            "tokens_per_second": round(tokens / seconds, 2),
+            "step_seconds": round(seconds / steps, 4),
+            "memory_bytes": memory_bytes(),
+        }
+
+    def _evaluation_sums(self, dataset: Any) -> tuple[float, int]:
+        """Sum of the losses of all supervised tokens of a data set, and their number."""
         size, ranks, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
-        model = self.model_wrapped
+        model, collate = self.model_wrapped, self.data_collator
+        assert model is not None and collate is not None
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(dataset), size * ranks):
             first = start + rank * size
             samples = [dataset[index] for index in range(first, min(first + size, len(dataset)))]
             if not samples:
-                # ZeRO-3 gathers weights on all ranks at once: one without samples goes along, uncounted.
+                # ZeRO-3 gathers weights on all ranks at once, so a rank without samples runs one uncounted.
                 samples = [{**dataset[0], "labels": [IGNORED] * len(dataset[0]["labels"])}]
-            inputs = self._prepare_inputs(self.data_collator(samples))
+            inputs: Any = self._prepare_inputs(collate(samples))
             count = int((inputs["labels"][:, 1:] != IGNORED).sum())
             with self.compute_loss_context_manager():
                 loss = model(**inputs).loss
             if count:
                 sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
-        total, tokens = self.accelerator.reduce(sums.to(self.args.device)).tolist()
         model.train()
-        mean = total / max(1, tokens)
-        metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": int(tokens)}
-        metrics["seconds"] = round(time.monotonic() - started, 2)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        # The time of an evaluation is no training time.
+        total, tokens = self._sum_over_ranks(sums.to(self.args.device)).tolist()
+        return total, int(tokens)
+
+    def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        total = self.accelerator.reduce(tensor)
+        assert isinstance(total, torch.Tensor)
+        return total
+
+    @contextmanager
+    def _phase(self, phase: Phase) -> Iterator[float]:
+        """Shows a phase in the run's status and leaves its time out of the training speed; yields its start."""
+        started = time.monotonic()
+        if self.run_writer:
+            self.run_writer.phase(phase)
+        yield started
         self._last_log_time += time.monotonic() - started
-        return metrics
+        if self.run_writer:
+            self.run_writer.phase("training")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         return self._sampler
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Writes a log step to events.jsonl too, with tokens, speed and memory over all ranks."""
-        if "loss" in logs:
-            tokens = self.accelerator.reduce(torch.as_tensor(self._tokens, device=self.args.device).long())
-            self._tokens = 0
-            self._tokens_total += int(tokens)
-            now = time.monotonic()
-            steps = max(1, self.state.global_step - self._last_log_step)
-            seconds = now - self._last_log_time
-            self._last_log_time, self._last_log_step = now, self.state.global_step
-            logs["tokens"] = self._tokens_total
-            logs["tokens_per_second"] = round(int(tokens) / seconds, 2)
-            logs["step_seconds"] = round(seconds / steps, 4)
-            logs["memory_bytes"] = memory_bytes()
-            health = self._routers.summary(self.accelerator.reduce)
-            if self.run_writer:
-                self.run_writer.event("log", self.state.global_step, epoch=self.state.epoch, **logs)
-                self.run_writer.status("running", global_step=self.state.global_step, max_steps=self.state.max_steps)
-                if health:
-                    self.run_writer.event("moe", self.state.global_step, **health)
-        elif self.run_writer and any(name.startswith("eval_") for name in logs):
-            self.run_writer.event("eval", self.state.global_step, epoch=self.state.epoch, **logs)
-        super().log(logs, start_time)
-
     def _get_output_dir(self, trial: Any) -> str:
-        # A checkpoint is written under another name and renamed when whole.
+        # A checkpoint is written under another name and renamed when it is complete.
         return str(self.run_dir.saving) if self._saving else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        started = time.monotonic()
         target = self.run_dir.checkpoint(self.state.global_step)
+        with self._phase("saving") as started:
+            self._write_unfinished(model, trial, target)
+            self.accelerator.wait_for_everyone()
+            unfinished = self.run_dir.saving / target.name
+            if self._folders:
+                self._folders.copy_to_hosts(unfinished)
+            if self._folders.is_local_rank_zero if self._folders else self.args.should_save:
+                self._finish_checkpoint(unfinished, target)
+            if self.run_writer:
+                seconds = round(time.monotonic() - started, 2)
+                self.run_writer.event("save", self.state.global_step, path=target.name, seconds=seconds)
+            self.accelerator.wait_for_everyone()
+
+    def _write_unfinished(self, model: torch.nn.Module, trial: Any, target: Path) -> None:
         self._saving = True
         # The Trainer's own rotation would look into the folder of unfinished checkpoints.
         self.args.save_total_limit = None
@@ -165,44 +221,42 @@ class RunTrainer(Trainer):
             raise RunError(f"{target}: the checkpoint cannot be written: {error}") from error
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()
-        finished = self.run_dir.saving / target.name
-        if self._folders:
-            self._folders.hand_out(finished)
-        if self._folders.first_here if self._folders else self.args.should_save:
-            write_json(finished / CHECKPOINT_RECORD, self._record)
-            shutil.rmtree(target, ignore_errors=True)
-            finished.replace(target)
-            self.run_dir.saving.rmdir()
-            if self._keep_checkpoints:
-                for old in self.run_dir.checkpoints()[: -self._keep_checkpoints]:
-                    shutil.rmtree(old)
-        if self.run_writer:
-            seconds = round(time.monotonic() - started, 2)
-            self.run_writer.event("save", self.state.global_step, path=target.name, seconds=seconds)
-        self.accelerator.wait_for_everyone()
-        # The time of a save is no training time.
-        self._last_log_time += time.monotonic() - started
+
+    def _finish_checkpoint(self, unfinished: Path, target: Path) -> None:
+        """Gives a whole checkpoint its name, and removes the oldest ones beyond the limit."""
+        write_json(unfinished / CHECKPOINT_RECORD, self._record)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.replace(target)
+        self.run_dir.saving.rmdir()
+        if self._keep_checkpoints:
+            for old in self.run_dir.checkpoints()[: -self._keep_checkpoints]:
+                shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # DeepSpeed hands tied weights over as copies, which would be written as a second tensor.
-        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict and not self.is_lora else ():
-            state_dict.pop(name, None)
-        if state_dict and not self.is_lora and self._base is not None:
-            keep_untrained_routers(self.model, self._base, state_dict)
+        model: Any = self.model
+        if state_dict and not self.is_lora:
+            # DeepSpeed passes tied weights as copies, which would be written as a second tensor.
+            for name in getattr(model, "all_tied_weights_keys", {}):
+                state_dict.pop(name, None)
+            if self._base is not None:
+                restore_untrained_routers(model, model.config.model_type, self._base, state_dict)
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            # A pickle of this process's arguments: run.yaml and the manifest say the same in the open.
+            folder = Path(output_dir) if output_dir else self.run_dir.path
+            # A pickle of this process's arguments; run.yaml and the manifest hold the same as text.
             (folder / "training_args.bin").unlink(missing_ok=True)
             if self.is_lora:
                 write_base_identity(self._base, folder)
             else:
-                carry_over(self._base, self._tokenizer_folder, folder)
+                copy_model_files(self._base, self._tokenizer_folder, folder)
 
 
 class RunCallback(TrainerCallback):
-    """Follows a run: epoch of the order, heartbeat, stop file, and whether each adapter weight got a gradient."""
+    """Follows a run step by step: epoch of the sampling order, status, stop requests, gradients of the adapter.
+
+    Attributes:
+        stopped: training ended because of a stop request.
+    """
 
     def __init__(
         self, *, run_dir: RunDir, writer: RunWriter | None, model: torch.nn.Module, sampler: SeededSampler
@@ -212,33 +266,34 @@ class RunCallback(TrainerCallback):
         self._run_dir = run_dir
         self._writer = writer
         self._model = model
-        self._awaited: set[str] = set()
+        self._without_gradient: set[str] = set()
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Starts the watch over the adapter's gradients."""
+        """Shows that training begins, and watches which adapter weights get a gradient in the first step."""
         if self._writer:
-            self._writer.status("running", global_step=state.global_step, max_steps=state.max_steps)
+            self._writer.step(state.global_step)
             self._writer.phase("training")
+            self._writer.status("running", global_step=state.global_step, max_steps=state.max_steps)
         for name, weight in self._model.named_parameters():
             if weight.requires_grad and "lora_" in name:
-                self._awaited.add(name)
-                self._hooks.append(weight.register_hook(lambda _, name=name: self._awaited.discard(name)))
+                self._without_gradient.add(name)
+                self._hooks.append(weight.register_hook(lambda _, name=name: self._without_gradient.discard(name)))
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Sets the order's epoch: accelerate doesn't reach a sampler behind the batches that a resume skips."""
+        """Sets the sampler's epoch: accelerate does not reach a sampler behind the batches that a resume skips."""
         self._sampler.set_epoch(math.floor(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Looks for a stop request on rank 0 and lets all ranks follow it at the same step."""
+        """Looks for a stop request on rank 0, which all ranks follow at the same step."""
         self._check_adapter_gradients()
         if self._writer:
             self._writer.step(state.global_step)
-        asked = torch.tensor(float(args.process_index == 0 and self._run_dir.stop_request.exists()))
+        requested = torch.tensor(float(args.process_index == 0 and self._run_dir.stop_request.exists()))
         if args.world_size > 1:
-            asked = asked.to(args.device)
-            torch.distributed.all_reduce(asked)
-        if asked.item() and state.global_step < state.max_steps:
+            requested = requested.to(args.device)
+            torch.distributed.all_reduce(requested)
+        if requested.item() and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
@@ -252,8 +307,8 @@ class RunCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._awaited:
-            names = sorted(self._awaited)
+        if self._without_gradient:
+            names = sorted(self._without_gradient)
             raise ModelError(
                 f"{len(names)} adapter weights got no gradient in the first step, so they would never be "
                 f"trained: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}. "
@@ -262,30 +317,29 @@ class RunCallback(TrainerCallback):
 
 
 def memory_bytes() -> int:
-    """Most memory that this rank's GPU held so far, or what the process holds now on a CPU."""
+    """The peak of this rank's GPU memory so far, or without a GPU the current memory of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss
 
 
 def check_disk(output_dir: Path, model: torch.nn.Module, *, is_lora: bool, weight_bytes: int) -> None:
-    """Looks whether one checkpoint fits on the disk.
+    """Checks that one checkpoint fits on the disk.
 
     Args:
         weight_bytes: bytes of one saved weight.
 
     Raises:
-        RunError: with the bytes needed and free.
+        RunError: it does not; with the bytes needed and free.
     """
-    counts = describe(model)
+    counts = count_parameters(model)
     saved = counts["trainable_parameters"] if is_lora else counts["parameters"]
-    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054).
-    needed = saved * weight_bytes + counts["trainable_parameters"] * 12
+    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and
     # DeepSpeed's own checkpoint holds the module's weights a second time.
-    needed += saved * weight_bytes
+    needed = 2 * saved * weight_bytes + counts["trainable_parameters"] * 12
     free = shutil.disk_usage(output_dir).free
     if needed > free:
         raise RunError(
             f"output_dir = {output_dir}: a checkpoint takes about {needed / 1e9:.3g} GB and the disk has "
-            f"{free / 1e9:.3g} GB free. Free some, or choose another output_dir"
+            f"{free / 1e9:.3g} GB free. Free some space, or choose another output_dir"
         )

@@ -280,7 +280,7 @@ def test_a_missing_tensor_is_not_taken_for_a_model(tmp_path):
     del weights["model.layers.2.self_attn.k_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"layers\.2\.self_attn\.k_proj"):
-        load_model(Config(), tmp_path, None, print)
+        load_model(Config(), tmp_path, tokenizer=None)
 
 
 @pytest.fixture(scope="module")

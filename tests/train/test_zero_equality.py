@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import forced_routing
 import pytest
 import torch
-from tiny import tiny_data, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hynb.cluster import free_port
-from hynb.config import Config, to_yaml
+from hynb.config import Config
 from hynb.data import ChatDataset, Collator, SeededSampler
 from hynb.hunyuan_large.modeling import HunYuanLargeGate
-from hynb.launch import attach
 
 STEPS = 10
 RATE = 2e-3
-# Checkpointing goes with half of them: its gradients through CLA must be those of the plain loop.
+# Half of them use checkpointing, whose gradients through cross-layer attention must be those of the plain loop.
 CASES = {
     "ZeRO-2, checkpointing": {"gradient_checkpointing": True},
     "ZeRO-3": {"deepspeed": "ds_zero3_no_offload"},
@@ -37,15 +32,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("equal")
-    return tiny_model(folder / "model"), tiny_data(folder / "train.jsonl")
-
-
-@pytest.fixture(scope="module")
 def reference(files):
-    """By whether the routing is forced: what the plain loop finds, computed once."""
-    return functools.cache(lambda forced: plain_loop(*files, forced))
+    """A function of whether the routing is forced: the plain loop's results, computed once."""
+    return functools.cache(lambda forced: plain_loop(files["hunyuan"], files["data"], forced))
 
 
 def plain_loop(folder: Path, data: Path, forced: bool) -> list[tuple[float, float]]:
@@ -75,12 +64,11 @@ def plain_loop(folder: Path, data: Path, forced: bool) -> list[tuple[float, floa
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_equal_a_single_process(case, reference, files, tmp_path):
+def test_losses_equal_a_single_process(case, reference, files, ranks, tmp_path):
     forced = "forced" in case
-    expected = reference(forced)
     config = Config(
-        model_name_or_path=str(files[0]),
-        train_data_file=str(files[1]),
+        model_name_or_path=str(files["hunyuan"]),
+        train_data_file=str(files["data"]),
         output_dir=str(tmp_path / "run"),
         max_steps=STEPS,
         learning_rate=RATE,
@@ -91,17 +79,14 @@ def test_losses_equal_a_single_process(case, reference, files, tmp_path):
         num_processes=2,
         **CASES[case],
     )
-    (tmp_path / "run.yaml").write_text(to_yaml(config))
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    entry = [Path(forced_routing.__file__)] if forced else ["--module", "hynb.train_entry"]
-    done = subprocess.run([*runner, *entry, tmp_path / "run.yaml"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    logs = [event for event in attach(tmp_path / "run").events() if event["kind"] == "log"]
+    events = ranks.train(config, before="forced_routing:force_expert_of_rank" if forced else "").events()
+    logs = [event for event in events if event["kind"] == "log"]
     assert len(logs) == STEPS
-    for event, (loss, norm) in zip(logs, expected, strict=True):
+    for event, (loss, norm) in zip(logs, reference(forced), strict=True):
         assert abs(event["loss"] - loss) < 1e-5, (event["global_step"], event["loss"], loss)
         assert event["grad_norm"] == pytest.approx(norm, rel=1e-4), event["global_step"]
-    shares = [event["max_share"] for event in attach(tmp_path / "run").events() if event["kind"] == "moe"]
     if forced:
-        assert all(max(of_layer) < 0.9 for of_layer in shares), "two experts share the tokens"
-        assert all(event["dead"] == [2] * 4 for event in attach(tmp_path / "run").events() if event["kind"] == "moe")
+        routing = [event for event in events if event["kind"] == "moe"]
+        assert len(routing) == STEPS
+        assert all(max(event["max_share"]) < 0.9 for event in routing), "two experts share the tokens"
+        assert all(event["dead"] == [2] * 4 for event in routing)

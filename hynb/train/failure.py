@@ -1,0 +1,95 @@
+"""How a rank reports a failure: in its output, in the run folder, and by its exit code. Imports no torch."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+
+from hynb.errors import HynbError
+from hynb.files import write_json
+from hynb.plan import zero
+from hynb.runs import RunDir, RunReader, RunWriter
+
+# Time that the other ranks of a host leave rank 0 to report a mistake before the launcher ends it.
+_GRACE_SECONDS = 5.0
+_MISTAKE_CODE = HynbError.exit_code
+_LOST_CONNECTION = (
+    *("Connection closed by peer", "Connection reset by peer", "gloo/transport", "remote process exited"),
+    "ncclRemoteError",
+)
+
+
+@dataclass(kw_only=True, frozen=True)
+class Failure:
+    """What a rank reports of an error.
+
+    Args:
+        reason: for the status of the run.
+        lines: for the rank's output.
+        lost_connection: the rank failed only because another one had ended.
+    """
+
+    reason: str
+    lines: list[str]
+    exit_code: int
+    lost_connection: bool = False
+
+
+def describe(error: Exception) -> Failure:
+    """A user's mistake as its message alone, any other error with its traceback and, where there is one, a hint."""
+    if isinstance(error, HynbError):
+        lines = [f"hynb: {problem}" for problem in error.problems]
+        return Failure(reason=str(error), lines=lines, exit_code=error.exit_code)
+    hint = _hint(error)
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return Failure(
+        reason=hint or f"{type(error).__name__}: {error}",
+        lines=[*lines, f"hynb: {hint}"] if hint else lines,
+        exit_code=1,
+        lost_connection=any(text in str(error) for text in _LOST_CONNECTION),
+    )
+
+
+def report_failure(error: Exception, rank: int, run_dir: RunDir | None, *, beside_rank_0: bool) -> int:
+    """Prints what went wrong and records it in the run folder; returns the exit code.
+
+    Args:
+        run_dir: None while the folder is not known to be this run's own: nothing is written then.
+        beside_rank_0: the rank is on rank 0's host, where rank 0 finds the same mistakes and reports them.
+    """
+    failure = describe(error)
+    if rank != 0 and beside_rank_0 and failure.exit_code == _MISTAKE_CODE:
+        time.sleep(_GRACE_SECONDS)
+        return failure.exit_code
+    print("\n".join(failure.lines), file=sys.stderr, flush=True)
+    if run_dir is not None:
+        _record(failure, rank, run_dir)
+    return failure.exit_code
+
+
+def _record(failure: Failure, rank: int, run_dir: RunDir) -> None:
+    run_dir.log.mkdir(parents=True, exist_ok=True)
+    record = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "reason": failure.reason}
+    record |= {"exit_code": failure.exit_code, "lost_connection": failure.lost_connection}
+    write_json(run_dir.failure(rank), record)
+    if rank == 0:
+        known = RunReader(run_dir.path).status()
+        steps = {"global_step": known.global_step, "max_steps": known.max_steps}
+        RunWriter(run_dir.path).status("failed", exit_code=failure.exit_code, reason=failure.reason, **steps)
+
+
+def _hint(error: Exception) -> str:
+    """What the user can do about an error; empty where hynb does not know."""
+    if "OutOfMemory" in type(error).__name__ or "out of memory" in str(error).lower():
+        presets = ", ".join(zero.PRESETS)
+        return (
+            "the GPU's memory is not enough. Try, in this order: per_device_train_batch_size: 1, "
+            f"gradient_checkpointing: true, the next preset of {presets}, a smaller max_seq_length, more GPUs"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error.filename or 'output_dir'}: the disk is full. Free some space, then resume"
+    return ""

@@ -1,0 +1,77 @@
+"""What a rank's process needs before and while it meets the others: environment, output, process group, log lines."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+
+from hynb.cluster import free_port
+
+
+class Notes(logging.Handler):
+    """Prints each log record of hynb as a `hynb: …` line of this rank's output and keeps its text.
+
+    Attributes:
+        lines: the texts so far; the manifest stores them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints and keeps one record."""
+        line = record.getMessage()
+        self.lines.append(line)
+        print(f"hynb: {line}", flush=True)
+
+
+def start_notes() -> Notes:
+    """Notes of all of hynb's loggers from now on; called on rank 0 alone, so that each line appears once."""
+    notes = Notes()
+    logger = logging.getLogger("hynb")
+    logger.addHandler(notes)
+    logger.setLevel(logging.INFO)
+    # A library that configures the root logger would print each line a second time.
+    logger.propagate = False
+    return notes
+
+
+def show_output_at_once() -> None:
+    """Makes every printed line visible in the log at once, and escapes characters that the log cannot encode."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def set_up_process() -> None:
+    """Sets the environment variables that torch and deepspeed read at their import, and the number of CPU threads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Every model is a local folder; nothing is fetched from a hub.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+
+def init_process_group() -> None:
+    """Meets the other ranks: nccl with one GPU per rank, gloo without GPUs. Needs `set_up_process` before."""
+    import deepspeed
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed()
+        return
+    # Compiling this op takes half a minute, and a run killed meanwhile leaves a lock; training does not need it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")

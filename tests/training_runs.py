@@ -1,0 +1,205 @@
+"""Training runs for tests, on ranks that are forked from one process which has imported the libraries already.
+
+A rank spends five seconds of processor time on imports and a launcher three more; a test of what the ranks do needs
+neither twice. Runs that go through `launch`, `deepspeed` or `python -m` are tested beside these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tiny import tiny_data, tiny_model, with_code
+
+from hynb.cluster import free_port
+from hynb.config import Config, to_yaml
+from hynb.launch import Run, attach
+from hynb.runs import Phase, RunDir, RunWriter
+
+STEPS, SAVED = 6, 3
+FAMILIES = ("hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense", "hy_v3")
+# Time for the other ranks to end by themselves once one has failed.
+_GRACE_SECONDS = 3.0
+
+
+def make_files(folder: Path) -> dict[str, Path]:
+    """A tiny model per family, by its name, and data: `data`, `few`, and `broken` with one invalid line."""
+    files = {family: tiny_model(folder / family, family) for family in FAMILIES}
+    with_code(files["hunyuan"])
+    files |= {"data": tiny_data(folder / "train.jsonl"), "few": tiny_data(folder / "few.jsonl", 10)}
+    files["broken"] = folder / "broken.jsonl"
+    files["broken"].write_text(files["few"].read_text().replace("\n", '\n{"messages": \n', 1))
+    return files
+
+
+def config_of(files: dict[str, Path], family: str, output_dir: Path, **values) -> Config:
+    """A run of six steps with a checkpoint in its middle."""
+    given = {
+        "model_name_or_path": str(files[family]),
+        "train_data_file": str(files["data"]),
+        "output_dir": str(output_dir),
+        "num_processes": 2,
+        "max_steps": STEPS,
+        "save_steps": SAVED,
+        "learning_rate": 1e-2,
+        "min_lr": 1e-3,
+        "warmup_ratio": 0.0,
+        "lora_rank": 4,
+        "lora_dropout": 0.1,
+        "max_seq_length": 256,
+    }
+    return Config(**(given | values))
+
+
+def losses(run: Run) -> dict[int, float]:
+    """The loss of each logged step."""
+    return {event["global_step"]: event["loss"] for event in run.events() if event["kind"] == "log"}
+
+
+class RankServer:
+    """A process that forks ranks; each runs `hynb.train_entry` as its main module.
+
+    Args:
+        folder: for the outputs of the ranks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        with (folder / "server.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
+
+    def run(self, *argv: object, ranks: int = 1, before: str = "") -> subprocess.CompletedProcess:
+        """The end of a run: the first exit code other than 0, and the output of all ranks, rank 0's first.
+
+        Args:
+            argv: of hynb.train_entry.
+            ranks: their number; 1 for a process that no launcher has started.
+            before: `module:function`, called in each rank before it begins.
+        """
+        self._count += 1
+        outputs = [str(self._folder / f"{self._count}_rank{rank}") for rank in range(ranks)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("DS_", "RANK"))}
+        request = {"argv": [str(word) for word in argv], "outputs": outputs, "environment": environment}
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request | {"before": before}).encode() + b"\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, (self._folder / "server.log").read_text()
+        code = next((code for code in json.loads(line) if code), 0)
+        out, err = ("".join(Path(name + end).read_text() for name in outputs) for end in (".out", ".err"))
+        return subprocess.CompletedProcess(argv, code, out, err)
+
+    def train(self, config: Config, *, before: str = "") -> Run:
+        """A run that has ended well."""
+        run_yaml = self._folder / f"{self._count}.yaml"
+        run_yaml.write_text(to_yaml(config))
+        done = self.run(run_yaml, ranks=config.num_processes or 1, before=before)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        log = RunDir(config.output_dir).log
+        for rank in range(config.num_processes or 1):
+            name = f"{time.strftime('%Y%m%d%H%M%S')}_rank{rank}.log"
+            (log / name).write_text((self._folder / f"{self._count}_rank{rank}.out").read_text())
+        return attach(config.output_dir)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def print_phases() -> None:
+    """To be called in a rank before it begins: each phase that rank 0 reports is printed too."""
+    plain = RunWriter.phase
+
+    def phase(self: RunWriter, name: Phase) -> None:
+        print(f"phase: {name}")
+        plain(self, name)
+
+    RunWriter.phase = phase
+
+
+def _serve() -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import importlib
+
+    for name in ("peft", "deepspeed", "torch.utils.tensorboard", "transformers.integrations", "hynb.hunyuan_large"):
+        importlib.import_module(name)
+    for family in FAMILIES[1:]:
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    import hynb.train
+
+    for name in hynb.train.__all__:
+        getattr(hynb.train, name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        port = free_port()
+        pids = [_fork(request, rank, port) for rank in range(len(request["outputs"]))]
+        print(json.dumps(_wait(pids)), flush=True)
+
+
+def _fork(request: dict, rank: int, port: int) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    for number, name in (
+        (0, os.devnull),
+        (1, f"{request['outputs'][rank]}.out"),
+        (2, f"{request['outputs'][rank]}.err"),
+    ):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), number)
+    os.environ.clear()
+    os.environ |= request["environment"] | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    count = len(request["outputs"])
+    if count > 1:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    sys.argv = ["hynb.train_entry", *request["argv"]]
+    import importlib
+    import runpy
+    import traceback
+
+    try:
+        if request["before"]:
+            module, _, function = request["before"].partition(":")
+            getattr(importlib.import_module(module), function)()
+        runpy.run_module("hynb.train_entry", run_name="__main__", alter_sys=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _wait(pids: list[int]) -> list[int]:
+    """The ranks' exit codes in the order of their ends; as under a launcher, one that fails ends the others."""
+    left, codes, deadline = set(pids), [], float("inf")
+    while left:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in left:
+            left.remove(pid)
+            codes.append(os.waitstatus_to_exitcode(status))
+            if codes[-1]:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        elif time.monotonic() > deadline:
+            for other in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(other, 9)
+        else:
+            time.sleep(0.01)
+    return codes
+
+
+if __name__ == "__main__":
+    _serve()
+    # Without the seconds that libraries take to clean up.
+    os._exit(0)
