@@ -1,8 +1,8 @@
-"""Hunyuan-Large in plain PyTorch, slow and obvious: what the fast model is compared with.
+"""Hunyuan-Large in plain, slow PyTorch: the reference for the fast model.
 
-Reads a checkpoint's own key names. Order in attention: project, RoPE, norm of each head, attention. A layer
-that shares K and V takes the projections of its owner, before RoPE and norm. Top-1 routing scales by the raw
-probability, top-k by the probabilities renormalised over the k.
+It takes a checkpoint's own key names. Order in attention: project, RoPE, norm of each head, attention. A layer
+without its own K and V takes the projections of an earlier layer, before RoPE and norm. Top-1 routing scales by the
+raw probability, top-k by the probabilities renormalised over the k.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def rms_norm(x, weight, eps):
 
 
 def rope(x, config):
-    """Rotates x (heads × length × head_dim), halves against each other."""
+    """Rotates x (heads × length × head_dim): each element of the first half with one of the second."""
     dim = x.shape[-1]
     base = config["rope_theta"]
     scaling = config.get("rope_scaling")
@@ -44,7 +44,7 @@ def linear(x, weights, name):
 
 
 def moe(x, weights, name, config, index):
-    """x: length × hidden, one token after the other."""
+    """Output (length × hidden) of x (length × hidden), computed token by token."""
     topk = of_layer(config["moe_topk"], index)
     probabilities = torch.softmax(x.float() @ weights[f"{name}.gate.wg.weight"].T.float(), -1)
     rows = []
@@ -62,7 +62,7 @@ def moe(x, weights, name, config, index):
 
 
 def logits(weights, config, ids):
-    """Logits (length × vocabulary) of one unpadded sequence of ids."""
+    """Logits (length × vocabulary) of one sequence of ids without padding."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config["hidden_size"] // heads
     eps = config["rms_norm_eps"]

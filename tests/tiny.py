@@ -39,7 +39,7 @@ OF_FAMILY = {
 
 
 def tiny_model(folder: Path, model_type: str = "hunyuan", *, seed: int = 0, **sizes) -> Path:
-    """Saves a model of a few thousand weights, large enough that every part shows in the loss."""
+    """Saves a model of about a hundred thousand weights, large enough for every part to affect the loss."""
     tokenizer = write_tokenizer(folder, vocab_size=700, samples=500)
     config = AutoConfig.for_model(
         model_type,
@@ -66,7 +66,7 @@ def with_code(folder: Path) -> Path:
 
 
 def tiny_data(path: Path, count: int = 40) -> Path:
-    """Conversations of different lengths."""
+    """Writes conversations of different lengths."""
     write_jsonl(path, car_samples(count, 1, seed=3)[0])
     return path
 

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from tiny import tiny_data, tiny_model, with_code
+from tiny import OF_FAMILY, tiny_data, tiny_model, with_code
 
 from hynb.cluster import free_port
 from hynb.config import Config, to_yaml
@@ -22,7 +22,7 @@ from hynb.launch import Run, attach
 from hynb.runs import Phase, RunDir, RunWriter
 
 STEPS, SAVED = 6, 3
-FAMILIES = ("hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense", "hy_v3")
+FAMILIES = tuple(OF_FAMILY)
 # Time for the other ranks to end by themselves once one has failed.
 _GRACE_SECONDS = 3.0
 
@@ -134,7 +134,7 @@ def _serve() -> None:
 
     for name in ("peft", "deepspeed", "torch.utils.tensorboard", "transformers.integrations", "hynb.hunyuan_large"):
         importlib.import_module(name)
-    for family in FAMILIES[1:]:
+    for family in set(FAMILIES) - {"hunyuan"}:
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     import hynb.train
 

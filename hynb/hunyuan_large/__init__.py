@@ -1,4 +1,4 @@
-"""Hunyuan-Large for transformers 5: importing this registers model_type `hunyuan` with the Auto classes."""
+"""Hunyuan-Large for transformers 5; importing it registers model_type `hunyuan` with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.conversion_mapping import (
@@ -29,9 +29,9 @@ __all__ = [
 
 
 class _TokenizerName(PreTrainedConfig):
-    """A config that no model has: transformers finds HYTokenizer by the name in tokenizer_config.json.
+    """A config that belongs to no model: transformers finds HYTokenizer by its name in tokenizer_config.json.
 
-    Registered for HunYuanLargeConfig itself, it would give way to the model folder's own code where that is trusted.
+    A tokenizer registered for HunYuanLargeConfig would be replaced by the model folder's code where that is trusted.
     """
 
     model_type = "hunyuan_tokenizer"
@@ -41,4 +41,6 @@ AutoConfig.register("hunyuan", HunYuanLargeConfig, exist_ok=True)
 AutoModel.register(HunYuanLargeConfig, HunYuanLargeModel, exist_ok=True)
 AutoModelForCausalLM.register(HunYuanLargeConfig, HunYuanLargeForCausalLM, exist_ok=True)
 AutoTokenizer.register(_TokenizerName, tokenizer_class=HYTokenizer, exist_ok=True)
-register_checkpoint_conversion_mapping("hunyuan", get_checkpoint_conversion_mapping("hunyuan_v1_moe"), overwrite=True)
+_mapping = get_checkpoint_conversion_mapping("hunyuan_v1_moe")
+assert _mapping is not None
+register_checkpoint_conversion_mapping("hunyuan", _mapping, overwrite=True)

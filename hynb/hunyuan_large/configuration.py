@@ -1,4 +1,4 @@
-"""The configuration of Hunyuan-Large (model_type `hunyuan`), read from and written as the original's config.json."""
+"""The configuration of Hunyuan-Large (model_type `hunyuan`), in the format of upstream's config.json."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from transformers import HunYuanMoEV1Config
 
 @strict
 class HunYuanLargeConfig(HunYuanMoEV1Config):
-    """Sizes and switches of a Hunyuan-Large model; the fields that `hunyuan_v1_moe` has are its own.
+    """Sizes and options of a Hunyuan-Large model, beyond those of `hunyuan_v1_moe`.
 
-    use_cla, cla_share_factor: layer i projects K and V only if i % cla_share_factor == 0 (arXiv 2405.12981).
-    use_mixed_mlp_moe, num_shared_expert: a shared MLP beside the experts, num_shared_expert experts wide.
-    use_qk_norm: RMSNorm on each head's query and key, after RoPE.
+    Args:
+        use_cla, cla_share_factor: layer i projects K and V only if i % cla_share_factor == 0; the other layers reuse
+            those of the layer before them (cross-layer attention, arXiv 2405.12981).
+        use_mixed_mlp_moe, num_shared_expert: a shared MLP beside the experts, as wide as num_shared_expert experts.
+        use_qk_norm: RMSNorm on each head's query and key, after RoPE.
     """
 
     model_type = "hunyuan"
-    # Beside transformers' own keys of a "dynamic" scaling, and the one that makes it static.
+    # Not one of transformers' own keys of a "dynamic" scaling; it makes the scaling static.
     ignore_keys_at_rope_validation = {"alpha"}  # noqa: RUF012
 
-    num_experts: int | list[int] = 1
+    # One number, or one per layer: wider than the base class allows.
+    num_experts: int | list[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     use_cla: bool = False
     cla_share_factor: int = 1
     use_mixed_mlp_moe: bool = False
@@ -29,19 +32,19 @@ class HunYuanLargeConfig(HunYuanMoEV1Config):
     use_qk_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fills in what the original leaves to be derived."""
+        """Derives what upstream's config.json may leave out."""
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         scaling = kwargs.get("rope_scaling")
         if scaling and scaling.get("alpha"):
-            # transformers demands a factor of every "dynamic" scaling; beside alpha it means nothing.
+            # transformers requires a factor in every "dynamic" scaling; with alpha it has no effect.
             kwargs["rope_scaling"] = {"factor": 1.0, **scaling}
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The original's keys: transformers' `rope_parameters` alone would be read as plain RoPE elsewhere.
+        """Upstream's keys: other software would read transformers' `rope_parameters` alone as plain RoPE.
 
-        vLLM finds a model by the class that `architectures` names: the original's.
+        vLLM finds a model by upstream's class name in `architectures`.
         """
         written = super().to_dict()
         if written.get("architectures"):
@@ -55,15 +58,15 @@ class HunYuanLargeConfig(HunYuanMoEV1Config):
         return written
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds; software before transformers 5 reads the dtype from `torch_dtype`."""
+        """The content of config.json; software older than transformers 5 reads the dtype from `torch_dtype`."""
         written = super().to_diff_dict()
         return written | ({"torch_dtype": written["dtype"]} if written.get("dtype") else {})
 
     def owns_kv(self, layer_idx: int) -> bool:
-        """Whether a layer projects K and V itself instead of sharing those of a layer before it."""
+        """Whether a layer projects K and V itself instead of reusing those of an earlier layer."""
         return not self.use_cla or layer_idx % self.cla_share_factor == 0
 
     def of_layer(self, name: str, layer_idx: int) -> int:
-        """A value that may be given once or for each layer."""
+        """One layer's value of a field that holds one number, or one per layer."""
         value = getattr(self, name)
         return value if isinstance(value, int) else value[layer_idx]

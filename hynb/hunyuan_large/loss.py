@@ -1,4 +1,4 @@
-"""The loss of a language model without its logits: in pieces, at supervised positions alone."""
+"""The loss of a language model without whole logits: in pieces, at supervised positions only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ IGNORED = -100
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy of `hidden @ weight.T`, with both gradients made in the forward pass, piece by piece.
+    """Cross entropy of `hidden @ weight.T`, with both gradients computed in the forward pass, piece by piece.
 
-    The logits of a piece live only until its gradients are added up, so that memory grows with the piece and
-    not with the sequence (the idea of Liger-Kernel's fused loss, arXiv 2410.10989).
+    The logits of a piece are freed once its gradients are accumulated, so memory grows with the piece and not with
+    the sequence (the idea of Liger-Kernel's fused loss, arXiv 2410.10989).
     """
 
     @staticmethod
@@ -22,24 +22,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, piece: int
     ) -> torch.Tensor:
         """Sum of the losses of hidden (tokens × width) against targets (tokens), in float32."""
-        # Thousands of losses: a float32 sum of them would be off in the sixth digit.
+        # A float32 sum of thousands of losses would be wrong in the sixth digit.
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for begin in range(0, len(hidden), piece):
-            part, wanted = hidden[begin : begin + piece], targets[begin : begin + piece]
+        for start in range(0, len(hidden), piece):
+            part, target = hidden[start : start + piece], targets[start : start + piece]
             logits = (part @ weight.T).float()
-            chosen = logits.gather(1, wanted[:, None]).squeeze(1)
+            target_logits = logits.gather(1, target[:, None]).squeeze(1)
             normaliser = torch.logsumexp(logits, dim=1)
-            total += (normaliser - chosen).sum(dtype=torch.float64)
+            total += (normaliser - target_logits).sum(dtype=torch.float64)
             if grad_hidden is None and grad_weight is None:
                 continue
-            # softmax - one-hot, in the logits' own memory.
+            # softmax - one-hot, in the memory of the logits.
             gradient = logits.sub_(normaliser[:, None]).exp_()
-            gradient[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+            gradient[torch.arange(len(target), device=target.device), target] -= 1
             gradient = gradient.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[begin : begin + piece] = gradient @ weight
+                grad_hidden[start : start + piece] = gradient @ weight
             if grad_weight is not None:
                 grad_weight += gradient.T @ part
         if grad_weight is not None:
@@ -48,30 +48,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        """Scales what the forward pass made."""
-        grads = (grad if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors)
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the forward pass, times that of the loss."""
+        (factor,) = grad_outputs
+        grads = (grad if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)
         return (*grads, None, None)
 
 
 class LanguageModelHead(nn.Linear):
     """The output layer: logits, or with targets the loss itself.
 
-    Both are one call of this module, because ZeRO-3 gathers its weight once a call on every rank, and ranks
-    have different numbers of supervised tokens.
+    Either is one call of this module, because ZeRO-3 gathers its weight once per call on every rank, and ranks have
+    different numbers of supervised tokens.
     """
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None, piece: int = 1024) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, targets: torch.Tensor | None = None, piece: int = 1024) -> torch.Tensor:
         """Logits (… × vocabulary), or the sum of the losses.
 
         Args:
-            hidden: … × width, or with targets tokens × width.
-            targets: token ids (tokens); each is predicted from the hidden state of the same row.
-            piece: tokens whose logits are in memory at once.
+            input: hidden states (… × width); with targets, tokens × width.
+            targets: token ids (tokens), each predicted from the hidden state of the same row.
+            piece: number of tokens whose logits are in memory at the same time.
         """
         if targets is None:
-            return super().forward(hidden)
-        return _LinearCrossEntropy.apply(hidden, self.weight, targets, piece)
+            return super().forward(input)
+        loss = _LinearCrossEntropy.apply(input, self.weight, targets, piece)
+        assert isinstance(loss, torch.Tensor)
+        return loss
 
 
 def causal_loss(
@@ -82,11 +85,14 @@ def causal_loss(
     piece: int,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """The mean loss of the next token over supervised positions.
+    """The mean next-token loss over supervised positions.
 
     Args:
-        hidden: batch × length × width; labels: batch × length, -100 where nothing is learnt.
-        num_items_in_batch: what the sum is divided by instead, as transformers' Trainer counts it.
+        hidden: batch × length × width.
+        labels: batch × length; -100 at unsupervised positions.
+        piece: number of tokens whose logits are in memory at the same time.
+        num_items_in_batch: divisor of the sum in place of the number of supervised positions, as transformers'
+            Trainer passes it.
     """
     shifted = labels[:, 1:]
     supervised = shifted != IGNORED
@@ -94,5 +100,5 @@ def causal_loss(
     total = head(rows, targets.to(rows.device), piece)
     if num_items_in_batch is None:
         return total / supervised.sum().clamp(min=1)
-    # A batch of parts of samples that were split may hold no answer: nothing is learnt, instead of 0 / 0.
+    # A batch of parts of split samples may have no supervised position: a loss of 0 instead of 0 / 0.
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)

@@ -1,4 +1,7 @@
-"""Hunyuan-Large on transformers: `hunyuan_v1_moe` with cross-layer attention, raw top-1 routing, optional parts."""
+"""Hunyuan-Large as a variant of transformers' `hunyuan_v1_moe`.
+
+It differs by cross-layer attention, top-1 routing without renormalisation, and optional q/k norm and shared MLP.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -23,10 +27,12 @@ from hynb.hunyuan_large.loss import LanguageModelHead, causal_loss
 
 
 class HunYuanLargeAttention(nn.Module):
-    """Attention whose K and V may come, projected, from the layer that owns them."""
+    """Attention whose projected K and V may come from an earlier layer."""
 
     def __init__(self, config: HunYuanLargeConfig, layer_idx: int) -> None:
         super().__init__()
+        # The configuration's __post_init__ derives both.
+        assert config.head_dim is not None and config.num_key_value_heads is not None
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
@@ -53,9 +59,9 @@ class HunYuanLargeAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Attends; returns output, attention weights, and the K and V (batch × length × width) as projected.
+        """Output, attention weights, and the projected K and V (batch × length × width).
 
-        Order as in the original: project, RoPE, norm of each head, cache, attention.
+        In upstream's order: project, RoPE, norm of each head, cache, attention.
         """
         batch_and_length = hidden_states.shape[:-1]
 
@@ -64,15 +70,15 @@ class HunYuanLargeAttention(nn.Module):
 
         if self.config.owns_kv(self.layer_idx):
             shared_key, shared_value = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        assert shared_key is not None and shared_value is not None
         query, key, value = map(by_head, (self.q_proj(hidden_states), shared_key, shared_value))
         query, key = v1.apply_rotary_pos_emb(query, key, *position_embeddings)
         if self.config.use_qk_norm:
             query, key = self.query_layernorm(query), self.key_layernorm(key)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, v1.eager_attention_forward
-        )
+        name = self.config._attn_implementation or "eager"
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, v1.eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -88,18 +94,18 @@ class HunYuanLargeAttention(nn.Module):
 
 
 class HunYuanLargeMLP(v1.HunYuanMoEV1MLP):
-    """A gated MLP of a given width."""
+    """A gated MLP with a given intermediate width."""
 
     def __init__(self, config: HunYuanLargeConfig, width: int) -> None:
         nn.Module.__init__(self)
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.act_fn = v1.ACT2FN[config.hidden_act]
+        self.act_fn = ACT2FN[config.hidden_act]
 
 
 class HunYuanLargeGate(nn.Module):
-    """The router: float32 softmax over experts; top-1 keeps its raw probability, top-k renormalises over k."""
+    """The router: a float32 softmax over experts. Top-1 keeps its raw probability; top-k is renormalised."""
 
     def __init__(self, config: HunYuanLargeConfig, layer_idx: int) -> None:
         super().__init__()
@@ -112,29 +118,30 @@ class HunYuanLargeGate(nn.Module):
         logits = self.wg(tokens.to(self.wg.weight.dtype))
         weights, chosen = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float32), self.top_k, dim=-1)
         if self.top_k > 1:
-            # The original's floor under the sum keeps a vanishing row finite.
+            # Upstream's floor under the sum, which keeps the weights finite when all probabilities underflow.
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
         return logits, weights, chosen
 
 
 class HunYuanLargeMoE(nn.Module):
-    """Routed experts, and beside them the shared MLP that every token passes."""
+    """Routed experts, and optionally a shared MLP that every token passes through."""
 
     def __init__(self, config: HunYuanLargeConfig, layer_idx: int) -> None:
         super().__init__()
         self.gate = HunYuanLargeGate(config, layer_idx)
-        of_layer = copy.copy(config)
-        of_layer.num_experts = self.gate.num_experts
-        self.experts = v1.HunYuanMoEV1Experts(of_layer)
-        # The model's own again, in which transformers changes how experts are computed.
-        self.experts.config = config
+        # The experts' class reads one number of experts; a list has one per layer.
+        layer_config = copy.copy(config)
+        layer_config.num_experts = self.gate.num_experts
+        self.experts = v1.HunYuanMoEV1Experts(layer_config)
+        # The model's own config, in which transformers changes how experts are computed.
+        self.experts.config = config  # pyright: ignore[reportArgumentType]  nn.Module's annotation lacks plain values
         self.shared_mlp = None
         if config.use_mixed_mlp_moe:
             width = config.intermediate_size * config.of_layer("num_shared_expert", layer_idx)
             self.shared_mlp = HunYuanLargeMLP(config, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """shared_mlp(x) + routed experts(x); no token is dropped."""
+        """shared_mlp(x) + experts(x); no token is dropped."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, chosen = self.gate(tokens)
         routed = self.experts(tokens, chosen, weights.to(tokens.dtype)).view_as(hidden_states)
@@ -142,11 +149,11 @@ class HunYuanLargeMoE(nn.Module):
 
 
 class HunYuanLargeDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer that hands its owner's K and V on to the layers that share them."""
+    """A decoder layer; one that projects K and V returns them for the layers that reuse them."""
 
     def __init__(self, config: HunYuanLargeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.hands_on = config.use_cla and config.owns_kv(layer_idx)
+        self.returns_kv = config.use_cla and config.owns_kv(layer_idx)
         self.self_attn = HunYuanLargeAttention(config, layer_idx)
         if config.of_layer("num_experts", layer_idx) > 1:
             self.mlp = HunYuanLargeMoE(config, layer_idx)
@@ -162,23 +169,23 @@ class HunYuanLargeDecoderLayer(GradientCheckpointingLayer):
         shared_value: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The layer's output; with K and V behind it where this layer's are shared.
+        """The layer's output; with K and V after it if later layers reuse them.
 
-        K and V travel as positional tensors: reentrant checkpointing carries no gradient through a tuple or
-        a keyword, which is where the original loses a part of its gradients.
+        K and V are positional tensors, because reentrant checkpointing carries no gradient through a tuple or a
+        keyword argument; upstream's code loses a part of its gradients that way.
         """
         attended, _, key, value = self.self_attn(
             self.input_layernorm(hidden_states), shared_key, shared_value, **kwargs
         )
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return (hidden_states, key, value) if self.hands_on else hidden_states
+        return (hidden_states, key, value) if self.returns_kv else hidden_states
 
 
 class HunYuanLargePreTrainedModel(v1.HunYuanMoEV1PreTrainedModel):
-    """What loading, saving and generation need to know."""
+    """Settings for loading, saving and generation."""
 
-    config: HunYuanLargeConfig
+    config: HunYuanLargeConfig  # pyright: ignore[reportIncompatibleVariableOverride]  transformers' own habit
     config_class = HunYuanLargeConfig
     _no_split_modules = ["HunYuanLargeDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
@@ -189,7 +196,7 @@ class HunYuanLargePreTrainedModel(v1.HunYuanMoEV1PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in this file's text and would fall back to the slow loop.
+        # transformers looks for its decorator in this file's text and would otherwise use the slow loop.
         return True
 
 
@@ -215,17 +222,22 @@ class HunYuanLargeModel(HunYuanLargePreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """Hidden states (batch × length × hidden) of token ids or embeddings; give one of the two."""
+        """Hidden states (batch × length × hidden) of either token ids or embeddings.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds are given.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -251,7 +263,7 @@ class HunYuanLargeModel(HunYuanLargePreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-            if layer.hands_on:
+            if layer.returns_kv:
                 hidden_states, key, value = output
             else:
                 hidden_states = output
@@ -261,8 +273,9 @@ class HunYuanLargeModel(HunYuanLargePreTrainedModel):
 class HunYuanLargeForCausalLM(HunYuanLargePreTrainedModel, GenerationMixin):
     """The decoder with its output layer.
 
-    loss_piece_tokens: when set, a call with labels returns the loss without logits, and no more than the
-    logits of so many tokens are in memory at once.
+    Attributes:
+        loss_piece_tokens: if set, a call with labels returns the loss without logits and computes it in pieces of
+            this many tokens, whose logits are in memory at the same time.
     """
 
     _tied_weights_keys = v1.HunYuanMoEV1ForCausalLM._tied_weights_keys
@@ -289,14 +302,14 @@ class HunYuanLargeForCausalLM(HunYuanLargePreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits (batch × length × vocabulary), and with labels the mean loss of the next token.
+        """Logits (batch × length × vocabulary), and with labels the mean next-token loss.
 
         Args:
-            labels: batch × length, -100 where nothing is learnt.
-            logits_to_keep: only the last so many positions' logits; 0 for all.
-            num_items_in_batch: what the summed loss is divided by instead of its own count.
+            labels: batch × length; -100 at unsupervised positions.
+            logits_to_keep: the number of last positions whose logits are returned; 0 for all.
+            num_items_in_batch: divisor of the summed loss in place of the number of supervised positions.
         """
-        # All by name: `generate` looks into this signature to see what it must prepare.
+        # All by name: `generate` reads this signature for the inputs that it must prepare.
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

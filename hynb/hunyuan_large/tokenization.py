@@ -1,4 +1,4 @@
-"""Hunyuan-Large's tokenizer as a fast one, made from `hy.tiktoken` once and cached."""
+"""Hunyuan-Large's tokenizer as a fast one, converted from `hy.tiktoken` once and cached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# Single digits, as in the original's split; the other parts are those of most tiktoken vocabularies.
+# Numbers are split into single digits, as upstream's tokenizer does; the rest is common to tiktoken vocabularies.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -22,27 +22,27 @@ SPECIAL_TOKENS = (
     *(f"<|extra_{number}|>" for number in range(204)),
 )
 _NAMED_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
-# A change of this file's conversion must not meet an older one's cache.
+# To be raised with every change of the conversion, so that no older result is read from the cache.
 _CACHE_VERSION = "1"
 
 
 class HYTokenizer(PreTrainedTokenizerFast):
-    """The tokenizer of a folder with `hy.tiktoken`, or with the `tokenizer.json` that saving it wrote.
+    """The tokenizer of a folder with `hy.tiktoken`, or with the `tokenizer.json` that saving it writes.
 
-    `<|endoftext|>` is its eos_token, as in the original, though a chat turn ends with `<|eos|>`.
+    Its eos_token is `<|endoftext|>`, as upstream's, although a chat turn ends with `<|eos|>`.
     """
 
     vocab_files_names = {"vocab_file": "hy.tiktoken", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    # No __init__ of its own: transformers would then rebuild a saved tokenizer from its vocabulary alone.
+    # No __init__: transformers would then rebuild a saved tokenizer from its vocabulary alone.
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """What transformers makes the tokenizer from: `tokenizer.json` where there is one, else `hy.tiktoken`."""
+        """What transformers builds the tokenizer from: `tokenizer.json` if it exists, else `hy.tiktoken`."""
         vocab_file = kwargs.pop("vocab_file", None)
         saved = kwargs.get("tokenizer_file")
         if not (saved and Path(saved).is_file()) and vocab_file is not None:
-            # As a file where possible: transformers copies an object, which takes longer than reading it.
+            # A file if possible: transformers copies an object, which takes longer than reading a file.
             cache = convert_cached(Path(vocab_file))
             if cache:
                 kwargs["tokenizer_file"] = str(cache)
@@ -55,7 +55,7 @@ class HYTokenizer(PreTrainedTokenizerFast):
 
 
 def convert_cached(vocab_file: Path) -> Path | None:
-    """The `tokenizer.json` of a vocabulary, made once a content; None where there is no place for a cache."""
+    """The `tokenizer.json` of a vocabulary, converted once per content; None if the cache cannot be written."""
     content = vocab_file.read_bytes()
     name = hashlib.sha256(content + _CACHE_VERSION.encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hynb" / "tokenizers" / f"{name}.json"
@@ -63,9 +63,9 @@ def convert_cached(vocab_file: Path) -> Path | None:
         return cache
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        beside = cache.with_suffix(f".{os.getpid()}")
-        convert(content).save(str(beside), pretty=False)
-        beside.replace(cache)
+        unfinished = cache.with_suffix(f".{os.getpid()}")
+        convert(content).save(str(unfinished), pretty=False)
+        unfinished.replace(cache)
     except OSError:
         return None
     return cache
@@ -75,16 +75,16 @@ def convert(content: bytes) -> Tokenizer:
     """A tiktoken vocabulary as a fast tokenizer.
 
     Args:
-        content: a line for each token: its bytes in base64, and its rank.
+        content: one line per token, with its bytes in base64 and its rank.
     """
     ranks = {
         base64.b64decode(token): int(rank)
         for token, rank in (line.split() for line in content.splitlines() if line.strip())
     }
-    letters = bytes_to_unicode()
+    characters = bytes_to_unicode()
 
     def as_text(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
+        return "".join(characters[byte] for byte in token)
 
     merges = []
     for token, rank in ranks.items():
@@ -92,7 +92,7 @@ def convert(content: bytes) -> Tokenizer:
         known = [
             (ranks[left], ranks[right], left, right) for left, right in halves if left in ranks and right in ranks
         ]
-        # tiktoken merges whatever pair makes the token, the pair of lowest ranks first.
+        # tiktoken merges any pair that forms the token, the pair of lowest ranks first.
         merges += [(rank, as_text(left), as_text(right)) for _, _, left, right in sorted(known)]
     merges.sort(key=lambda merge: merge[0])
     vocabulary = {as_text(token): rank for token, rank in ranks.items()}

@@ -1,4 +1,4 @@
-"""Hunyuan-Large: equal to the original's values and to a plain reference, trained, decoded, saved, tokenised."""
+"""Hunyuan-Large: equal to upstream's values and to a plain reference; decoding, saving, tokenisation, loss."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ VARIANTS = {
 
 
 def random_model(seed: int = 0, **changes) -> tuple[HunYuanLargeForCausalLM, dict]:
-    # transformers writes into the dictionaries that it is given.
+    # transformers changes the dictionaries that it is given.
     config = copy.deepcopy(PLAIN | changes)
     torch.manual_seed(seed)
     model = HunYuanLargeForCausalLM._from_config(HunYuanLargeConfig(**copy.deepcopy(config)), dtype=torch.float32)
@@ -75,7 +75,7 @@ def on_disk(model, folder):
 
 
 def by_disk_name(name: str, tensor: torch.Tensor):
-    """A gradient under the names that the tensor has on the disk, fused experts split."""
+    """A gradient under the tensor's names on the disk, with fused experts split."""
     if ".experts." not in name:
         yield name, tensor
         return
@@ -92,7 +92,7 @@ def by_disk_name(name: str, tensor: torch.Tensor):
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", GOLDEN)
-def test_equal_to_the_original(shared, name, attention, checkpointing):
+def test_equal_to_upstreams_values(shared, name, attention, checkpointing):
     folder = shared / "golden" / name
     expected = load_file(folder / "expected.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
@@ -104,8 +104,8 @@ def test_equal_to_the_original(shared, name, attention, checkpointing):
         model.train()
     inputs = {key: expected[key] for key in ("input_ids", "attention_mask", "labels")}
     output = model(**inputs)
-    seen = inputs["attention_mask"].bool()
-    assert (output.logits - expected["logits"])[seen].abs().max() < 1e-4
+    attended = inputs["attention_mask"].bool()
+    assert (output.logits - expected["logits"])[attended].abs().max() < 1e-4
     assert abs(output.loss - expected["loss"]) < 1e-5
     output.loss.backward()
     norms = json.loads((folder / "grad_norms.json").read_text())
@@ -128,7 +128,7 @@ def test_equal_to_the_original(shared, name, attention, checkpointing):
 def test_equal_to_the_reference(variant, tmp_path):
     model, config = random_model(**VARIANTS[variant])
     weights = on_disk(model, tmp_path)
-    # Longer than the trained length: NTK-alpha RoPE doesn't change with it.
+    # Longer than the trained length, with which NTK-alpha RoPE does not change.
     ids = torch.randint(1, 64, (48,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found = model(input_ids=ids[None]).logits[0]
@@ -184,7 +184,7 @@ def test_gradients_equal_the_references(variant, attention, tmp_path):
     for parameter, weight in model.named_parameters():
         for name, gradient in by_disk_name(parameter, weight.grad):
             expected = weights[name].grad
-            # An expert that no token went to has none in the reference.
+            # In the reference an expert without tokens has no gradient.
             expected = torch.zeros_like(gradient) if expected is None else expected
             assert (gradient - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
             compared.add(name)
@@ -194,7 +194,7 @@ def test_gradients_equal_the_references(variant, attention, tmp_path):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("share", [2, 4])
 def test_gradients_under_checkpointing_equal_those_without(share, reentrant):
-    """The original loses a part of the gradient of the owners' K and V here."""
+    """Upstream's code loses a part of the gradients of K and V here."""
     model, _ = random_model(cla_share_factor=share)
     ids = torch.randint(1, 64, (2, 20))
     model.train()
@@ -270,7 +270,7 @@ def test_code_in_the_folder_is_not_run(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is HunYuanLargeForCausalLM
 
 
-def test_a_missing_tensor_is_not_taken_for_a_model(tmp_path):
+def test_a_model_folder_with_a_missing_tensor_is_refused(tmp_path):
     from hynb.config import Config
     from hynb.errors import ModelError
     from hynb.train import load_model
@@ -308,7 +308,7 @@ def test_code_beside_the_vocabulary_is_not_run(shared, tmp_path, trusted):
     (tmp_path / "tokenization_hy.py").write_text("raise SystemExit('run')\n")
     made = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trusted)
     assert made.is_fast and made.encode("a<|eos|>")[-1] == 127960
-    # As in a model's folder, where config.json names the code too.
+    # As in a model folder, whose config.json names the code too.
     names = {
         "AutoConfig": "configuration_hunyuan.HunYuanConfig",
         "AutoTokenizer": ["tokenization_hy.HYTokenizer", None],
@@ -318,27 +318,27 @@ def test_code_beside_the_vocabulary_is_not_run(shared, tmp_path, trusted):
     assert made.is_fast and len(made) == 128166
 
 
-def test_the_conversion_is_made_once_and_cached(shared, tmp_path, monkeypatch):
+def test_the_conversion_is_cached(shared, tmp_path, monkeypatch):
     from hynb.hunyuan_large import tokenization
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = AutoTokenizer.from_pretrained(shared / "hunyuan-large")
-    (made,) = (tmp_path / "cache").rglob("*.json")
+    (converted,) = (tmp_path / "cache").rglob("*.json")
     monkeypatch.setattr(tokenization, "convert", None)
     second = AutoTokenizer.from_pretrained(shared / "hunyuan-large")
     monkeypatch.undo()
-    # Where nothing can be written, a file in the cache folder's place, it is converted each time.
+    # Where the cache cannot be written, because its folder is a file, each call converts.
     (tmp_path / "no").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no"))
     third = AutoTokenizer.from_pretrained(shared / "hunyuan-large")
     text = "奥迪q5l最高优惠8.47万 <|extra_0|> 12345"
     assert first.encode(text) == second.encode(text) == third.encode(text)
-    assert made.stat().st_size > 1_000_000
-    assert [item for item in (tmp_path / "cache").rglob("*") if item.is_file()] == [made]
+    assert converted.stat().st_size > 1_000_000
+    assert [item for item in (tmp_path / "cache").rglob("*") if item.is_file()] == [converted]
 
 
 def test_ids_equal_tiktokens_own_merging(tokenizer, shared):
-    """A slow byte-pair merge by rank, as tiktoken does it, on random text."""
+    """Compared with a slow byte-pair merge by rank, as in tiktoken, on random text."""
     import base64
 
     ranks = {}

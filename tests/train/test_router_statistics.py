@@ -1,4 +1,4 @@
-"""Router statistics against a plain count, and the balancing loss with and without checkpointing."""
+"""Router statistics compared with a plain count, and the balancing loss with and without checkpointing."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def counted_by_hand(model: torch.nn.Module, family: str, mask: torch.Tensor) -> list[tuple[list[int], float]]:
-    """Slots of each expert and mean entropy, layer by layer, token by token."""
+def plain_count(model: torch.nn.Module, family: str, mask: torch.Tensor) -> list[tuple[list[int], float]]:
+    """Tokens of each expert and mean entropy of each layer, counted token by token."""
     found, keep = [], mask.reshape(-1).bool()
 
     def hook(module, inputs, output):
@@ -62,7 +62,7 @@ def counted_by_hand(model: torch.nn.Module, family: str, mask: torch.Tensor) -> 
 def test_counts_are_those_of_a_plain_count(family, checkpointing):
     model = model_of(family)
     mask = batch()["attention_mask"]
-    expected = counted_by_hand(model, family, mask)
+    expected = plain_count(model, family, mask)
     watch = RouterWatch(model, family)
     watch.mask = mask
     if checkpointing:
@@ -77,7 +77,7 @@ def test_counts_are_those_of_a_plain_count(family, checkpointing):
         assert found["min_share"][place] == pytest.approx(min(counts) / tokens, abs=1e-4)
         assert found["dead"][place] == counts.count(0)
         assert found["entropy"][place] == pytest.approx(entropy / math.log(len(counts)), abs=1e-3)
-    assert watch.summary(lambda tensor: tensor) is None, "each log step counts anew"
+    assert watch.summary(lambda tensor: tensor) is None, "each log step counts from zero"
     assert watch.take_loss() is None
 
 
@@ -99,7 +99,7 @@ def test_the_balancing_losss_gradient_survives_checkpointing(family):
             model.enable_input_require_grads()
         loss = model(**batch()).loss
         balancing = watch.take_loss()
-        assert 0.3 < balancing.item() < 0.5 * 4, "1 where all experts are used alike, times the coefficient"
+        assert 0.3 < balancing.item() < 0.5 * 4, "1 for uniform routing, times the coefficient"
         (loss + balancing).backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
     plain, recomputed = gradients
@@ -115,7 +115,7 @@ def test_an_even_router_has_a_balancing_loss_of_one():
             router.wg.weight.zero_()
     watch = RouterWatch(model, "hunyuan", 1.0)
     model(**batch())
-    # All probabilities are 1/4, so that the sum is 4 · Σ share · 1/4 whatever the shares are.
+    # All probabilities are 1/4, so the sum is 4 · Σ fraction · 1/4 for any fractions.
     assert watch.take_loss().item() == pytest.approx(1.0, abs=1e-6)
 
 
