@@ -85,6 +85,10 @@ class _Matcher:
             self._problem(key, f"has no matching {_PARTNERS[part]}")
             return
         self._used |= {key, partner}
+        for name in (key, partner):
+            if len(self._shapes[name]) != 2:
+                self._problem(name, f"must be a matrix, and has shape {self._shapes[name]}")
+                return
         if experts := _expert_tensors(module, self._tensors):
             self._match_experts(key, partner, module.removesuffix(".base_layer"), experts)
         else:

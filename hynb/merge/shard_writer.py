@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -158,7 +159,7 @@ class ShardWriter:
             files = source.fileno(), made.fileno()
             shards.copy_range(*files, 0, shard.header_bytes, at=0, advance=lambda _: None)
             begin, end = shard.header_bytes, shard.size_bytes
-            advance = lambda count: self._advance(shard.path.name, count)  # noqa: E731
+            advance = partial(self._advance, shard.path.name)
             shards.copy_range(*files, begin, end, at=begin, advance=advance)
             for entry in shard.tensors:
                 if changes := self._plan.changes.get(entry.name):
@@ -171,7 +172,7 @@ class ShardWriter:
         done: dict[str, TensorChange] = {}
         listed = [(entry.name, self.dtypes[entry.name], entry.shape) for entry in shard.tensors]
         header = shards.file_header(listed, shard.metadata)
-        advance = lambda count: self._advance(shard.path.name, count)  # noqa: E731
+        advance = partial(self._advance, shard.path.name)
         with shard.path.open("rb") as source, path.open("wb") as made:
             made.write(header)
             made.flush()

@@ -80,14 +80,7 @@ def merge_lora(
     single = isinstance(adapter_model_path, (str, Path))
     adapters = [Path(item).expanduser() for item in ([adapter_model_path] if single else adapter_model_path)]
     base, output = Path(base_model_path).expanduser().absolute(), Path(output_path).expanduser().absolute()
-    if save_dtype not in SAVE_DTYPES:
-        raise MergeError(f"save_dtype = {save_dtype}: must be one of {', '.join(SAVE_DTYPES)}")
-    if output.exists() and not overwrite:
-        raise MergeError(
-            f"output_path = {output}: already exists; choose another path, or replace the folder with --overwrite"
-        )
-    if output in (base, *(item.absolute() for item in adapters)) or output in base.parents:
-        raise MergeError(f"output_path = {output}: would replace the base or an adapter; choose another path")
+    _check_request(base, adapters, output, save_dtype, overwrite=overwrite)
     with as_safetensors(base, output) as source:
         plan = plan_merge(source, adapters, adapter_weights, converted_from=base)
         partial = output.with_name(f".{output.name}.partial")
@@ -112,6 +105,17 @@ def merge_lora(
         _remove_records(partial)
         _move_into_place(partial, output)
     return result
+
+
+def _check_request(base: Path, adapters: Sequence[Path], output: Path, save_dtype: str, *, overwrite: bool) -> None:
+    if save_dtype not in SAVE_DTYPES:
+        raise MergeError(f"save_dtype = {save_dtype}: must be one of {', '.join(SAVE_DTYPES)}")
+    if output.exists() and not overwrite:
+        raise MergeError(
+            f"output_path = {output}: already exists; choose another path, or replace the folder with --overwrite"
+        )
+    if output in (base, *(item.absolute() for item in adapters)) or output in base.parents:
+        raise MergeError(f"output_path = {output}: would replace the base or an adapter; choose another path")
 
 
 def _prepare_partial(partial: Path, state: dict[str, Any]) -> None:

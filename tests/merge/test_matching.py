@@ -176,6 +176,10 @@ REFUSED: dict[str, tuple[Callable[[dict, dict], object], list[str]]] = {
         lambda weights, _: weights.update({LORA_A: torch.zeros(4, 7)}),
         [f"{LORA_A} changes a weight of shape (32, 7), but model.layers.0.self_attn.q_proj.weight of the base has"],
     ),
+    "a vector": (
+        lambda weights, _: weights.update({LORA_B: torch.zeros(32)}),
+        [f"{LORA_B} must be a matrix, and has shape (32,)"],
+    ),
     "another prefix": (
         lambda weights, _: weights.update({"stray.weight": torch.zeros(1)}),
         ["stray.weight does not start with base_model.model., so it cannot be matched"],
