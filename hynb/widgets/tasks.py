@@ -152,7 +152,7 @@ def check_data(report: Report, config: dict[str, Any]) -> list[CheckedData]:
 
         def show(done: int, total: int, number: int = number, name: str = name) -> None:
             text = f"{name}, {done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
-            throttled(Progress(done=number + done / total, total=len(names), text=text))
+            throttled(Progress(done=number + done / max(total, 1), total=len(names), text=text))
 
         found = check_files(chosen, tokenizer, name, on_bad_sample="report", progress=show)
         text = found.text(
