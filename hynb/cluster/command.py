@@ -23,7 +23,7 @@ from hynb.errors import ClusterError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `hynb hosts`."""
     parser.description = "Passwordless ssh to the hosts of a cluster, on any port."
-    verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(title="commands", dest="verb", required=True, metavar="COMMAND")
     for name, help_text in (
         ("setup", "create a key, accept host keys, try logins; writes hostfile and ssh_config"),
         ("trust", "look at a host's key and accept it"),
