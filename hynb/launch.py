@@ -93,8 +93,8 @@ class Run:
         """
         reader = RunReader(self.output_dir)
         last = self.status()
-        for last, _ in Run(self.output_dir).follow(timeout_seconds=timeout_seconds):
-            pass
+        for status, _ in Run(self.output_dir).follow(timeout_seconds=timeout_seconds):
+            last = status
         launcher = self._launcher()
         if launcher is not None:
             # The ranks have recorded how they ended; their processes take a moment to end.
