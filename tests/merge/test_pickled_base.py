@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hynb.errors import MergeError
-from hynb.merge import merge_lora, verify_merge
+from hynb.merge import find_merge, merge_lora, verify_merge
 from hynb.runs import BASE_IDENTITY, base_identity
 
 
@@ -36,6 +36,8 @@ def test_a_pickled_base_merges_as_the_same_base_in_safetensors(base, pickled, tm
     assert verify_merge(tmp_path / "b") == len(left)
     assert not list((tmp_path / "b").glob("*.bin")) and not list(tmp_path.glob(".b*"))
     AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    inputs = {"base_model_path": pickled, "adapter_model_path": adapter, "output_path": tmp_path / "b"}
+    assert find_merge(**inputs, save_dtype="keep") is not None
 
 
 def test_code_in_a_pickle_is_not_run(base, pickled, tmp_path):
