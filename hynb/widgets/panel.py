@@ -123,8 +123,10 @@ def _header(run: Run, status: RunStatus, curve: Curve) -> str:
     state = element("b", status.state, _STATE_KINDS.get(status.state, ""))
     if status.phase and status.phase != status.state:
         state += f" ({element('span', status.phase)})"
-    steps = f"step {status.global_step}" + (f" of {status.max_steps}" if status.max_steps else "")
-    parts = [f"{element('code', run.output_dir.name)}: {state}", element("span", steps)]
+    parts = [f"{element('code', run.output_dir.name)}: {state}"]
+    if status.global_step or status.max_steps:
+        of_steps = f" of {status.max_steps}" if status.max_steps else ""
+        parts.append(element("span", f"step {status.global_step}{of_steps}"))
     if status.state == "starting":
         parts.append(element("span", "the first loss takes seconds to many minutes, depending on the model's size"))
     seconds = curve.seconds_left(status.max_steps)

@@ -47,7 +47,7 @@ def draw(curve: Curve, max_steps: int | None) -> Figure:
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, rate, speed):
         axes.set_xlim(0, max(max_steps or 0, curve.steps[-1] if curve.steps else 0) or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(9 if axes is loss else 4, integer=True))
         axes.grid(color="#888888", alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in (rate, speed):
@@ -96,7 +96,7 @@ def _shown_points(curve: Curve) -> slice:
 def _draw_loss(axes: Axes, curve: Curve, shown: slice, marker: str | None) -> None:
     steps = curve.steps[shown]
     axes.plot(steps, curve.loss[shown], color=_BLUE, alpha=0.45, linewidth=1, marker=marker, label="each step")
-    label = f"moving average over {curve.span} log steps"
+    label = "moving average" + (f" over {curve.span} log steps" if curve.span > 1 else "")
     axes.plot(steps, curve.smoothed()[shown], color=_BLUE, linewidth=2, label=label)
     if curve.eval_steps:
         # Told apart from the training loss by markers and dashes, not by the colour alone.
