@@ -77,11 +77,11 @@ def _picture_training(lab: Lab, folder: Path, run: Run) -> None:
     page.wait_for_selector(".hynb-sample")
     _save(page, 'h2:has-text("3. Look at what")', folder / "preview.png")
     page.wait_for_selector("img.hynb-plot")
-    for status, _ in run.follow(timeout_seconds=600):
+    for status, _ in run.follow(timeout_seconds=3600):
         if status.global_step >= SHOWN_STEP:
             break
     _save(page, 'h2:has-text("6. Train")', folder / "finetune.png")
-    run.wait(timeout_seconds=900, check=True)
+    run.wait(timeout_seconds=3600, check=True)
 
 
 def _save(page: Any, top: str, path: Path) -> None:
