@@ -49,7 +49,7 @@ logger = logging.getLogger("hynb.train_entry")
 
 
 @dataclass(kw_only=True)
-class Run:
+class RankState:
     """What the steps of one rank share; each field is set by the step named above it.
 
     Args:
@@ -103,130 +103,130 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: a YAML file or flags; None for those of the command line.
     """
     show_output_at_once()
-    run = Run(argv=sys.argv[1:] if argv is None else argv)
+    state = RankState(argv=sys.argv[1:] if argv is None else argv)
     exit_code = 1
     try:
         for step in STEPS:
-            step(run)
+            step(state)
         exit_code = 0
     except Exception as error:
-        exit_code = report_failure(error, run.rank, run.run_dir, beside_rank_0=run.beside_rank_0)
+        exit_code = report_failure(error, state.rank, state.run_dir, beside_rank_0=state.beside_rank_0)
     finally:
-        if run.writer:
-            run.writer.close()
-        if run.membership:
-            leave(run.membership, run.rank, exit_code)
+        if state.writer:
+            state.writer.close()
+        if state.membership:
+            leave(state.membership, state.rank, exit_code)
     return exit_code
 
 
-def join_hosts(run: Run) -> None:
+def join_hosts(state: RankState) -> None:
     """Waits until all hosts have joined; without supervision there is nothing to wait for."""
-    run.rank = int(os.environ.get("RANK", "0"))
+    state.rank = int(os.environ.get("RANK", "0"))
     membership = Membership.from_environment()
     if membership is None:
-        run.beside_rank_0 = True
+        state.beside_rank_0 = True
         return
     for name, variables in RANK_VARIABLES.items():
         if values := [os.environ[variable] for variable in variables if variable in os.environ]:
             os.environ.setdefault(name, values[0])
-    run.membership, run.rank = membership, int(os.environ["RANK"])
-    node = membership.node_of(run.rank)
-    run.beside_rank_0 = node == 0
+    state.membership, state.rank = membership, int(os.environ["RANK"])
+    node = membership.node_of(state.rank)
+    state.beside_rank_0 = node == 0
     run_dir = RunDir(membership.run_folder)
-    if run.rank == 0 and (read_json(run_dir.launch) or {}).get("id") == membership.launch_id:
-        _start_writing(run, run_dir)
-    run.joined = join(membership, run.rank)
+    if state.rank == 0 and (read_json(run_dir.launch) or {}).get("id") == membership.launch_id:
+        _start_writing(state, run_dir)
+    state.joined = join(membership, state.rank)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         # Otherwise a rank may offer the others an address that means another machine there.
-        if run.joined.interface:
-            os.environ.setdefault(name, run.joined.interface)
-    os.environ.setdefault("MASTER_ADDR", run.joined.master_address)
-    os.environ.setdefault("LOCAL_RANK", str(run.rank - membership.ranks_of(node)[0]))
+        if state.joined.interface:
+            os.environ.setdefault(name, state.joined.interface)
+    os.environ.setdefault("MASTER_ADDR", state.joined.master_address)
+    os.environ.setdefault("LOCAL_RANK", str(state.rank - membership.ranks_of(node)[0]))
 
 
-def read_parameters(run: Run) -> None:
+def read_parameters(state: RankState) -> None:
     """Reads a YAML file, flags, or the configuration in the run folder.
 
     Raises:
         ConfigError: every mistake, at once.
     """
-    words = [word for word in run.argv if not word.startswith("--local_rank")]
+    words = [word for word in state.argv if not word.startswith("--local_rank")]
     if len(words) == 1 and not words[0].startswith("--"):
-        run.reading = read_yaml(words[0])
+        state.reading = read_yaml(words[0])
     elif words:
-        run.reading = read_flags(words)
-    elif run.membership:
-        run.reading = read_yaml(str(RunDir(run.membership.run_folder).config))
+        state.reading = read_flags(words)
+    elif state.membership:
+        state.reading = read_yaml(str(RunDir(state.membership.run_folder).config))
     else:
         raise ConfigError(
             "no parameters were given: name a YAML file (hynb.train_entry run.yaml) or flags "
             "(--model_name_or_path … --train_data_file … --output_dir …); `hynb parameters` lists them all"
         )
-    run.config = run.reading.config("parameters")
+    state.config = state.reading.config("parameters")
 
 
-def prepare_run_folder(run: Run) -> None:
+def prepare_run_folder(state: RankState) -> None:
     """Checks everything on the disk, clears an earlier run's files, and starts the heartbeat and the notes.
 
     Raises:
         ConfigError: every mistake found, at once.
     """
-    run_dir = RunDir(run.config.output_dir)
-    if run.membership:
-        run.run_dir = run_dir
-    if run.rank != 0:
-        if run.joined and run.joined.first:
+    run_dir = RunDir(state.config.output_dir)
+    if state.membership:
+        state.run_dir = run_dir
+    if state.rank != 0:
+        if state.joined and state.joined.first:
             # A model or data file may be missing on this host only.
-            check_run(run.config, launched=True)
+            check_run(state.config, launched=True)
         return
-    check_run(run.config, launched=run.membership is not None)
-    if not run.membership:
-        clear_run_folder(run.config)
+    check_run(state.config, launched=state.membership is not None)
+    if not state.membership:
+        clear_run_folder(state.config)
     run_dir.log.mkdir(parents=True, exist_ok=True)
-    replace_text(run_dir.config, to_yaml(run.config))
-    run.run_dir = run_dir
-    if run.writer is None:
-        _start_writing(run, run_dir)
-    run.notes = start_notes()
-    for note in run.reading.notes:
+    replace_text(run_dir.config, to_yaml(state.config))
+    state.run_dir = run_dir
+    if state.writer is None:
+        _start_writing(state, run_dir)
+    state.notes = start_notes()
+    for note in state.reading.notes:
         logger.info(note)
-    _log_hosts(run)
+    _log_hosts(state)
 
 
-def set_up(run: Run) -> None:
+def set_up(state: RankState) -> None:
     """Sets up the process, and imports what takes seconds before the ranks wait for each other."""
     set_up_process()
     import transformers  # noqa: F401
 
 
-def check_data(run: Run) -> None:
+def check_data(state: RankState) -> None:
     """Checks all data on rank 0, before the ranks meet: a mistake shows in seconds, and no GPU is held meanwhile."""
-    if run.writer is None:
+    if state.writer is None:
         return
     from hynb.train import check_datasets, load_tokenizer
 
-    run.writer.phase("checking data")
-    tokenizer, _ = load_tokenizer(run.config, find_base(run.config))
-    run.plan = check_datasets(run.config, tokenizer)
+    state.writer.phase("checking data")
+    tokenizer, _ = load_tokenizer(state.config, find_base(state.config))
+    state.plan = check_datasets(state.config, tokenizer)
 
 
-def meet(run: Run) -> None:
+def meet(state: RankState) -> None:
     """Creates the process group, in which each rank waits for all others."""
     from hynb.train import init_process_group
 
-    if run.writer:
-        run.writer.phase("meeting")
-    if run.membership:
-        mark(run.membership, run.rank, "meeting")
+    if state.writer:
+        state.writer.phase("meeting")
+    if state.membership:
+        mark(state.membership, state.rank, "meeting")
     init_process_group()
-    if run.membership:
-        mark(run.membership, run.rank, "met")
-    run.run_dir = RunDir(run.config.output_dir)
-    if run.writer:
-        run.writer.phase("loading")
+    if state.membership:
+        mark(state.membership, state.rank, "met")
+    state.run_dir = RunDir(state.config.output_dir)
+    if state.writer:
+        state.writer.phase("loading")
 
 
-def choose_checkpoint(run: Run) -> None:
+def choose_checkpoint(state: RankState) -> None:
     """Fixes DeepSpeed's settings and the checkpoint that all ranks resume from.
 
     Raises:
@@ -235,42 +235,42 @@ def choose_checkpoint(run: Run) -> None:
     """
     import torch
 
-    run.ds_config = zero.for_machine(zero.load(run.config.deepspeed), on_cpu=not torch.cuda.is_available())
-    if run.membership and run.joined and not run.joined.shared:
+    state.ds_config = zero.for_machine(zero.load(state.config.deepspeed), on_cpu=not torch.cuda.is_available())
+    if state.membership and state.joined and not state.joined.shared:
         from hynb.train import NodeLocalFolders
 
-        run.folders = NodeLocalFolders(run.membership, run.rank)
-        resume = run.folders.agree_on_checkpoint(resume_checkpoint(run.config))
-        run.config = run.config.replace(resume_from_checkpoint=resume)
+        state.folders = NodeLocalFolders(state.membership, state.rank)
+        resume = state.folders.agree_on_checkpoint(resume_checkpoint(state.config))
+        state.config = state.config.replace(resume_from_checkpoint=resume)
         # The first rank of each host creates the folders that the host's ranks write their shards into.
-        run.ds_config["checkpoint"] = run.ds_config.get("checkpoint", {}) | {"use_node_local_storage": True}
-    if run.rank == 0:
-        write_json(RunDir(run.config.output_dir).ds_config, run.ds_config)
-    run.resume = resume_checkpoint(run.config)
-    stage = run.ds_config.get("zero_optimization", {}).get("stage", 0)
+        state.ds_config["checkpoint"] = state.ds_config.get("checkpoint", {}) | {"use_node_local_storage": True}
+    if state.rank == 0:
+        write_json(RunDir(state.config.output_dir).ds_config, state.ds_config)
+    state.resume = resume_checkpoint(state.config)
+    stage = state.ds_config.get("zero_optimization", {}).get("stage", 0)
     world_size = torch.distributed.get_world_size()
-    run.shape = {"world_size": world_size, "zero_stage": stage, "use_lora": run.config.use_lora}
-    if run.resume and (problems := check_same_shape(run.resume, **run.shape)):
+    state.shape = {"world_size": world_size, "zero_stage": stage, "use_lora": state.config.use_lora}
+    if state.resume and (problems := check_same_shape(state.resume, **state.shape)):
         raise ConfigError(problems)
-    micro_batches = run.config.gradient_accumulation_steps * world_size
-    run.shape["global_batch_size"] = run.config.per_device_train_batch_size * micro_batches
+    micro_batches = state.config.gradient_accumulation_steps * world_size
+    state.shape["global_batch_size"] = state.config.per_device_train_batch_size * micro_batches
 
 
-def load_data(run: Run) -> None:
+def load_data(state: RankState) -> None:
     """Loads the tokenizer and the data sets, which rank 0 has checked."""
     from hynb.train import broadcast_plan, build_datasets, load_tokenizer
 
-    run.base = find_base(run.config)
-    run.tokenizer, run.tokenizer_folder = load_tokenizer(run.config, run.base)
-    run.plan = broadcast_plan(run.plan)
-    run.datasets = build_datasets(run.config, run.tokenizer, run.plan)
-    evaluation = run.datasets.evaluation
+    state.base = find_base(state.config)
+    state.tokenizer, state.tokenizer_folder = load_tokenizer(state.config, state.base)
+    state.plan = broadcast_plan(state.plan)
+    state.datasets = build_datasets(state.config, state.tokenizer, state.plan)
+    evaluation = state.datasets.evaluation
     held_out = f", {len(evaluation)} for evaluation" if evaluation is not None else ""
-    kind = "packs" if run.config.packing else "samples"
-    logger.info(f"{len(run.datasets.train)} {kind} for training{held_out}")
+    kind = "packs" if state.config.packing else "samples"
+    logger.info(f"{len(state.datasets.train)} {kind} for training{held_out}")
 
 
-def build_model(run: Run) -> None:
+def build_model(state: RankState) -> None:
     """Loads the model and chooses which of its parameters are trained.
 
     Raises:
@@ -280,24 +280,24 @@ def build_model(run: Run) -> None:
 
     from hynb.train import load_model, mark_moe_leaves, save_loss_memory, training_arguments
 
-    set_seed(run.config.seed)
-    if run.base is None and run.config.use_lora:
+    set_seed(state.config.seed)
+    if state.base is None and state.config.use_lora:
         # Before the TrainingArguments exist, under which ZeRO-3 would shard it.
-        _write_random_base(run)
-    evaluates = run.datasets.evaluation is not None
-    run.arguments = training_arguments(run.config, run.ds_config, evaluates=evaluates)
-    set_seed(run.config.seed)
-    model = load_model(run.config, run.base, run.tokenizer)
+        _write_random_base(state)
+    evaluates = state.datasets.evaluation is not None
+    state.arguments = training_arguments(state.config, state.ds_config, evaluates=evaluates)
+    set_seed(state.config.seed)
+    model = load_model(state.config, state.base, state.tokenizer)
     model.config.use_cache = False
-    run.model_type = model.config.model_type
+    state.model_type = model.config.model_type
     save_loss_memory(model)
-    if run.config.make_moe_param_leaf_module:
+    if state.config.make_moe_param_leaf_module:
         mark_moe_leaves(model)
-    run.model = model
-    _choose_trained_parameters(run)
+    state.model = model
+    _choose_trained_parameters(state)
 
 
-def record(run: Run) -> None:
+def record(state: RankState) -> None:
     """Checks that a checkpoint fits on the disk, and writes the manifest.
 
     Raises:
@@ -305,23 +305,25 @@ def record(run: Run) -> None:
     """
     from hynb.train import check_disk, count_parameters, manifest, training_dtype
 
-    counts = count_parameters(run.model)
+    counts = count_parameters(state.model)
     logger.info(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
-    if run.rank == 0 or (run.folders and run.folders.is_local_rank_zero):
-        weight_bytes = training_dtype(run.config).itemsize
-        check_disk(Path(run.config.output_dir), run.model, is_lora=run.config.use_lora, weight_bytes=weight_bytes)
-    if run.writer is None:
+    if state.rank == 0 or (state.folders and state.folders.is_local_rank_zero):
+        weight_bytes = training_dtype(state.config).itemsize
+        check_disk(
+            Path(state.config.output_dir), state.model, is_lora=state.config.use_lora, weight_bytes=weight_bytes
+        )
+    if state.writer is None:
         return
-    assert run.plan and run.notes
-    hosts = [name for name, _ in run.membership.hosts] if run.membership else [socket.gethostname()]
-    facts = counts | run.plan.summary | run.shape
-    facts |= {"output_dir_shared": run.joined.shared} if run.joined else {}
-    run.writer.manifest(
-        manifest(run.config, run.ds_config, base=run.base, hosts=hosts, notes=run.notes.lines, **facts)
+    assert state.plan and state.notes
+    hosts = [name for name, _ in state.membership.hosts] if state.membership else [socket.gethostname()]
+    facts = counts | state.plan.summary | state.shape
+    facts |= {"output_dir_shared": state.joined.shared} if state.joined else {}
+    state.writer.manifest(
+        manifest(state.config, state.ds_config, base=state.base, hosts=hosts, notes=state.notes.lines, **facts)
     )
 
 
-def build_trainer(run: Run) -> None:
+def build_trainer(state: RankState) -> None:
     """Builds the Trainer.
 
     Raises:
@@ -330,53 +332,53 @@ def build_trainer(run: Run) -> None:
     from hynb.data import Collator
     from hynb.train import RouterWatch, RunCallback, RunTrainer, training_sampler
 
-    sampler = training_sampler(run.config, run.datasets, run.shape["world_size"])
-    run_dir = RunDir(run.config.output_dir)
-    run.callback = RunCallback(run_dir=run_dir, writer=run.writer, model=run.model, sampler=sampler)
-    flash = run.model.config._attn_implementation == "flash_attention_2"
+    sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
+    run_dir = RunDir(state.config.output_dir)
+    state.callback = RunCallback(run_dir=run_dir, writer=state.writer, model=state.model, sampler=sampler)
+    flash = state.model.config._attn_implementation == "flash_attention_2"
     try:
-        run.trainer = RunTrainer(
-            model=run.model,
-            args=run.arguments,
-            train_dataset=run.datasets.train,
-            eval_dataset=run.datasets.evaluation,
-            data_collator=Collator(pad_token_id=_pad_token_id(run.tokenizer), flatten=flash),
+        state.trainer = RunTrainer(
+            model=state.model,
+            args=state.arguments,
+            train_dataset=state.datasets.train,
+            eval_dataset=state.datasets.evaluation,
+            data_collator=Collator(pad_token_id=_pad_token_id(state.tokenizer), flatten=flash),
             sampler=sampler,
-            routers=RouterWatch(run.model, run.model_type, run.config.router_aux_loss_coef),
-            callbacks=[run.callback],
-            base=run.base,
-            tokenizer_folder=run.tokenizer_folder,
-            record=run.shape,
-            keep_checkpoints=run.config.save_total_limit,
-            writer=run.writer,
-            folders=run.folders,
+            routers=RouterWatch(state.model, state.model_type, state.config.router_aux_loss_coef),
+            callbacks=[state.callback],
+            base=state.base,
+            tokenizer_folder=state.tokenizer_folder,
+            record=state.shape,
+            keep_checkpoints=state.config.save_total_limit,
+            writer=state.writer,
+            folders=state.folders,
         )
     except ValueError as error:
         # TrainingArguments that contradict each other or need more than is given.
         raise ConfigError(f"transformers' Trainer: {error}") from error
 
 
-def train(run: Run) -> None:
+def train(state: RankState) -> None:
     """Trains until the last step or a stop request."""
-    if run.writer:
-        state = (read_json(run.resume / "trainer_state.json") if run.resume else None) or {}
-        kind = "resume" if run.resume else "start"
-        run.writer.event(kind, int(state.get("global_step", 0)), world_size=run.shape["world_size"])
-    run.trainer.train(resume_from_checkpoint=str(run.resume) if run.resume else None)
+    if state.writer:
+        saved = (read_json(state.resume / "trainer_state.json") if state.resume else None) or {}
+        kind = "resume" if state.resume else "start"
+        state.writer.event(kind, int(saved.get("global_step", 0)), world_size=state.shape["world_size"])
+    state.trainer.train(resume_from_checkpoint=str(state.resume) if state.resume else None)
 
 
-def finish(run: Run) -> None:
+def finish(state: RankState) -> None:
     """Saves what is not saved yet, and records success as the last act of training."""
     from hynb.train import memory_bytes
 
-    checkpoint = run.trainer.save_last_checkpoint()
-    if run.writer:
-        step, max_steps = run.trainer.state.global_step, run.trainer.state.max_steps
-        reason = f"stopped on request after a checkpoint: {checkpoint.name}" if run.callback.stopped else ""
-        end = "stopped" if run.callback.stopped else "finished"
-        run.writer.step(step)
-        run.writer.event("end", step, state=end)
-        run.writer.status(end, global_step=step, max_steps=max_steps, exit_code=0, reason=reason)
+    checkpoint = state.trainer.save_last_checkpoint()
+    if state.writer:
+        step, max_steps = state.trainer.state.global_step, state.trainer.state.max_steps
+        reason = f"stopped on request after a checkpoint: {checkpoint.name}" if state.callback.stopped else ""
+        end = "stopped" if state.callback.stopped else "finished"
+        state.writer.step(step)
+        state.writer.event("end", step, state=end)
+        state.writer.status(end, global_step=step, max_steps=max_steps, exit_code=0, reason=reason)
     logger.info(f"peak memory of rank 0: {memory_bytes() / 1e9:.2f} GB")
 
 
@@ -386,44 +388,44 @@ STEPS = (
 )
 
 
-def _start_writing(run: Run, run_dir: RunDir) -> None:
-    run.writer = RunWriter(run_dir.path)
-    run.writer.start()
+def _start_writing(state: RankState, run_dir: RunDir) -> None:
+    state.writer = RunWriter(run_dir.path)
+    state.writer.start()
 
 
-def _log_hosts(run: Run) -> None:
-    if run.membership and run.joined and len(run.membership.hosts) > 1:
-        names = ", ".join(f"{name} ({ranks} ranks)" for name, ranks in run.membership.hosts)
-        folder = "one folder, shared by all hosts" if run.joined.shared else "a folder of its own on each host"
+def _log_hosts(state: RankState) -> None:
+    if state.membership and state.joined and len(state.membership.hosts) > 1:
+        names = ", ".join(f"{name} ({ranks} ranks)" for name, ranks in state.membership.hosts)
+        folder = "one folder, shared by all hosts" if state.joined.shared else "a folder of its own on each host"
         logger.info(f"hosts: {names}; output_dir is {folder}")
-        interface = os.environ.get("GLOO_SOCKET_IFNAME") or run.joined.interface
-        logger.info(f"network interface: {interface}, by which {run.joined.host} reaches the others")
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or state.joined.interface
+        logger.info(f"network interface: {interface}, by which {state.joined.host} reaches the others")
 
 
-def _write_random_base(run: Run) -> None:
+def _write_random_base(state: RankState) -> None:
     """Saves the random base of an adapter, which is worth nothing without it."""
     import torch
 
     from hynb.train import write_random_base
 
-    run.base = RunDir(run.config.output_dir).random_base
-    if run.rank == 0:
-        write_random_base(run.config, run.tokenizer, run.tokenizer_folder, run.base)
+    state.base = RunDir(state.config.output_dir).random_base
+    if state.rank == 0:
+        write_random_base(state.config, state.tokenizer, state.tokenizer_folder, state.base)
     torch.distributed.barrier()
-    if run.folders:
-        run.folders.copy_to_hosts(run.base)
+    if state.folders:
+        state.folders.copy_to_hosts(state.base)
 
 
-def _choose_trained_parameters(run: Run) -> None:
+def _choose_trained_parameters(state: RankState) -> None:
     from hynb.train import add_adapter, freeze_all_but_attention
 
-    if run.config.use_lora:
+    if state.config.use_lora:
         # A frozen embedding's output needs a gradient, or checkpointed layers would have none to pass back.
-        if run.config.gradient_checkpointing:
-            run.model.enable_input_require_grads()
-        run.model = add_adapter(run.model, run.config, run.base)
-    elif run.config.train_attention_params_only:
-        freeze_all_but_attention(run.model)
+        if state.config.gradient_checkpointing:
+            state.model.enable_input_require_grads()
+        state.model = add_adapter(state.model, state.config, state.base)
+    elif state.config.train_attention_params_only:
+        freeze_all_but_attention(state.model)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
