@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hynb.data.dataset import ChatDataset
+from hynb.data.encoding import DEFAULT, LabelOptions
 from hynb.data.files import Paths, cache_folder
 from hynb.data.report import DataReport, Rejected
 from hynb.data.scan import COUNTERS, line_ranges, scan_all
-from hynb.data.template import DEFAULT, LabelOptions
 from hynb.errors import DataError
 from hynb.files import file_hash
 
@@ -30,7 +31,7 @@ _PARALLEL_BYTES = 16 << 20
 # More workers gain little: the main process gathers their results.
 _MAX_PROCESSES = 8
 # Part of the cache's key; to be raised when results or messages change.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 
 def check_data(
@@ -40,6 +41,7 @@ def check_data(
     *,
     options: LabelOptions = DEFAULT,
     on_bad_sample: Literal["stop", "skip", "report"] = "stop",
+    max_cut_share: float = 0.05,
     rejected_path: Path | None = None,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -51,6 +53,8 @@ def check_data(
     Args:
         max_seq_length: tokens; required with a tokenizer.
         on_bad_sample: stop: raise if a line is invalid. skip: raise only if no sample is left. report: never raise.
+        max_cut_share: largest fraction of samples that may be left out because nothing of their answers is left
+            within max_seq_length.
         rejected_path: file for the rejected lines with their locations and problems; written if there are any.
         processes: worker processes; None for one per CPU, at most 8, or a single one for small files.
         progress: called with the bytes done and the total.
@@ -58,7 +62,7 @@ def check_data(
         parameter: the parameter that messages name.
 
     Raises:
-        DataError: unreadable files, no samples, or invalid lines under `stop`.
+        DataError: unreadable files, no samples, invalid lines under `stop`, or too many samples that are too long.
     """
     if tokenizer is not None and max_seq_length is None:
         raise DataError("max_seq_length: must be given with a tokenizer")
@@ -71,12 +75,18 @@ def check_data(
             _write_cached(cache_path, report)
     if rejected_path and report.rejected:
         _write_rejected(rejected_path, report.rejected, dataset)
-    if on_bad_sample == "stop" and report.rejected:
+    if on_bad_sample == "stop" and report.invalid:
         raise DataError(report.problems())
+    if on_bad_sample != "report" and report.too_long_share > max_cut_share:
+        raise DataError(
+            f"{parameter} = {', '.join(report.files)}: {report.too_long_text()}. Raise max_seq_length, or allow more "
+            f"with max_cut_share (now {max_cut_share:g})"
+        )
     if on_bad_sample != "report" and not report.samples:
         named = f"{parameter} = {', '.join(report.files)}"
         if report.rejected:
-            raise DataError([*report.problems(), f"{named}: no line is left to train on"])
+            left_out = [f"{named}: {report.too_long_text()}"] if report.too_long else []
+            raise DataError([*report.problems(), *left_out, f"{named}: no line is left to train on"])
         raise DataError(f"{named}: is empty; it needs at least one conversation")
     return report
 
@@ -99,6 +109,8 @@ def _check(dataset: ChatDataset, processes: int | None, progress: Callable[[int,
     # Typed arrays from the start: lists of Python integers would be ten times as large.
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COUNTERS, "hashes", "line_indices")}
     rejected: list[Rejected] = []
+    unknown_keys: Counter[str] = Counter()
+    ignored_fields: Counter[str] = Counter()
     done_bytes = 0
     for found in scan_all(dataset, ranges, processes):
         for name, values in found.counters.items():
@@ -106,6 +118,8 @@ def _check(dataset: ChatDataset, processes: int | None, progress: Callable[[int,
         columns["hashes"].append(np.asarray(found.hashes, dtype=np.uint64))
         columns["line_indices"].append(np.asarray(found.line_indices, dtype=np.uint32))
         rejected += found.rejected
+        unknown_keys.update(found.unknown_keys)
+        ignored_fields.update(found.ignored_fields)
         done_bytes += found.size_bytes
         if progress:
             progress(done_bytes, total_bytes)
@@ -120,10 +134,12 @@ def _check(dataset: ChatDataset, processes: int | None, progress: Callable[[int,
         "rejected": rejected,
         "duplicates": duplicates,
         "duplicate_count": duplicate_count,
+        "unknown_keys": dict(unknown_keys),
+        "ignored_fields": dict(ignored_fields),
         "spelled_locations": [dataset.location(int(index)) for index in spelled],
     }
     report = DataReport(**record, **_report_arrays(arrays))
-    assert report.lines == report.samples + len(report.rejected)
+    assert report.lines == len(np.unique(report.line_indices)) + len(report.rejected_locations)
     return report
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from hynb.data.check import check_data
 from hynb.data.dataset import ChatDataset
+from hynb.data.encoding import LabelOptions
 from hynb.data.preview import as_text
-from hynb.data.template import LabelOptions
+from hynb.data.report import DataReport
 from hynb.errors import DataError
 
 
@@ -36,6 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preview", type=int, default=0, metavar="N", help="show N samples with trained tokens marked"
     )
+    parser.add_argument(
+        "--train_on_turns",
+        choices=("as_rendered", "all", "last"),
+        default="as_rendered",
+        help="which answers are trained on: all as the template renders them, all in full, or the last [as_rendered]",
+    )
+    parser.add_argument("--split_turns", action="store_true", help="one sample per answer")
+    parser.add_argument(
+        "--allow_ignored_fields", action="store_true", help="leave out fields that the chat template does not render"
+    )
+    parser.add_argument(
+        "--max_cut_share",
+        type=float,
+        default=0.05,
+        help="largest fraction of samples that may be left out because they are too long [0.05]",
+    )
+    parser.add_argument(
+        "--tokenised", type=Path, metavar="OUT.jsonl", help="write source, input_ids and labels of every sample"
+    )
     parser.add_argument("--processes", type=int, help="worker processes [one per CPU, at most 8]")
     parser.add_argument("--no_cache", action="store_true", help="do not use the result of an earlier check")
 
@@ -54,8 +75,14 @@ def run(args: argparse.Namespace) -> int:
             raise DataError(f"{name} = {getattr(args, name)}: must be at least 1")
     tokenizer = _load_tokenizer(args.tokenizer_name_or_path) if args.tokenizer_name_or_path else None
     options = LabelOptions(
-        train_on_prompt=args.train_on_prompt, allow_special_tokens_in_text=args.allow_special_tokens_in_text
+        train_on_prompt=args.train_on_prompt,
+        allow_special_tokens_in_text=args.allow_special_tokens_in_text,
+        train_on_turns=args.train_on_turns,
+        split_turns=args.split_turns,
+        allow_ignored_fields=args.allow_ignored_fields,
     )
+    if args.tokenised and tokenizer is None:
+        raise DataError("--tokenised needs a tokenizer: name its folder with --tokenizer_name_or_path")
     report = check_data(
         args.files,
         tokenizer,
@@ -70,18 +97,35 @@ def run(args: argparse.Namespace) -> int:
     allowed = args.allow_special_tokens_in_text
     print(report.text(batch_size=args.per_device_train_batch_size, special_tokens_allowed=allowed))
     if tokenizer and args.preview:
-        _print_preview(args, tokenizer, options, report.line_indices[: args.preview].tolist())
+        _print_preview(args, tokenizer, options, report)
+    if tokenizer and args.tokenised:
+        written = _write_tokenised(args, tokenizer, options, report)
+        print(f"{written:,} tokenised samples are in {args.tokenised}")
     if not report.samples:
         print("no sample is left to train on")
         return 2
-    return 2 if report.rejected and args.on_bad_sample == "stop" else 0
+    too_many = report.too_long_share > args.max_cut_share
+    return 2 if too_many or (report.invalid and args.on_bad_sample == "stop") else 0
+
+
+def _write_tokenised(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, options: LabelOptions, report: DataReport
+) -> int:
+    """Writes what is trained on, sample by sample, and returns how many there are."""
+    dataset = ChatDataset(args.files, tokenizer, args.max_seq_length, options=options)
+    dataset = dataset.with_answers(report.line_indices.tolist(), report.answers.tolist())
+    with args.tokenised.open("w", encoding="utf-8") as file:
+        for index in range(len(dataset)):
+            file.write(json.dumps({"source": dataset.location(index), **dataset[index]}) + "\n")
+    return len(dataset)
 
 
 def _print_preview(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, options: LabelOptions, line_indices: Sequence[int]
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, options: LabelOptions, report: DataReport
 ) -> None:
     dataset = ChatDataset(args.files, tokenizer, args.max_seq_length, options=options)
-    for index in line_indices:
+    dataset = dataset.with_answers(report.line_indices.tolist(), report.answers.tolist())
+    for index in range(min(args.preview, len(dataset))):
         conversation = dataset.conversation(index)
         shown = as_text(conversation, tokenizer, args.max_seq_length, options=options, colour=sys.stdout.isatty())
         print(f"\n{conversation.source}:\n{shown}")

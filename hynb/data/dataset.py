@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hynb.data.files import Conversation, Paths, find_files, parse_line, seekable_file, without_bom
-from hynb.data.template import DEFAULT, IGNORED, LabelOptions, encode
+from hynb.data.encoding import DEFAULT, IGNORED, LabelOptions, encode, up_to_answer
+from hynb.data.files import Conversation, Paths, find_files, seekable_file, without_bom
+from hynb.data.records import parse_line
 from hynb.errors import DataError
 
 
@@ -48,9 +49,10 @@ class ChatDataset(torch.utils.data.Dataset):
         self.max_seq_length = max_seq_length
         self.options = options
         self._seekable = [seekable_file(path) for path in self.files]
-        # 22 bytes per sample: file, line number, offset and size in bytes.
+        # 24 bytes per sample: file, line number, offset and size in bytes, and the answer that ends it (0: all).
         self._files, self._numbers = array("H"), array("Q")
         self._offsets, self._sizes = array("Q"), array("I")
+        self._answers = array("H")
         left_out = set(rejected)
         for file_number, path in enumerate(self._seekable):
             self._index(file_number, path, left_out)
@@ -67,6 +69,7 @@ class ChatDataset(torch.utils.data.Dataset):
                         self._numbers.append(number)
                         self._offsets.append(offset)
                         self._sizes.append(size_bytes)
+                        self._answers.append(0)
                     offset += size_bytes
         except OSError as error:
             raise DataError(f"{self.files[file_number]}: cannot be read: {error.strerror}") from None
@@ -74,9 +77,20 @@ class ChatDataset(torch.utils.data.Dataset):
     def subset(self, indices: Sequence[int]) -> ChatDataset:
         """A data set of the samples with these indices; the files are not read again."""
         part = copy.copy(self)
-        for name in ("_files", "_numbers", "_offsets", "_sizes"):
+        for name in ("_files", "_numbers", "_offsets", "_sizes", "_answers"):
             values = getattr(self, name)
             setattr(part, name, array(values.typecode, (values[index] for index in indices)))
+        return part
+
+    def with_answers(self, lines: Sequence[int], answers: Sequence[int]) -> ChatDataset:
+        """A data set of parts of the lines, for `split_turns`.
+
+        Args:
+            lines: for each sample, the index of its line.
+            answers: for each sample, the number of the answer that ends it, from 1; 0 for the whole line.
+        """
+        part = self.subset(lines)
+        part._answers = array("H", answers)
         return part
 
     def __len__(self) -> int:
@@ -119,7 +133,10 @@ class ChatDataset(torch.utils.data.Dataset):
         Raises:
             DataError: the line is invalid.
         """
-        return parse_line(self.line(index), self.location(index))
+        whole = parse_line(self.line(index), self.location(index))
+        part = up_to_answer(whole, self._answers[index]) if self._answers[index] else whole
+        assert part is not None, "an answer that is not trained on makes no sample"
+        return part
 
 
 @dataclass(kw_only=True)

@@ -7,22 +7,18 @@ import glob
 import gzip
 import io
 import itertools
-import json
 import os
 import random
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hynb.errors import DataError
 from hynb.files import file_hash, files_hash
 
-ROLES = ("system", "user", "assistant")
-FORMATS = '{"messages": [{"role": …, "content": …}, …]}, ShareGPT\'s conversations, or Alpaca\'s instruction/output'
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
 # Compressed bytes that are decompressed at once, in memory.
@@ -32,10 +28,21 @@ Paths = str | Path | Sequence[str | Path]
 
 @dataclass(kw_only=True, frozen=True)
 class Conversation:
-    """One sample: its messages, and its location as file:line."""
+    """One sample.
+
+    Args:
+        messages: each with `role` and `content`, and what else the record has for it.
+        source: its location as file:line.
+        arguments: the record's other keys, such as `tools` and `reasoning_effort`.
+    """
 
     messages: list[dict[str, Any]]
     source: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def replaced(self, **changes: Any) -> Conversation:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
 
 
 def find_files(paths: Paths, parameter: str = "train_data_file") -> list[Path]:
@@ -83,20 +90,6 @@ def _split_paths(paths: Paths) -> Sequence[str | Path]:
 
 def _glob(pattern: str) -> list[str]:
     return glob.glob(pattern, recursive=True)  # noqa: PTH207  Path.glob refuses absolute patterns
-
-
-def read_conversations(paths: Paths) -> Iterator[Conversation]:
-    """The conversations of JSONL files in order; blank lines are skipped.
-
-    Args:
-        paths: as `find_files` takes them; `.gz` and `.zst` are decompressed while they are read.
-
-    Raises:
-        DataError: at the first invalid line, with file:line and what is wrong.
-    """
-    for path in find_files(paths):
-        for source, line in lines(path):
-            yield parse_line(line, source)
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -222,126 +215,6 @@ def data_hash(paths: Paths) -> str:
 def without_bom(line: bytes, number: int) -> bytes:
     """A line without the byte order mark that the first line of a file may begin with."""
     return line.removeprefix(_BOM) if number == 1 else line
-
-
-def parse_line(line: bytes, source: str) -> Conversation:
-    """The conversation in one line; ShareGPT's and Alpaca's formats are converted.
-
-    Args:
-        source: the line's location as file:line.
-
-    Raises:
-        DataError: with the location, what is wrong and an excerpt.
-    """
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: invalid UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{source}:{error.colno}: invalid JSON: {error.msg}; the line begins {excerpt(line)}"
-        ) from None
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{source}: JSON that cannot be read: {error or 'nested too deeply'}") from None
-    messages = _messages(record, source)
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{source}: must be {FORMATS}; the line begins {excerpt(line)}")
-    for number, message in enumerate(messages, 1):
-        if problem := _message_problem(message, messages[number - 2] if number > 1 else None):
-            raise DataError(f"{source}: message {number}: {problem}")
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to train on")
-    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
-        raise DataError(f'{source}: every answer has "train": false: there is nothing to train on')
-    return Conversation(messages=messages, source=source)
-
-
-def excerpt(line: bytes) -> str:
-    """The beginning of a line, quoted, for a message."""
-    return repr(line[:60].decode("utf-8", errors="replace").strip())
-
-
-def _messages(record: Any, source: str) -> Any:
-    if not isinstance(record, dict):
-        return None
-    if "messages" in record:
-        return record["messages"]
-    if isinstance(record.get("conversations"), list):
-        return _from_sharegpt(record, source)
-    if "instruction" in record and "output" in record:
-        return _from_alpaca(record, source)
-    return None
-
-
-def _from_sharegpt(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
-    messages = []
-    if isinstance(record.get("system"), str) and record["system"]:
-        messages.append({"role": "system", "content": record["system"]})
-    for number, turn in enumerate(record["conversations"], 1):
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise DataError(f'{source}: conversations, turn {number}: must be {{"from": …, "value": …}}')
-        name = turn["from"]
-        if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
-            raise DataError(
-                f"{source}: conversations, turn {number}: from {_short(name)} is unknown; it must be one "
-                f"of {', '.join(_SHAREGPT_ROLES)}"
-            )
-        message = {"role": _SHAREGPT_ROLES[name], "content": turn["value"]}
-        messages.append(message | ({"train": turn["train"]} if "train" in turn else {}))
-    return messages
-
-
-def _from_alpaca(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
-    question = record["instruction"]
-    for key in ("instruction", "input", "output", "system"):
-        if record.get(key) is not None and not isinstance(record[key], str):
-            raise DataError(f"{source}: {key} must be text, not {type(record[key]).__name__}")
-    if record.get("input"):
-        question = f"{question}\n{record['input']}"
-    messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    history = record.get("history") or []
-    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-        raise DataError(f"{source}: history must be a list of [question, answer]")
-    for earlier_question, answer in history:
-        messages += [{"role": "user", "content": earlier_question}, {"role": "assistant", "content": answer}]
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
-
-
-def _short(value: Any) -> str:
-    """The `repr` of a value for a message, at most 60 characters."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:60] + "…"
-
-
-def _message_problem(message: Any, before: dict[str, Any] | None) -> str:
-    """What is wrong with a message that follows another one; empty if nothing is."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return 'must be {"role": …, "content": …}'
-    role, content = message["role"], message.get("content")
-    if role not in ROLES:
-        return f"role {_short(role)} is unknown; it must be one of {', '.join(ROLES)}"
-    if not isinstance(content, str):
-        return f"the content of the {role} must be text, not {type(content).__name__}"
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:
-        return f"the content of the {role} has half of a surrogate pair; write the character itself"
-    if not isinstance(message.get("train", True), bool):
-        return f"train must be true or false, not {_short(message['train'])}"
-    if role == "system":
-        return "" if before is None else "the system's message must come first"
-    if before is None:
-        return "" if role == "user" else "the first message is the assistant's; the user's must come before it"
-    if role == "assistant" and before["role"] != "user":
-        return f"the assistant's message follows the {before['role']}'s; the user's must come before it"
-    if role == "user" and before["role"] == "user":
-        return "two messages of the user follow each other"
-    if role == "assistant" and not content.strip():
-        return "the assistant's answer is empty"
-    return ""
 
 
 def split_share(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hynb.data.template import IGNORED
+from hynb.data.encoding import IGNORED
 
 # Steps among which samples are sorted by length: the more, the less padding and the less random the order.
 _SORTED_STEPS = 50

@@ -10,8 +10,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from hynb.data.encoding import DEFAULT, IGNORED, LabelOptions, encode
 from hynb.data.files import Conversation
-from hynb.data.template import DEFAULT, IGNORED, LabelOptions, encode
 
 # A browser becomes slow with many more spans than this.
 _SHOWN_TOKENS = 4000

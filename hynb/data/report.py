@@ -19,12 +19,15 @@ class Rejected:
         index: among all lines.
         source: its location as file:line.
         excerpt: its beginning.
+        needed_tokens: of a valid sample of whose answers nothing is left after truncation, the max_seq_length from
+            which on it is trained on; None for an invalid line.
     """
 
     index: int
     source: str
     problem: str
     excerpt: str
+    needed_tokens: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -41,7 +44,11 @@ class DataReport:
         trained: tokens of each sample with a label.
         trained_kept: tokens of each sample with a label after truncation.
         spelled: for each sample, 1 if one of its messages has text that spells a special token, else 0.
+        shortened: for each sample, number of answers that the template shortens, as templates do with thoughts.
+        answers: for each sample, the number of the answer that ends it under `split_turns`; else 0.
         line_indices: index of each sample among all lines.
+        unknown_keys: for each key of records that nothing reads, the number of samples with it.
+        ignored_fields: the same for fields that the template does not render, under `allow_ignored_fields`.
         from_cache: whether this is the stored result of an earlier check.
     """
 
@@ -56,19 +63,39 @@ class DataReport:
     trained: np.ndarray
     trained_kept: np.ndarray
     spelled: np.ndarray
+    shortened: np.ndarray
+    answers: np.ndarray
     line_indices: np.ndarray
     duplicate_count: int
+    unknown_keys: dict[str, int]
+    ignored_fields: dict[str, int]
     from_cache: bool = False
 
     @property
     def samples(self) -> int:
-        """Number of lines that are trained on."""
+        """Number of samples that are trained on: one per line, or one per answer under `split_turns`."""
         return len(self.lengths)
 
     @property
+    def invalid(self) -> list[Rejected]:
+        """Lines that are not valid samples."""
+        return [item for item in self.rejected if item.needed_tokens is None]
+
+    @property
+    def too_long(self) -> list[Rejected]:
+        """Valid samples of whose answers nothing is left after truncation."""
+        return [item for item in self.rejected if item.needed_tokens is not None]
+
+    @property
+    def too_long_share(self) -> float:
+        """Fraction of valid samples that are left out because nothing of their answers is left."""
+        return len(self.too_long) / max(1, self.samples + len(self.too_long))
+
+    @property
     def rejected_locations(self) -> list[str]:
-        """Locations (file:line) of the rejected lines, as `ChatDataset` takes them."""
-        return [item.source for item in self.rejected]
+        """Locations (file:line) of lines without a sample, as `ChatDataset` takes them."""
+        with_samples = set(self.line_indices.tolist()) if self.answers.any() else set()
+        return list(dict.fromkeys(item.source for item in self.rejected if item.index not in with_samples))
 
     @property
     def cut_samples(self) -> int:
@@ -98,13 +125,23 @@ class DataReport:
         packed = np.array([int(lengths[pack].sum()) for pack in packs])
         return _padded_tokens(lengths, batch_size, seed) / _padded_tokens(packed, batch_size, seed)
 
+    def too_long_text(self) -> str:
+        """How many samples are left out for their length, with the first of them and the length that keeps all."""
+        count, first = len(self.too_long), self.too_long[0].source
+        needed = max(item.needed_tokens or 0 for item in self.too_long)
+        return (
+            f"{count:,} samples ({self.too_long_share:.1%}), since nothing of their answers is left within "
+            f"max_seq_length = {self.max_seq_length}, the first at {first}; max_seq_length = {needed} keeps all"
+        )
+
     def problems(self) -> list[str]:
         """One message for each of the first rejected lines, and one with their number if there are more."""
-        shown = [item.problem for item in self.rejected[:_SHOWN_PROBLEMS]]
-        if len(self.rejected) > len(shown):
+        invalid = self.invalid
+        shown = [item.problem for item in invalid[:_SHOWN_PROBLEMS]]
+        if len(invalid) > len(shown):
             names = ", ".join(self.files)
             shown.append(
-                f"{names}: {len(self.rejected)} of {self.lines} lines are invalid; the first {_SHOWN_PROBLEMS} are "
+                f"{names}: {len(invalid)} of {self.lines} lines are invalid; the first {_SHOWN_PROBLEMS} are "
                 "shown. on_bad_sample = skip leaves them out"
             )
         return shown
@@ -119,6 +156,20 @@ class DataReport:
         counts = f"{self.lines:,} lines = {self.samples:,} samples + {len(self.rejected):,} rejected"
         out = [f"{', '.join(self.files)}: {counts}"]
         out += [f"  {problem}" for problem in self.problems()]
+        if self.too_long:
+            out.append(f"left out: {self.too_long_text()}")
+        for title, counts in (
+            ("keys that nothing reads", self.unknown_keys),
+            ("fields that the chat template does not render", self.ignored_fields),
+        ):
+            if counts:
+                named = ", ".join(f"{name} ({count:,} samples)" for name, count in sorted(counts.items()))
+                out.append(f"{title}: {named}")
+        if shortened := int(self.shortened.sum()):
+            out.append(
+                f"shortened answers: {shortened:,} earlier answers are rendered without a part, such as their "
+                "thought; split_turns: true trains each answer in full"
+            )
         if self.duplicate_count:
             out.append(f"duplicates: {self.duplicate_count:,} samples repeat an earlier one, such as")
             out += [f"  {location} repeats {first}" for location, first in self.duplicates]

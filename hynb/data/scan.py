@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from hynb.data.dataset import ChatDataset
-from hynb.data.files import Conversation, excerpt, parse_line
+from hynb.data.encoding import IGNORED, Prepared, answer_count, encode_prepared, prepare, up_to_answer
+from hynb.data.files import Conversation
+from hynb.data.records import excerpt, parse_line
 from hynb.data.report import Rejected
-from hynb.data.template import IGNORED, conversation_pieces, encode_many, render
 from hynb.errors import DataError
 
 # Numbers that are found of each sample; DataReport explains them.
-COUNTERS = ("lengths", "kept", "trained", "trained_kept", "spelled")
+COUNTERS = ("lengths", "kept", "trained", "trained_kept", "spelled", "shortened", "answers")
 _BATCH_SAMPLES = 64
 # Lines for one task of a worker: enough to outweigh sending them, few enough for a steady progress bar.
 _RANGE_BYTES = 2 << 20
-# The first samples are compared with the template's own rendering.
-_VERIFIED_SAMPLES = 100
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -86,24 +85,32 @@ class Found:
 
     Args:
         counters: a list for each of `COUNTERS` with one number per sample.
-        hashes: of the messages of each sample, 64 bits.
+        hashes: of what each sample is rendered as, 64 bits.
         line_indices: of each sample among all lines.
+        keys: number of samples with each of the records' keys that nothing reads, and of each ignored field.
     """
 
     counters: dict[str, list[int]]
     hashes: list[int]
     line_indices: list[int]
+    unknown_keys: Counter[str]
+    ignored_fields: Counter[str]
     rejected: list[Rejected]
     size_bytes: int
 
 
 @dataclass(kw_only=True, frozen=True)
 class _Parsed:
-    """A valid line and the conversation in it."""
+    """A sample of a valid line: its conversation, or one up to an answer.
+
+    Args:
+        answer: number of the answer that ends it, from 1; 0 for the whole conversation.
+    """
 
     index: int
     line: bytes
     conversation: Conversation
+    answer: int = 0
 
 
 class _Scan:
@@ -111,8 +118,6 @@ class _Scan:
 
     def __init__(self, dataset: ChatDataset) -> None:
         self.dataset = dataset
-        tokenizer = dataset.tokenizer
-        self.special = _special_tokens(tokenizer) if tokenizer else None
 
     def __call__(self, lines: Range) -> Found:
         """What is found in a range of lines."""
@@ -120,6 +125,8 @@ class _Scan:
             counters={name: [] for name in COUNTERS},
             hashes=[],
             line_indices=[],
+            unknown_keys=Counter(),
+            ignored_fields=Counter(),
             rejected=[],
             size_bytes=lines.size_bytes,
         )
@@ -127,7 +134,7 @@ class _Scan:
         batch_bytes = 0
         for index, (location, line) in enumerate(self.dataset.lines(lines.start, lines.stop), lines.start):
             try:
-                batch.append(_Parsed(index=index, line=line, conversation=parse_line(line, location)))
+                batch += self._samples(index, line, parse_line(line, location))
             except DataError as error:
                 found.rejected.append(_rejected(index, location, error, line))
                 continue
@@ -140,6 +147,15 @@ class _Scan:
         found.rejected.sort(key=lambda item: item.index)
         return found
 
+    def _samples(self, index: int, line: bytes, conversation: Conversation) -> Iterator[_Parsed]:
+        """The samples of a line: the conversation, or one for each answer."""
+        if not self.dataset.options.split_turns:
+            yield _Parsed(index=index, line=line, conversation=conversation)
+            return
+        for number in range(1, answer_count(conversation) + 1):
+            if (part := up_to_answer(conversation, number)) is not None:
+                yield _Parsed(index=index, line=line, conversation=part, answer=number)
+
     def _add_batch(self, batch: list[_Parsed], found: Found) -> None:
         try:
             samples = self._encoded(batch)
@@ -151,81 +167,63 @@ class _Scan:
             else:
                 self._reject(batch[0], error, found)
             return
-        for item, sample in zip(batch, samples, strict=True):
-            self._add(item, sample, found)
+        for item, (prepared, sample) in zip(batch, samples, strict=True):
+            self._add(item, prepared, sample, found)
 
-    def _encoded(self, batch: list[_Parsed]) -> Sequence[dict[str, list[int]] | None]:
-        """Whole samples; None without a tokenizer.
+    def _encoded(self, batch: list[_Parsed]) -> list[tuple[Prepared, dict[str, list[int]]] | tuple[None, None]]:
+        """Whole samples and what they were made of; None without a tokenizer.
 
         Raises:
             DataError: for one of the conversations.
         """
         if self.dataset.tokenizer is None:
-            return [None] * len(batch)
-        for item in batch:
-            self._verify(item)
-        return encode_many(
-            [item.conversation for item in batch], self.dataset.tokenizer, 1 << 40, self.dataset.options
-        )
+            return [(None, None)] * len(batch)
+        tokenizer, options = self.dataset.tokenizer, self.dataset.options
+        prepared = [prepare(item.conversation, tokenizer, options) for item in batch]
+        return list(zip(prepared, encode_prepared(prepared, tokenizer, 1 << 40), strict=True))
 
-    def _add(self, item: _Parsed, sample: dict[str, list[int]] | None, found: Found) -> None:
-        counts = dict.fromkeys(COUNTERS, 0)
-        if sample is not None:
+    def _add(
+        self, item: _Parsed, prepared: Prepared | None, sample: dict[str, list[int]] | None, found: Found
+    ) -> None:
+        counts = dict.fromkeys(COUNTERS, 0) | {"answers": item.answer}
+        if prepared is not None and sample is not None:
             trained = np.asarray(sample["labels"]) != IGNORED
             kept = trained[: self.dataset.max_seq_length]
             counts |= {"lengths": len(trained), "kept": len(kept)}
             counts |= {"trained": int(trained.sum()), "trained_kept": int(kept.sum())}
             if not counts["trained_kept"]:
-                problem = (
-                    f"{item.conversation.source}: nothing of the answer is left within max_seq_length = "
-                    f"{self.dataset.max_seq_length} of its {len(trained)} tokens: raise it, or shorten the question"
-                )
-                self._reject(item, DataError(problem), found)
+                self._reject_cut(item, trained, found)
                 return
-            texts = (message["content"] for message in item.conversation.messages)
-            counts["spelled"] = int(self.special is not None and any(map(self.special.search, texts)))
+            counts |= {"spelled": int(prepared.spelled), "shortened": prepared.shortened}
+            found.unknown_keys.update(prepared.unknown)
+            found.ignored_fields.update(prepared.ignored)
         for name, value in counts.items():
             found.counters[name].append(value)
         found.line_indices.append(item.index)
-        found.hashes.append(_messages_hash(item.conversation))
+        found.hashes.append(_hash(item.conversation, sample))
 
     def _reject(self, item: _Parsed, error: DataError, found: Found) -> None:
         found.rejected.append(_rejected(item.index, item.conversation.source, error, item.line))
 
-    def _verify(self, item: _Parsed) -> None:
-        """Compares the pieces of a conversation with the template's rendering.
-
-        Only for the first samples, and where templates are known to change answers.
-
-        Raises:
-            DataError: they differ.
-        """
-        if item.index >= _VERIFIED_SAMPLES and b"think>" not in item.line:
-            return
-        assert self.dataset.tokenizer is not None
-        conversation = item.conversation
-        pieces = conversation_pieces(conversation, self.dataset.tokenizer)
-        if "".join(piece.text for piece in pieces) != render(
-            self.dataset.tokenizer, conversation.messages, conversation.source
-        ):
-            raise DataError(
-                f"{conversation.source}: the chat template changes the text of this conversation (some remove the "
-                "part between <think> and </think>): write the messages as the model is to answer"
-            )
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """A pattern of the text of all special and added tokens."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    names = sorted({name for name in tokenizer.all_special_tokens + added if name}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names))) if names else None
+    def _reject_cut(self, item: _Parsed, trained: np.ndarray, found: Found) -> None:
+        """Leaves out a sample of whose answers nothing is left after truncation."""
+        needed = int(trained.argmax()) + 1
+        problem = (
+            f"{item.conversation.source}: nothing of the answer is left within max_seq_length = "
+            f"{self.dataset.max_seq_length} of its {len(trained)} tokens: from {needed} tokens on it is trained on"
+        )
+        rejected = _rejected(item.index, item.conversation.source, DataError(problem), item.line)
+        found.rejected.append(dataclasses.replace(rejected, needed_tokens=needed))
 
 
 def _rejected(index: int, location: str, error: DataError, line: bytes) -> Rejected:
     return Rejected(index=index, source=location, problem=str(error), excerpt=excerpt(line))
 
 
-def _messages_hash(conversation: Conversation) -> int:
-    """64 bits of a hash over roles and contents, by which duplicates are found."""
-    messages = [(message["role"], message["content"]) for message in conversation.messages]
-    return int.from_bytes(hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).digest())
+def _hash(conversation: Conversation, sample: dict[str, list[int]] | None) -> int:
+    """64 bits of a hash over all that is trained on, by which duplicates are found."""
+    if sample is None:
+        content = json.dumps([conversation.messages, conversation.arguments], sort_keys=True).encode()
+    else:
+        content = np.asarray([*sample["input_ids"], -1, *sample["labels"]], dtype=np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())

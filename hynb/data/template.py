@@ -1,313 +1,540 @@
-"""Token ids and labels of a conversation, derived from the chat template itself: only answers are trained on.
+"""What of a conversation is trained on, derived from the chat template itself: each answer up to its end token.
 
-A chat template is a program (Jinja) that cannot be inverted. It is rendered once for each sequence of roles with a
-placeholder instead of each message's content; what surrounds the placeholders is the same for every conversation
-with these roles.
+The answer is what the template would have the model produce: it begins where the generation prompt ends and ends
+with the token at which generation stops. A thought belongs to the answer, also where the generation prompt already
+opens it (upstream's training of Hy3 does the same).
 """
 
 from __future__ import annotations
 
+import bisect
+import copy
 import functools
+import itertools
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+import jinja2
 
 from hynb.data.files import Conversation
+from hynb.data.jinja_trace import Traced, TracedTemplate
 from hynb.errors import DataError
 
-IGNORED = -100
-# Private-use characters, which no template writes itself.
-_PLACEHOLDER = "\ue000{}\ue001"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Noncharacters, as in jinja_trace: inside of a special token's text, it stays text; around a probed content.
+BREAK = "\ufdd2"
+_PLACEHOLDER = "\ufdd3{}\ufdd4"
+_PLACEHOLDERS = re.compile("(\u2003?)\ufdd3(\\d+)\ufdd4(\u2003?)")
 # White space (an em space) that no template writes itself: where it is missing, the template strips contents.
 _PADDING = "\u2003"
-# How many messages are probed for how the template ends an answer that is the last of its conversation. The time
-# grows with the square of it; a later answer is taken to end as the conversation does.
-_PROBED_MESSAGES = 32
+_THOUGHT = re.compile(r"<think[^<>]*>")
+# Names under which templates read a thought; transformers copies one to the others (5.23, `_alias_reasoning_fields`).
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+# Variables of a template that are not taken from a record.
+_OWN_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "is_training", "documents"})
 # Of each message: its role, and whether its content is empty.
 Shape = tuple[tuple[str, bool], ...]
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(kw_only=True, frozen=True)
-class Template:
-    """What a chat template writes around the contents of messages with given roles.
+class Rendered:
+    """A conversation as the template renders it for training.
 
     Args:
-        opening: the text before each content, without the text that ends the answer before it.
-        closing: the text that ends each answer, which is trained on; empty for other messages, except that the
-            last message has all text after it.
-        strips: for each message, whether white space is stripped from the left and the right end of its content.
-    """
-
-    opening: tuple[str, ...]
-    closing: tuple[str, ...]
-    strips: tuple[tuple[bool, bool], ...]
-
-
-@dataclass(kw_only=True, frozen=True)
-class Piece:
-    """A part of a conversation's text.
-
-    Args:
-        content: whether it is a message's content, as opposed to the template's own text.
-        trained: whether it is trained on.
+        text: special tokens that messages spell have a `BREAK` inside, unless they are to become tokens.
+        trained: start and end of each part that is trained on, in order and apart.
+        turns: for each message, start and end of what the template wrote for it; None where it wrote nothing.
     """
 
     text: str
-    content: bool
-    trained: bool
+    trained: tuple[tuple[int, int], ...]
+    turns: tuple[tuple[int, int] | None, ...]
 
 
 @dataclass(kw_only=True, frozen=True)
-class LabelOptions:
-    """What is trained on, and how contents are tokenised.
+class Features:
+    """What a chat template can render.
 
     Args:
-        train_on_prompt: system and user messages too, with the template's text around them.
-        allow_special_tokens_in_text: text in a content that spells a special token becomes the token.
+        system, tools, tool_calls, tool_results, thoughts: whether it does.
+        arguments: names that a record may set beside its messages.
+        end_tokens: texts of the tokens that end an answer; empty if answers have no end.
     """
 
-    train_on_prompt: bool = False
-    allow_special_tokens_in_text: bool = False
+    system: bool
+    tools: bool
+    tool_calls: bool
+    tool_results: bool
+    thoughts: bool
+    arguments: tuple[str, ...]
+    end_tokens: tuple[str, ...]
 
 
-DEFAULT = LabelOptions()
+class TemplateTokenizer(Protocol):
+    """What a chat template takes of a tokenizer, named as in transformers."""
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """Texts of the special tokens that have names, such as eos_token."""
+        ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """Tokens beside the vocabulary by their ids, with `content` and `special`."""
+        ...
+
+    @property
+    def all_special_tokens(self) -> Sequence[str]:
+        """Texts of all special tokens that have names."""
+        ...
 
 
-def encode(
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    options: LabelOptions = DEFAULT,
-) -> dict[str, list[int]]:
-    """Token ids and labels of a conversation, truncated to `max_seq_length` tokens.
+class ChatTemplate:
+    """The chat template of a tokenizer; `of` makes and caches one.
 
-    Labels are the ids of the assistant's answers with the text that ends them in the template, and -100 elsewhere:
-    for the prompt, for the marker that begins an answer, and for messages with `"train": false`. Text in a content
-    that spells a special token stays text.
+    Attributes:
+        special, added: patterns of the texts of the tokenizer's special tokens, and of all its added tokens.
+    """
 
-    Returns:
-        `input_ids` and `labels`, equally long.
+    def __init__(self, tokenizer: TemplateTokenizer, source: str) -> None:
+        try:
+            self._template = TracedTemplate(source)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template is not valid: {error}") from None
+        self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self.special = _token_pattern(tokenizer, special_only=True)
+        self.added = _token_pattern(tokenizer, special_only=False)
+        eos = self._special_tokens.get("eos_token")
+        self._eos = eos if isinstance(eos, str) else None
+        self._programs: dict[tuple[Shape, bool], _Program] = {}
+        self._generation_prompts: dict[tuple[Any, ...], str] = {}
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> ChatTemplate:
+        """The template that applies: some tokenizers have another one for conversations with tools.
+
+        Raises:
+            DataError: the tokenizer has none, or it is not valid.
+        """
+        try:
+            source = tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise DataError(f"the tokenizer has no chat template: {error}") from None
+        return _template_of(tokenizer, source)
+
+    @property
+    def record_arguments(self) -> frozenset[str]:
+        """Names that a record may set beside its messages, `tools` included."""
+        return self._template.arguments - _OWN_ARGUMENTS - self._special_tokens.keys()
+
+    @functools.cached_property
+    def end_tokens(self) -> frozenset[str]:
+        """Texts of the special tokens that end an answer; empty if the template ends answers with none."""
+        exchange = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+        traced = self._trace(exchange, self._arguments({}), "chat template")
+        span = traced.spans[-1]
+        segment = traced.text[span[0] : span[1]] if span else traced.text
+        run = self._trailing_tokens(segment)
+        found = {run[0][0]} if run else set()
+        return frozenset(found | ({self._eos} if found and self._eos else set()))
+
+    def render(self, conversation: Conversation, *, allow_special_tokens: bool = False) -> Rendered:
+        """The text of a conversation and what of it is trained on.
+
+        Args:
+            allow_special_tokens: text in a message that spells a special token becomes the token.
+
+        Raises:
+            DataError: the template refuses the conversation, changes a message, or ends an answer with no end token.
+        """
+        messages = [_plain(message) for message in conversation.messages]
+        if not allow_special_tokens:
+            messages = self._broken(messages)
+        arguments = conversation.arguments if allow_special_tokens else self._broken(conversation.arguments)
+        if not arguments and self._is_simple(messages):
+            rendered = self._program(messages, conversation.source).fill(messages)
+        else:
+            rendered = self._render_traced(messages, arguments, conversation.source)
+        return rendered
+
+    def prompt(self, messages: Messages, arguments: Mapping[str, Any], *, source: str = "prompt") -> str:
+        """The text after which the model writes the next answer, for generation.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        plain = self._broken([_plain(message) for message in messages])
+        given = {**self._special_tokens, "tools": None, "documents": None, **self._broken(dict(arguments))}
+        return self._trace(plain, {**given, "add_generation_prompt": True}, source).text
+
+    def ignored_fields(self, conversation: Conversation) -> list[str]:
+        """Fields of a record that its rendering does not depend on, such as `tools` or `messages[].name`.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        messages = [_plain(message) for message in conversation.messages]
+        rendering = self._trace(messages, self._arguments(conversation.arguments), conversation.source).text
+        found = []
+        for name in conversation.arguments:
+            rest = {key: value for key, value in conversation.arguments.items() if key != name}
+            # The value may be the template's default, so that another one is tried as well.
+            others = [rest, rest | {name: _other(conversation.arguments[name])}]
+            if all(self._rendering(conversation.replaced(arguments=other)) == rendering for other in others):
+                found.append(name)
+        for name in sorted({name for message in conversation.messages for name in message}):
+            if name not in ("role", "content", "train") and self._ignores(conversation, name, rendering):
+                found.append(f"messages[].{name}")
+        return found
+
+    def shortened_turns(self, conversation: Conversation) -> list[int]:
+        """Indices of answers that the template renders in another way than if they were the last message."""
+        messages = conversation.messages
+        answers = sum(message["role"] == "assistant" for message in messages)
+        plain = [_plain(message) for message in messages]
+        if answers < 2 or (not conversation.arguments and self._is_simple(plain)):
+            return []
+        whole = self._rendered_turns(messages, conversation)
+        found = []
+        for index, message in enumerate(messages[:-1]):
+            if message["role"] == "assistant":
+                alone = self._rendered_turns(messages[: index + 1], conversation)[index]
+                if (whole[index] or "").strip() != (alone or "").strip():
+                    found.append(index)
+        return found
+
+    def features(self) -> Features:
+        """What the template can render, tried on small conversations."""
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+        tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+        user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "found", "tool_call_id": "1"}
+
+        def differs(one: Messages, other: Messages, tools: bool = False, without: bool = False) -> bool:
+            texts = []
+            for messages, given in ((one, tools), (other, tools and not without)):
+                try:
+                    given_tools = {"tools": [tool]} if given else {}
+                    texts.append(self._trace(list(messages), self._arguments(given_tools), "chat template").text)
+                except DataError:
+                    texts.append("")
+            return bool(texts[0]) and texts[0] != texts[1]
+
+        return Features(
+            system=differs([{"role": "system", "content": "s"}, user, answer], [user, answer]),
+            tools=differs([user, answer], [user, answer], tools=True, without=True),
+            tool_calls=differs([user, calling, result, answer], [user, answer, result, answer], tools=True),
+            tool_results=differs(
+                [user, calling, result, answer], [user, calling, result | {"content": "lost"}, answer], tools=True
+            ),
+            thoughts=differs([user, answer | dict.fromkeys(THOUGHT_FIELDS, "thought")], [user, answer]),
+            arguments=tuple(sorted(self.record_arguments - {"tools"})),
+            end_tokens=tuple(sorted(self.end_tokens)),
+        )
+
+    def _ignores(self, conversation: Conversation, name: str, rendering: str) -> bool:
+        def without(messages: list[dict[str, Any]]) -> str:
+            return self._rendering(conversation.replaced(messages=messages))
+
+        messages = conversation.messages
+        bare = [{key: value for key, value in message.items() if key != name} for message in messages]
+        if without(bare) == rendering:
+            return True
+        if name != "tool_calls":
+            return False
+        # Each of several calls has to be there.
+        for index, message in enumerate(messages):
+            for number in range(len(message.get(name) or ()) if len(message.get(name) or ()) > 1 else 0):
+                calls = [call for position, call in enumerate(message[name]) if position != number]
+                if without([*messages[:index], message | {name: calls}, *messages[index + 1 :]]) == rendering:
+                    return True
+        return False
+
+    def _rendering(self, conversation: Conversation) -> str:
+        messages = [_plain(message) for message in conversation.messages]
+        try:
+            return self._trace(messages, self._arguments(conversation.arguments), conversation.source).text
+        except DataError:
+            return ""
+
+    def _rendered_turns(self, messages: Messages, conversation: Conversation) -> list[str | None]:
+        plain = [_plain(message) for message in messages]
+        traced = self._trace(plain, self._arguments(conversation.arguments), conversation.source)
+        return [traced.text[span[0] : span[1]] if span else None for span in traced.spans]
+
+    def _arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"tools": None, "documents": None, "add_generation_prompt": False}
+        training = {"is_training": True} if "is_training" in self._template.arguments else {}
+        return {**self._special_tokens, **own, **training, **given}
+
+    def _trace(self, messages: Messages, arguments: Mapping[str, Any], source: str) -> Traced:
+        """Renders messages in the first of their forms that the template takes."""
+        problem: Exception | None = None
+        for form in _forms(messages):
+            try:
+                return self._template(form, arguments)
+            except Exception as error:
+                # A template raises exceptions of any kind for a conversation that it does not support.
+                problem = problem or error
+        raise DataError(f"{source}: the chat template refuses the conversation: {problem}") from problem
+
+    def _render_traced(self, messages: Messages, given: Mapping[str, Any], source: str) -> Rendered:
+        arguments = self._arguments(given)
+        traced = self._trace(messages, arguments, source)
+        trained = []
+        for index, message in enumerate(messages):
+            span = traced.spans[index]
+            content = message.get("content")
+            if message["role"] != "assistant":
+                if isinstance(content, str) and content.strip() not in traced.text:
+                    raise DataError(f"{source}: the chat template leaves out or changes message {index + 1}")
+                continue
+            if span is None:
+                raise DataError(f"{source}: the chat template leaves out message {index + 1}")
+            is_last = index + 1 == len(messages)
+            # An earlier answer may be shortened by design; `shortened_turns` finds it.
+            if is_last and isinstance(content, str) and content.strip() not in traced.text[span[0] : span[1]]:
+                raise DataError(
+                    f"{source}: the chat template changes message {index + 1} (some remove the part between <think> "
+                    "and </think>): write the message as the model is to answer"
+                )
+            start = span[0] + len(self._header(messages, index, traced, arguments, source))
+            trained.append((start, self._end(traced, index, start, source)))
+        return Rendered(text=traced.text, trained=tuple(trained), turns=traced.spans)
+
+    def _header(
+        self, messages: Messages, index: int, traced: Traced, arguments: Mapping[str, Any], source: str
+    ) -> str:
+        """What the template writes for an answer before what the model produces: the generation prompt.
+
+        A template that ignores add_generation_prompt leaves all of it to the model.
+        """
+        span = traced.spans[index]
+        assert span is not None
+        segment = traced.text[span[0] : span[1]]
+        roles = tuple(message["role"] for message in messages[max(0, index - 2) : index])
+        scalars = tuple(sorted((key, value) for key, value in arguments.items() if isinstance(value, str)))
+        key = (index == 0, roles, bool(arguments.get("tools")), scalars)
+        prompt = self._generation_prompts.get(key)
+        if prompt is None or (prompt and not os.path.commonprefix([prompt, segment])):  # noqa: RUF071
+            before = traced.text[: span[0]]
+            prompt = self._generation_prompt(messages[:index], before, arguments, source)
+            self._generation_prompts[key] = prompt
+        # The prompt may close a thought that the record has.
+        header = os.path.commonprefix([prompt, segment])  # noqa: RUF071  works on text, not only on paths
+        thought = _THOUGHT.search(header)
+        return header[: thought.start()] if thought else header
+
+    def _generation_prompt(self, messages: Messages, before: str, arguments: Mapping[str, Any], source: str) -> str:
+        """What add_generation_prompt adds to messages; empty if nothing, or if they alone are refused."""
+        try:
+            prompt = self._trace(messages, {**arguments, "add_generation_prompt": True}, source).text
+            if prompt.startswith(before):
+                return prompt[len(before) :]
+            # The template renders earlier answers differently where no later message follows.
+            without = self._trace(messages, arguments, source).text
+        except DataError:
+            return ""
+        return prompt[len(without) :] if prompt.startswith(without) else ""
+
+    def _end(self, traced: Traced, index: int, start: int, source: str) -> int:
+        """The end of an answer's end token.
+
+        Raises:
+            DataError: the template writes none, so that the model would never learn to stop.
+        """
+        span = traced.spans[index]
+        assert span is not None
+        ending = itertools.dropwhile(
+            lambda match: match[0] not in self.end_tokens, self._trailing_tokens(traced.text[start : span[1]])
+        )
+        ends = [match.end() for match in itertools.takewhile(lambda match: match[0] in self.end_tokens, ending)]
+        if ends:
+            return start + ends[-1]
+        raise DataError(
+            f"{source}: the chat template writes no end token after message {index + 1}, so the model would not "
+            "learn to stop. Use the template of an instruct model, or one that takes is_training"
+        )
+
+    def _trailing_tokens(self, text: str) -> list[re.Match[str]]:
+        """The special tokens at the end of a text, with nothing but white space between and behind them."""
+        run: list[re.Match[str]] = []
+        for match in self.special.finditer(text):
+            if run and text[run[-1].end() : match.start()].strip():
+                run = []
+            run.append(match)
+        return run if run and not text[run[-1].end() :].strip() else []
+
+    def _broken(self, value: Any) -> Any:
+        """The value with a `BREAK` inside each special token that a text in it spells."""
+        if isinstance(value, str):
+            if not self.special.search(value):
+                return value
+            return self.special.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
+        if isinstance(value, Mapping):
+            return {key: item if key == "role" else self._broken(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._broken(item) for item in value]
+        return value
+
+    def _is_simple(self, messages: Messages) -> bool:
+        """Whether messages differ from placeholders in nothing that the template looks at."""
+        sought, equal = self._template.sought, self._template.equal
+        for message in messages:
+            content = message.get("content")
+            if message.keys() != {"role", "content"} or not isinstance(content, str):
+                return False
+            if (content and content in equal) or any(text in content for text in sought):
+                return False
+        return True
+
+    def _program(self, messages: Messages, source: str) -> _Program:
+        shape = tuple((message["role"], message["content"] == "") for message in messages)
+        key = (shape, False)
+        if key not in self._programs:
+            placeholders = [
+                {"role": role, "content": "" if empty else _PADDING + _PLACEHOLDER.format(number) + _PADDING}
+                for number, (role, empty) in enumerate(shape)
+            ]
+            try:
+                rendered = self._render_traced(placeholders, {}, source)
+            except DataError as error:
+                # Name what is wrong with this conversation, not with its placeholders.
+                raise DataError(_PLACEHOLDERS.sub("…", str(error))) from error
+            self._programs[key] = _Program(rendered, shape, source)
+        return self._programs[key]
+
+
+class _Program:
+    """A rendering of placeholders, to be filled with the contents of any conversation of the same shape.
 
     Raises:
-        DataError: the chat template changes a content or refuses the conversation.
+        DataError: the template leaves out or changes a content.
     """
-    return encode_many([conversation], tokenizer, max_seq_length, options)[0]
+
+    def __init__(self, rendered: Rendered, shape: Shape, source: str) -> None:
+        self._pieces: list[str | tuple[int, bool, bool]] = []
+        # Positions in the rendering that have to be moved as contents are filled in.
+        self._turns, self._trained = rendered.turns, rendered.trained
+        self._cuts: list[tuple[int, int, int]] = []
+        end, expected = 0, [number for number, (_, empty) in enumerate(shape) if not empty]
+        found = []
+        for match in _PLACEHOLDERS.finditer(rendered.text):
+            number = int(match[2])
+            found.append(number)
+            self._pieces += [rendered.text[end : match.start()], (number, not match[1], not match[3])]
+            self._cuts.append((match.start(), match.end(), number))
+            end = match.end()
+        self._pieces.append(rendered.text[end:])
+        for number in expected:
+            if found.count(number) != 1:
+                raise DataError(f"{source}: the chat template leaves out, repeats or changes message {number + 1}")
+
+    def fill(self, messages: Messages) -> Rendered:
+        """The rendering of messages."""
+        texts: list[str] = []
+        ends: list[int] = []
+        shifts: list[int] = [0]
+        shift, cuts = 0, iter(self._cuts)
+        for piece in self._pieces:
+            if isinstance(piece, str):
+                texts.append(piece)
+                continue
+            number, strip_left, strip_right = piece
+            content: str = messages[number]["content"]
+            content = content.lstrip() if strip_left else content
+            content = content.rstrip() if strip_right else content
+            texts.append(content)
+            start, end, _ = next(cuts)
+            shift += len(content) - (end - start)
+            ends.append(end)
+            shifts.append(shift)
+
+        def moved(position: int) -> int:
+            return position + shifts[bisect.bisect_right(ends, position)]
+
+        def moved_span(span: tuple[int, int]) -> tuple[int, int]:
+            return moved(span[0]), moved(span[1])
+
+        return Rendered(
+            text="".join(texts),
+            trained=tuple(map(moved_span, self._trained)),
+            turns=tuple(moved_span(span) if span else None for span in self._turns),
+        )
 
 
-def encode_many(
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    options: LabelOptions = DEFAULT,
-) -> list[dict[str, list[int]]]:
-    """`encode` of several conversations, tokenised together, which takes about half the time.
-
-    Raises:
-        DataError: as `encode`, for one of the conversations.
-    """
-    pieces = [conversation_pieces(item, tokenizer, options.train_on_prompt) for item in conversations]
-    texts = [piece.text for of_one in pieces for piece in of_one if piece.content]
-    contents = iter(_content_ids(tokenizer, texts, options.allow_special_tokens_in_text))
-    encoded = []
-    for of_one in pieces:
-        input_ids: list[int] = []
-        labels: list[int] = []
-        for piece in of_one:
-            ids = next(contents) if piece.content else _template_ids(tokenizer, piece.text)
-            input_ids.extend(ids)
-            labels.extend(ids if piece.trained else [IGNORED] * len(ids))
-        encoded.append({"input_ids": input_ids[:max_seq_length], "labels": labels[:max_seq_length]})
-    return encoded
+@functools.lru_cache(maxsize=16)
+def _template_of(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTemplate:
+    return ChatTemplate(tokenizer, source)
 
 
-def conversation_pieces(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool = False
-) -> list[Piece]:
-    """The conversation's text in pieces; joined, they are what the chat template renders.
-
-    Raises:
-        DataError: the chat template changes a content or refuses the conversation.
-    """
-    messages = conversation.messages
-    template = _template_of(tokenizer, messages, conversation.source)
-    pieces = []
-    for number, message in enumerate(messages):
-        trained = (message["role"] == "assistant" or train_on_prompt) and message.get("train", True)
-        pieces.append(Piece(text=template.opening[number], content=False, trained=train_on_prompt and trained))
-        strip_left, strip_right = template.strips[number]
-        content = message["content"]
-        content = content.lstrip() if strip_left else content
-        content = content.rstrip() if strip_right else content
-        pieces.append(Piece(text=content, content=True, trained=trained))
-        pieces.append(Piece(text=template.closing[number], content=False, trained=trained))
-    return [piece for piece in pieces if piece.text]
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], source: str) -> str:
-    """The text that the chat template makes of messages.
-
-    Raises:
-        DataError: the template refuses them.
-    """
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False)
-    except Exception as error:
-        # A template raises exceptions of any kind for a conversation that it does not support.
-        raise DataError(f"{source}: the chat template refuses the conversation: {error}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def render_prompt(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins, the same as in training.
+def _token_pattern(tokenizer: TemplateTokenizer, *, special_only: bool) -> re.Pattern[str]:
+    """A pattern of the texts of special tokens, or of all added tokens.
 
     Args:
-        messages: the last one is the user's.
-
-    Raises:
-        DataError: as `encode`.
+        special_only: leave out added tokens that are part of the text, such as `<think>` in some tokenizers.
     """
-    answered = [*messages, {"role": "assistant", "content": "…"}]
-    conversation = Conversation(messages=[message | {"train": True} for message in answered], source="prompt")
-    encoded = encode(conversation, tokenizer, 1 << 30)
-    end = len(encoded["labels"])
-    while end and encoded["labels"][end - 1] != IGNORED:
-        end -= 1
-    return encoded["input_ids"][:end]
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special or not special_only]
+    names = {str(name) for name in [*tokenizer.all_special_tokens, *added] if name}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids at which generation stops: the token that ends an answer in the template, or the tokenizer's eos token."""
-    exchange = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
-    closing = _template_of(tokenizer, exchange, "template").closing[-1]
-    eos = tokenizer.eos_token_id
-    return _template_ids(tokenizer, closing)[:1] or ([eos] if isinstance(eos, int) else [])
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates see it, without what says whether it is trained on."""
+    plain = {name: value for name, value in message.items() if name != "train"}
+    given = next((plain[name] for name in THOUGHT_FIELDS if plain.get(name) is not None), None)
+    if given is not None:
+        plain |= {name: given for name in THOUGHT_FIELDS if plain.get(name) is None}
+    return plain
 
 
-@dataclass
-class _Cache:
-    """What is known of a tokenizer: templates by their text and shape, and ids by text of the template."""
-
-    templates: dict[tuple[str, Shape], Template] = field(default_factory=dict)
-    ids: dict[str, list[int]] = field(default_factory=dict)
-
-
-@functools.lru_cache(maxsize=8)
-def _cache_of(tokenizer: PreTrainedTokenizerBase) -> _Cache:
-    return _Cache()
+def _other(value: Any) -> Any:
+    """A value of the same type that differs."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return f"{value}x" if isinstance(value, str) else None
 
 
-def _template_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], source: str) -> Template:
-    templates = _cache_of(tokenizer).templates
-    shape = tuple((message["role"], message["content"] == "") for message in messages)
-    # Some tokenizers have several templates by name; rendering uses the default one.
-    key = (str(tokenizer.chat_template), shape)
-    if key not in templates:
-        templates[key] = _probe(tokenizer, shape, source)
-    return templates[key]
+def _forms(messages: Messages) -> Iterator[Messages]:
+    """The messages as they are, then in the other forms that a template may expect of the same content.
 
-
-def _probe(tokenizer: PreTrainedTokenizerBase, shape: Shape, source: str) -> Template:
-    """Finds what the template writes around contents by rendering placeholders.
-
-    Raises:
-        DataError: the template leaves out or changes a content, or refuses the conversation.
+    A tool call's arguments are a JSON text in some data and a mapping in others; an absent content is null, missing
+    or empty.
     """
-    messages = [
-        {"role": role, "content": "" if empty else _PADDING + _PLACEHOLDER.format(number) + _PADDING}
-        for number, (role, empty) in enumerate(shape)
-    ]
-
-    def surroundings(count: int) -> _Surroundings:
-        text = render(tokenizer, messages[:count], source)
-        return _surroundings(text, shape[:count], source)
-
-    whole = surroundings(len(shape))
-    opening, closing = list(whole.texts), [""] * len(shape)
-    for number, (role, empty) in enumerate(shape):
-        # Only answers are probed as the last message: some templates refuse to end with another one.
-        if role == "assistant" and not empty:
-            probed = number < min(_PROBED_MESSAGES, len(shape) - 1)
-            as_last = (surroundings(number + 1) if probed else whole).texts[-1]
-            following = next((later for later in range(number + 1, len(shape)) if not shape[later][1]), len(shape))
-            # An earlier answer may be followed by other text than the last one: what they share ends an answer.
-            closing[number] = _common_start(tokenizer, as_last, opening[following])
-            opening[following] = opening[following].removeprefix(closing[number])
-    closing[-1] += opening.pop()
-    return Template(opening=tuple(opening), closing=tuple(closing), strips=whole.strips)
-
-
-@dataclass(kw_only=True, frozen=True)
-class _Surroundings:
-    """What a rendering has around its placeholders.
-
-    Args:
-        texts: the text before each placeholder, and the text after the last; one more than messages.
-        strips: for each message, whether the padding on its left and its right is missing.
-    """
-
-    texts: tuple[str, ...]
-    strips: tuple[tuple[bool, bool], ...]
-
-
-def _surroundings(text: str, shape: Shape, source: str) -> _Surroundings:
-    texts, strips, end = [], [], 0
-    for number, (_, empty) in enumerate(shape):
-        if empty:
-            # An empty content has no location: all text around it counts as before the next one.
-            texts.append("")
-            strips.append((False, False))
+    yield messages
+    has_calls = any(message.get("tool_calls") for message in messages)
+    absent = [message.get("content") is None for message in messages]
+    if not has_calls and not any(absent):
+        return
+    for parsed, content in itertools.product((False, True) if has_calls else (False,), ("as it is", "", "missing")):
+        if not parsed and content == "as it is":
             continue
-        placeholder = _PLACEHOLDER.format(number)
-        start = text.find(placeholder, end)
-        if start < 0:
-            raise DataError(f"{source}: the chat template leaves out or changes message {number + 1}")
-        after = start + len(placeholder)
-        padded_left = start > end and text[start - 1] == _PADDING
-        padded_right = text[after : after + 1] == _PADDING
-        strips.append((not padded_left, not padded_right))
-        texts.append(text[end : start - padded_left])
-        end = after + padded_right
-    return _Surroundings(texts=(*texts, text[end:]), strips=tuple(strips))
+        form = copy.deepcopy([dict(message) for message in messages])
+        for message, is_absent in zip(form, absent, strict=True):
+            if is_absent and content == "":
+                message["content"] = ""
+            elif is_absent and content == "missing":
+                message.pop("content", None)
+            if parsed:
+                _parse_arguments(message)
+        yield form
 
 
-def _common_start(tokenizer: PreTrainedTokenizerBase, one: str, other: str) -> str:
-    """The longest text of whole tokens with which both begin."""
-    common = os.path.commonprefix([one, other])  # noqa: RUF071  works on text, not only on paths
-    ids = [_template_ids(tokenizer, text) for text in (one, other)]
-    # Two special tokens may begin with the same characters.
-    while common and any(
-        _template_ids(tokenizer, common) != of_text[: len(_template_ids(tokenizer, common))] for of_text in ids
-    ):
-        common = common[:-1]
-    return common
-
-
-def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of text that the template writes, in which special tokens count as such."""
-    known = _cache_of(tokenizer).ids
-    if text not in known:
-        known[text] = tokenizer.encode(text, add_special_tokens=False) if text else []
-    return known[text]
-
-
-def _content_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], allow_special_tokens: bool) -> list[list[int]]:
-    """Ids of each content; unless allowed, text that spells a special token stays text."""
-    if not texts:
-        return []
-    split = not allow_special_tokens
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
-    # transformers' own call also makes offsets and masks, which takes time and is not needed.
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    before, backend.encode_special_tokens = backend.encode_special_tokens, split
-    try:
-        return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    finally:
-        backend.encode_special_tokens = before
+def _parse_arguments(message: dict[str, Any]) -> None:
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+            except ValueError:
+                continue

@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import ANSWER, exchange, tiny_data, write_lines
+from tiny import exchange, tiny_data, write_lines
 
-from hynb.data import IGNORED, ChatDataset, check_data
+from hynb.cli import main
+from hynb.data import IGNORED, ChatDataset, LabelOptions, check_data
 from hynb.errors import DataError
 
 
@@ -32,13 +33,26 @@ def test_all_invalid_lines_of_a_file_are_counted(tokenizer, tmp_path):
         check_data(path, tokenizer, 512)
 
 
-def test_a_sample_whose_answer_is_truncated_away_is_rejected(tokenizer, tmp_path):
-    path = tmp_path / "long.jsonl"
-    long = [{"role": "user", "content": "x " * 500}, ANSWER]
-    path.write_text(json.dumps({"messages": long}) + "\n")
-    with pytest.raises(DataError, match="nothing of the answer is left within max_seq_length = 64"):
-        check_data(path, tokenizer, 64)
-    assert check_data(path, tokenizer, 5000).samples == 1
+def test_samples_that_are_too_long_are_left_out_and_counted_up_to_a_share(tokenizer, tmp_path):
+    """Also where invalid lines stop the run: upstream's data has such samples, and they are not invalid."""
+    long, longer = (exchange("x " * count) for count in (500, 600))
+    path = write_lines(tmp_path / "a.jsonl", *[exchange(f"{n}") for n in range(38)], long, longer)
+    rejected_path = tmp_path / "rejected.jsonl"
+    report = check_data(path, tokenizer, 64, rejected_path=rejected_path)
+    assert (report.samples, len(report.too_long), report.invalid) == (38, 2, [])
+    assert report.rejected_locations == [f"{path}:39", f"{path}:40"]
+    needed = report.too_long[1].needed_tokens
+    assert "2 samples (5.0%), since nothing of their answers is left within max_seq_length = 64" in report.text()
+    assert f"max_seq_length = {needed} keeps all" in report.text()
+    assert check_data(path, tokenizer, needed).samples == 40
+    assert check_data(path, tokenizer, needed - 1).samples == 39
+    written = [json.loads(line) for line in rejected_path.read_text().splitlines()]
+    assert [item["source"] for item in written] == report.rejected_locations
+    assert f"from {needed} tokens on it is trained on" in written[1]["problem"]
+    with pytest.raises(
+        DataError, match=rf"2 samples \(5.0%\).* max_seq_length = {needed} keeps all. Raise max_seq_len"
+    ):
+        check_data(path, tokenizer, 64, max_cut_share=0.04)
 
 
 def test_a_template_that_rewrites_an_answer_is_found(tokenizer, tmp_path):
@@ -51,7 +65,7 @@ def test_a_template_that_rewrites_an_answer_is_found(tokenizer, tmp_path):
         tmp_path / "a.jsonl", *[exchange(f"{n}") for n in range(200)], exchange("q", "<think>x</think>y")
     )
     try:
-        report = check_data(path, tokenizer, 99, on_bad_sample="skip")
+        report = check_data(path, tokenizer, 99, on_bad_sample="skip", max_cut_share=1)
     finally:
         tokenizer.chat_template = saved
     assert report.rejected_locations == [f"{path}:201"] and "<think>" in report.rejected[0].problem
@@ -63,7 +77,7 @@ def test_the_report_counts_everything(tokenizer, tmp_path):
     records = [*good, good[0], exchange("a<|eos|>b"), exchange("x " * 500), {"messages": 3}, good[1]]
     path = write_lines(tmp_path / "a.jsonl", *records)
     rejected_path = tmp_path / "run" / "rejected.jsonl"
-    report = check_data(path, tokenizer, 200, on_bad_sample="skip", rejected_path=rejected_path)
+    report = check_data(path, tokenizer, 200, on_bad_sample="skip", max_cut_share=1, rejected_path=rejected_path)
     assert (report.lines, report.samples, len(report.rejected)) == (8, 6, 2)
     assert report.rejected_locations == [f"{path}:6", f"{path}:7"]
     written = [json.loads(line) for line in rejected_path.read_text().splitlines()]
@@ -96,7 +110,7 @@ def test_the_report_counts_everything(tokenizer, tmp_path):
     assert "stays text" in text and "becomes the token" in report.text(special_tokens_allowed=True)
     with pytest.raises(DataError) as caught:
         check_data(path, tokenizer, 200)
-    assert len(caught.value.problems) == 2
+    assert len(caught.value.problems) == 1
 
 
 def test_processes_and_cache_change_nothing(tokenizer, tmp_path, monkeypatch):
@@ -104,25 +118,32 @@ def test_processes_and_cache_change_nothing(tokenizer, tmp_path, monkeypatch):
     path.write_text(path.read_text() + "broken\n" + json.dumps(exchange("q")) + "\n", encoding="utf-8")
     monkeypatch.setattr("hynb.data.scan._RANGE_BYTES", 5000)
     seen = []
-    alone = check_data(path, tokenizer, 60, on_bad_sample="skip", processes=1, cache=False)
+    alone = check_data(path, tokenizer, 60, on_bad_sample="skip", max_cut_share=1, processes=1, cache=False)
     several = check_data(
-        path, tokenizer, 60, on_bad_sample="skip", processes=2, progress=lambda *p: seen.append(p), cache=False
+        path,
+        tokenizer,
+        60,
+        on_bad_sample="skip",
+        max_cut_share=1,
+        processes=2,
+        progress=lambda *p: seen.append(p),
+        cache=False,
     )
     assert len(seen) > 3 and seen[-1][0] == seen[-1][1] and sorted(seen) == seen
-    stored = check_data(path, tokenizer, 60, on_bad_sample="skip")
-    again = check_data(path, tokenizer, 60, on_bad_sample="skip")
+    stored = check_data(path, tokenizer, 60, on_bad_sample="skip", max_cut_share=1)
+    again = check_data(path, tokenizer, 60, on_bad_sample="skip", max_cut_share=1)
     assert again.from_cache and not stored.from_cache
     (cached,) = (file for file in (Path(os.environ["XDG_CACHE_HOME"]) / "hynb").iterdir() if file.suffix == ".npz")
     cached.write_bytes(cached.read_bytes()[:-100])
-    repeated = check_data(path, tokenizer, 60, on_bad_sample="skip")
+    repeated = check_data(path, tokenizer, 60, on_bad_sample="skip", max_cut_share=1)
     assert not repeated.from_cache
     for report in (several, stored, again, repeated):
         assert report.text() == alone.text() and report.rejected == alone.rejected
         assert report.kept.tolist() == alone.kept.tolist()
         assert report.line_indices.tolist() == alone.line_indices.tolist()
-    assert not check_data(path, tokenizer, 61, on_bad_sample="skip").from_cache
+    assert not check_data(path, tokenizer, 61, on_bad_sample="skip", max_cut_share=1).from_cache
     path.write_text(path.read_text().replace("broken", "brokem"))
-    assert not check_data(path, tokenizer, 60, on_bad_sample="skip").from_cache
+    assert not check_data(path, tokenizer, 60, on_bad_sample="skip", max_cut_share=1).from_cache
 
 
 def mutated(rng, base):
@@ -169,7 +190,7 @@ def test_ten_thousand_mutated_lines_are_used_or_named(tokenizer, tmp_path):
     mutations = [mutated(rng, base) for _ in range(10_000)]
     path = tmp_path / "fuzz.jsonl"
     path.write_bytes(b"\n".join(mutations) + b"\n")
-    report = check_data(path, tokenizer, 200, on_bad_sample="skip", cache=False)
+    report = check_data(path, tokenizer, 200, on_bad_sample="skip", max_cut_share=1, cache=False)
     not_blank = [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     assert report.lines == len(not_blank) == report.samples + len(report.rejected)
     assert report.samples > 1000 and len(report.rejected) > 1000
@@ -184,13 +205,64 @@ def test_ten_thousand_mutated_lines_are_used_or_named(tokenizer, tmp_path):
 def test_a_string_of_ten_megabytes_is_handled(tokenizer, tmp_path):
     long = "ab 车 " * 1_700_000
     path = write_lines(tmp_path / "long.jsonl", exchange("q", long), {"messages": long}, exchange("q"))
-    report = check_data(path, on_bad_sample="skip", cache=False)
+    report = check_data(path, on_bad_sample="skip", max_cut_share=1, cache=False)
     assert report.rejected_locations == [f"{path}:2"] and report.samples == 2
     assert len(report.problems()[0]) < 500
     # This tokenizer takes seconds per megabyte: a shorter string.
     path = write_lines(
         tmp_path / "long.jsonl", exchange("q", long[:300_000]), exchange(long[:300_000]), exchange("q")
     )
-    report = check_data(path, tokenizer, 100, on_bad_sample="skip", cache=False)
+    report = check_data(path, tokenizer, 100, on_bad_sample="skip", max_cut_share=1, cache=False)
     assert report.rejected_locations == [f"{path}:2"] and report.samples == 2
     assert report.cut_answer_tokens > 100_000
+
+
+def test_keys_that_nothing_reads_are_listed_once_with_their_number(tokenizer, tmp_path):
+    records = [exchange(f"{n}") | ({"id": n, "topic": "cars"} if n < 3 else {"id": n}) for n in range(5)]
+    report = check_data(write_lines(tmp_path / "a.jsonl", *records), tokenizer, 99)
+    assert report.unknown_keys == {"id": 5, "topic": 3} and report.samples == 5
+    assert "keys that nothing reads: id (5 samples), topic (3 samples)" in report.text()
+    assert report.duplicate_count == 0
+
+
+def test_ignored_fields_are_refused_or_counted(tokenizer, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    path = write_lines(tmp_path / "a.jsonl", exchange("a"), exchange("b") | {"tools": tools})
+    with pytest.raises(DataError, match=rf"{path}:2: the chat template does not render tools, so"):
+        check_data(path, tokenizer, 99)
+    options = LabelOptions(allow_ignored_fields=True)
+    report = check_data(path, tokenizer, 99, options=options)
+    assert report.ignored_fields == {"tools": 1} and report.samples == 2
+    assert "fields that the chat template does not render: tools (1 samples)" in report.text()
+
+
+def test_split_turns_makes_one_sample_per_answer(tokenizer, tmp_path):
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(6)]
+    off = [*turns[:3], turns[3] | {"train": False}, *turns[4:]]
+    path = write_lines(tmp_path / "a.jsonl", {"messages": turns}, exchange("q"), {"messages": off}, {"messages": 3})
+    options = LabelOptions(split_turns=True)
+    report = check_data(path, tokenizer, 99, options=options, on_bad_sample="skip")
+    assert (report.lines, report.samples, len(report.invalid)) == (4, 3 + 1 + 2, 1)
+    assert report.answers.tolist() == [1, 2, 3, 1, 1, 3] and report.line_indices.tolist() == [0, 0, 0, 1, 2, 2]
+    assert report.rejected_locations == [f"{path}:4"]
+    dataset = ChatDataset(path, tokenizer, 99, options=options, rejected=report.rejected_locations)
+    samples = dataset.with_answers(report.line_indices.tolist(), report.answers.tolist())
+    trained = [tokenizer.decode([label for label in sample["labels"] if label != IGNORED]) for sample in samples]
+    assert trained == [f"{text}<|eos|>" for text in ("text 1", "text 3", "text 5", "a", "text 1", "text 5")]
+    assert tokenizer.decode(samples[1]["input_ids"]) == tokenizer.apply_chat_template(turns[:4], tokenize=False)
+    assert [len(sample["input_ids"]) for sample in samples] == report.lengths.tolist()
+
+
+def test_the_tokenised_samples_are_written_for_comparison(tokenizer, tmp_path, capsys):
+    path = write_lines(tmp_path / "a.jsonl", exchange("q"), exchange("x " * 90), exchange("r"))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "out.jsonl"
+    command = ["check-data", str(path), "--tokenizer_name_or_path", str(tmp_path / "tokenizer")]
+    command += ["--max_seq_length", "50", "--max_cut_share", "0.5", "--tokenised", str(out)]
+    assert main(command) == 0
+    assert "2 tokenised samples are in" in capsys.readouterr().out
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [item["source"] for item in written] == [f"{path}:1", f"{path}:3"]
+    dataset = ChatDataset(path, tokenizer, 50)
+    for item, index in zip(written, (0, 2), strict=True):
+        assert {name: item[name] for name in ("input_ids", "labels")} == dataset[index]

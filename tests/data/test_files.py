@@ -12,7 +12,8 @@ import zstandard
 from tiny import ANSWER, QUESTION, exchange, tiny_data
 
 from hynb.data import ChatDataset, check_data, find_files, read_conversations, split_share
-from hynb.data.files import data_hash, parse_line
+from hynb.data.files import data_hash
+from hynb.data.records import parse_line
 from hynb.errors import DataError
 
 
@@ -39,7 +40,7 @@ def test_other_formats_are_converted(record, expected):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"conversations": [{"from": "tool", "value": "q"}]}, "turn 1: from 'tool' is unknown"),
+        ({"conversations": [{"from": "robot", "value": "q"}]}, "turn 1: from 'robot' is unknown"),
         ({"conversations": [3]}, "turn 1: must be"),
         ({"conversations": []}, "must be"),
         ({"instruction": ["q"], "output": "a"}, "instruction must be text, not list"),

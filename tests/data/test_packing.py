@@ -117,7 +117,7 @@ def test_lengths_for_packing_come_from_the_check(model_folders, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folders["hunyuan"])
     path = tiny_data(tmp_path / "a.jsonl", 30)
     path.write_text("broken\n" + path.read_text())
-    report = check_data(path, tokenizer, 70, on_bad_sample="skip", cache=False)
+    report = check_data(path, tokenizer, 70, on_bad_sample="skip", max_cut_share=1, cache=False)
     dataset = ChatDataset(path, tokenizer, 70, rejected=report.rejected_locations)
     assert report.kept.tolist() == [len(sample["input_ids"]) for sample in dataset]
 

@@ -1,0 +1,190 @@
+"""Renders a chat template and records which part of the text each message produced.
+
+A chat template is a program (Jinja). Its syntax tree is compiled with a marker at the beginning of every iteration of
+a loop and one behind the loop; the marker names the message that the iteration handles. The environment is the one
+that transformers documents for chat templates (transformers 5.23, utils/chat_template_utils.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.visitor
+
+_MARK = "_mark_message"
+# Noncharacters (Unicode 23.7), which are not for text: messages that have one are refused when they are read.
+_START, _STOP = "\ufdd0", "\ufdd1"
+_MARKER = re.compile(f"{_START}(\\d*){_STOP}")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Traced:
+    """A rendering.
+
+    Args:
+        spans: for each message, start and end of the text that its iteration wrote; None where no iteration of a loop
+            that handles it wrote anything.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int] | None, ...]
+
+
+class TracedTemplate:
+    """A compiled chat template.
+
+    Attributes:
+        arguments: names of variables that a caller may set.
+        sought: texts that the template looks for inside of others, such as messages.
+        equal: texts that it compares others with.
+
+    Raises:
+        jinja2.TemplateError: it is not a Jinja template.
+    """
+
+    def __init__(self, source: str) -> None:
+        environment = _environment()
+        tree = environment.parse(source)
+        self.arguments = _arguments(tree) - set(environment.globals)
+        self.sought, self.equal = _literals(tree)
+        self._template = jinja2.Template.from_code(
+            environment, environment.compile(_Marking().visit(tree)), environment.make_globals(None)
+        )
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> Traced:
+        """Renders messages.
+
+        Args:
+            arguments: all other variables of the template.
+
+        Raises:
+            jinja2.TemplateError: the template refuses them.
+            Exception: whatever else a template's expressions raise.
+        """
+        numbers = {id(message): number for number, message in enumerate(messages)}
+
+        def mark(item: object) -> str:
+            return f"{_START}{numbers.get(id(item), '')}{_STOP}"
+
+        return _traced(self._template.render(messages=messages, **arguments, **{_MARK: mark}), len(messages))
+
+
+def _traced(marked: str, count: int) -> Traced:
+    texts: list[str] = []
+    spans: list[tuple[int, int] | None] = [None] * count
+    position = length = 0
+    current: int | None = None
+    for match in _MARKER.finditer(marked):
+        text = marked[position : match.start()]
+        if current is not None and text:
+            # A message that is handled twice: all that was written from its first text to its last.
+            known = spans[current]
+            spans[current] = (known[0] if known else length, length + len(text))
+        texts.append(text)
+        length += len(text)
+        position = match.end()
+        current = int(match[1]) if match[1] else None
+    texts.append(marked[position:])
+    return Traced(text="".join(texts), spans=tuple(spans))
+
+
+class _Marking(jinja2.visitor.NodeTransformer):
+    """Adds the markers to the syntax tree: to outer loops, since a loop inside of one handles parts of a message."""
+
+    def visit_For(self, node: jinja2.nodes.For) -> Any:  # noqa: N802  the name that Jinja calls
+        if isinstance(node.target, jinja2.nodes.Name):
+            item = jinja2.nodes.Name(node.target.name, "load")
+            node.body.insert(0, _output(item))
+        return [node, _output(jinja2.nodes.Const(None))]
+
+
+def _output(argument: jinja2.nodes.Expr) -> jinja2.nodes.Output:
+    call = jinja2.nodes.Call(jinja2.nodes.Name(_MARK, "load"), [argument], [], None, None)
+    return jinja2.nodes.Output([call])
+
+
+class _Generation(jinja2.ext.Extension):
+    """The `{% generation %}` block, with which some templates mark answers; its content is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  the name and kind that Jinja expects
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The nodes inside of the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.cache
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment
+
+
+def _arguments(tree: jinja2.nodes.Template) -> frozenset[str]:
+    """Variables that the template reads without setting them, or only where they are not defined."""
+    undeclared = jinja2.meta.find_undeclared_variables(tree)
+    assigned = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "store"}
+    tested = {
+        node.node.name
+        for node in tree.find_all(jinja2.nodes.Test)
+        if node.name == "defined" and isinstance(node.node, jinja2.nodes.Name)
+    }
+    return frozenset(undeclared - (assigned - tested))
+
+
+def _literals(tree: jinja2.nodes.Template) -> tuple[frozenset[str], frozenset[str]]:
+    """Texts that the template looks for in others by `in` or a string's method, and texts that it compares with."""
+    sought: set[str] = set()
+    equal: set[str] = set()
+    items = {
+        node.target.name for node in tree.find_all(jinja2.nodes.For) if isinstance(node.target, jinja2.nodes.Name)
+    }
+    for compare in tree.find_all(jinja2.nodes.Compare):
+        for operand in compare.ops:
+            if operand.op not in ("in", "notin"):
+                equal |= _constants(compare)
+            # `'tool_calls' in message` looks for a key.
+            elif not (isinstance(operand.expr, jinja2.nodes.Name) and operand.expr.name in items):
+                sought |= _constants(compare)
+    for call in tree.find_all(jinja2.nodes.Call):
+        if isinstance(call.node, jinja2.nodes.Getattr) and call.node.attr not in ("format", "get", "items", "append"):
+            sought |= {text for argument in call.args for text in _constants(argument)}
+    for filtered in tree.find_all(jinja2.nodes.Filter):
+        if filtered.name in ("replace", "select", "reject"):
+            sought |= {text for argument in filtered.args for text in _constants(argument)}
+    return frozenset(sought - {""}), frozenset(equal)
+
+
+def _constants(node: jinja2.nodes.Node) -> set[str]:
+    nodes = [node, *node.find_all(jinja2.nodes.Const)]
+    return {item.value for item in nodes if isinstance(item, jinja2.nodes.Const) and isinstance(item.value, str)}

@@ -1,0 +1,285 @@
+"""A line of training data as a conversation: formats, fields of messages, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hynb.data.files import Conversation, Paths, find_files, lines
+from hynb.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+FORMATS = '{"messages": [{"role": …, "content": …}, …]}, ShareGPT\'s conversations, or Alpaca\'s instruction/output'
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+# What each format reads of a record; all other keys are handed to the chat template.
+_KEYS = {
+    "messages": {"messages"},
+    "conversations": {"conversations", "system"},
+    "instruction": {"instruction", "input", "output", "system", "history"},
+}
+# Unicode 23.7: not for text; the template's rendering is traced with some of them.
+_NONCHARACTERS = {chr(code) for code in range(0xFDD0, 0xFDF0)}
+
+
+def parse_line(line: bytes, source: str) -> Conversation:
+    """The conversation in one line; ShareGPT's and Alpaca's formats are converted.
+
+    Args:
+        source: the line's location as file:line.
+
+    Raises:
+        DataError: with the location, what is wrong and an excerpt.
+    """
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: invalid UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{source}:{error.colno}: invalid JSON: {error.msg}; the line begins {excerpt(line)}"
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{source}: JSON that cannot be read: {error or 'nested too deeply'}") from None
+    found = _messages(record, source)
+    if found is None or not isinstance(found[0], list) or not found[0]:
+        raise DataError(f"{source}: must be {FORMATS}; the line begins {excerpt(line)}")
+    messages, keys = found
+    messages = [_normalised(message) for message in messages]
+    for number, message in enumerate(messages, 1):
+        if problem := _message_problem(message, messages[number - 2] if number > 1 else None):
+            raise DataError(f"{source}: message {number}: {problem}")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to train on")
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
+        raise DataError(f'{source}: every answer has "train": false: there is nothing to train on')
+    # An empty system message is the same as none.
+    messages = [message for message in messages if message["role"] != "system" or message["content"]]
+    arguments = {key: value for key, value in record.items() if key not in keys and value not in (None, [], "")}
+    return Conversation(messages=messages, source=source, arguments=_with_tools(arguments, source))
+
+
+def read_conversations(paths: Paths) -> Iterator[Conversation]:
+    """The conversations of JSONL files in order; blank lines are skipped.
+
+    Args:
+        paths: as `find_files` takes them; `.gz` and `.zst` are decompressed while they are read.
+
+    Raises:
+        DataError: at the first invalid line, with file:line and what is wrong.
+    """
+    for path in find_files(paths):
+        for source, line in lines(path):
+            yield parse_line(line, source)
+
+
+def excerpt(line: bytes) -> str:
+    """The beginning of a line, quoted, for a message."""
+    return repr(line[:60].decode("utf-8", errors="replace").strip())
+
+
+def _messages(record: Any, source: str) -> tuple[Any, set[str]] | None:
+    """The messages of a record and the keys that they were made of; None if it is of no known format."""
+    if not isinstance(record, dict):
+        return None
+    if "messages" in record:
+        return record["messages"], _KEYS["messages"]
+    if isinstance(record.get("conversations"), list):
+        return _from_sharegpt(record, source), _KEYS["conversations"]
+    if "instruction" in record and "output" in record:
+        return _from_alpaca(record, source), _KEYS["instruction"]
+    return None
+
+
+def _with_tools(arguments: dict[str, Any], source: str) -> dict[str, Any]:
+    """Arguments with `tools` as a list; some ShareGPT data has them as JSON text."""
+    tools = arguments.get("tools")
+    if tools is None:
+        return arguments
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(f"{source}: tools: is text that is not JSON: {error}") from None
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{source}: tools: must be a list of tool descriptions, not {_short(tools)}")
+    return {key: value for key, value in arguments.items() if key != "tools"} | ({"tools": tools} if tools else {})
+
+
+def _normalised(message: Any) -> Any:
+    """A message without empty fields, with OpenAI's older and fine-tuning fields in their current form."""
+    if not isinstance(message, dict):
+        return message
+    kept = {key: value for key, value in message.items() if value is not None and (value != [] or key == "content")}
+    if "content" in message:
+        kept["content"] = message["content"]
+    if isinstance(call := kept.get("function_call"), dict) and "tool_calls" not in kept:
+        del kept["function_call"]
+        kept["tool_calls"] = [{"type": "function", "function": call}]
+    if kept.get("role") == "function":
+        kept["role"] = "tool"
+    if kept.get("weight") in (0, 1) and "train" not in kept:
+        kept["train"] = bool(kept.pop("weight"))
+    if "content" not in kept and kept.get("tool_calls"):
+        kept["content"] = None
+    return kept
+
+
+def _from_sharegpt(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    messages = []
+    if isinstance(record.get("system"), str) and record["system"]:
+        messages.append({"role": "system", "content": record["system"]})
+    for number, turn in enumerate(record["conversations"], 1):
+        place = f"{source}: conversations, turn {number}"
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+            raise DataError(f'{place}: must be {{"from": …, "value": …}}')
+        name = turn["from"]
+        if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
+            raise DataError(
+                f"{place}: from {_short(name)} is unknown; it must be one of {', '.join(_SHAREGPT_ROLES)}"
+            )
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        if name == "function_call":
+            messages.append({"role": "assistant", "content": None, "tool_calls": _calls(turn["value"], place)} | rest)
+        else:
+            messages.append({"role": _SHAREGPT_ROLES[name], "content": turn["value"]} | rest)
+    return messages
+
+
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """The tool calls of a ShareGPT turn: one or several {"name": …, "arguments": …}, as JSON text."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{place}: the function_call is not JSON: {error}") from None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise DataError(f'{place}: the function_call must be {{"name": …, "arguments": …}}, not {_short(value)}')
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _from_alpaca(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    question = record["instruction"]
+    for key in ("instruction", "input", "output", "system"):
+        if record.get(key) is not None and not isinstance(record[key], str):
+            raise DataError(f"{source}: {key} must be text, not {type(record[key]).__name__}")
+    if record.get("input"):
+        question = f"{question}\n{record['input']}"
+    messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    history = record.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+        raise DataError(f"{source}: history must be a list of [question, answer]")
+    for earlier_question, answer in history:
+        messages += [{"role": "user", "content": earlier_question}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+
+
+def _short(value: Any) -> str:
+    """The `repr` of a value for a message, at most 60 characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _message_problem(message: Any, before: dict[str, Any] | None) -> str:
+    """What is wrong with a message that follows another one; empty if nothing is."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return 'must be {"role": …, "content": …}'
+    role = message["role"]
+    if role not in ROLES:
+        return f"role {_short(role)} is unknown; it must be one of {', '.join(ROLES)}"
+    if problem := _content_problem(message) or _calls_problem(message) or _text_problem(message):
+        return problem
+    if not isinstance(message.get("train", True), bool):
+        return f"train must be true or false, not {_short(message['train'])}"
+    return _order_problem(message, before)
+
+
+def _content_problem(message: dict[str, Any]) -> str:
+    role, content = message["role"], message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, str):
+        return f"the content of the {role} must be text, not {type(content).__name__}"
+    return "the assistant's answer is empty" if _is_empty_answer(message) else ""
+
+
+def _is_empty_answer(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
+
+
+def _calls_problem(message: dict[str, Any]) -> str:
+    if "tool_calls" not in message:
+        return ""
+    if message["role"] != "assistant":
+        return f"tool_calls: only the assistant calls tools, not the {message['role']}"
+    calls = message["tool_calls"]
+    if not isinstance(calls, list):
+        return f"tool_calls must be a list, not {type(calls).__name__}"
+    for number, call in enumerate(calls, 1):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return f'tool call {number} must be {{"function": {{"name": …, "arguments": …}}}}'
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError as error:
+                return f"tool call {number}: its arguments are text that is not JSON: {error}"
+        if not isinstance(arguments, dict):
+            return f"tool call {number}: its arguments must be an object, not {type(arguments).__name__}"
+    return ""
+
+
+def _text_problem(message: dict[str, Any]) -> str:
+    """Characters that are not text, in any text of a message."""
+    for name, text in _texts(message):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            where = f"the content of the {message['role']}" if name == "content" else name
+            return f"{where} has half of a surrogate pair; write the character itself"
+        if not text.isascii() and not _NONCHARACTERS.isdisjoint(text):
+            return f"{name} has a noncharacter (U+FDD0 to U+FDEF), which is not for text; remove it"
+    return ""
+
+
+def _texts(value: Any, name: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, str):
+        return [(name, value)]
+    if isinstance(value, Mapping):
+        return [
+            item for key, inner in value.items() for item in [*_texts(key, name or key), *_texts(inner, name or key)]
+        ]
+    if isinstance(value, list):
+        return [item for inner in value for item in _texts(inner, name)]
+    return []
+
+
+def _order_problem(message: dict[str, Any], before: dict[str, Any] | None) -> str:
+    role = message["role"]
+    if role == "system":
+        return "" if before is None else "the system's message must come first"
+    if before is None:
+        owner = "tool" if role == "tool" else "assistant"
+        return "" if role == "user" else f"the first message is the {owner}'s; the user's must come before it"
+    if role == "assistant" and before["role"] not in ("user", "tool"):
+        return f"the assistant's message follows the {before['role']}'s; the user's must come before it"
+    if role == "user" and before["role"] == "user":
+        return "two messages of the user follow each other"
+    if role == "tool" and not (before["role"] == "tool" or before.get("tool_calls")):
+        return f"the tool's result follows the {before['role']}'s message, which calls no tool"
+    return ""

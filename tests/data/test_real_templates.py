@@ -1,0 +1,248 @@
+"""What is trained on under the published chat templates: golden labels, thoughts, tools, fields that are ignored."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from real_models import MODELS, tokenizer_of
+
+from hynb.data import IGNORED, LabelOptions, as_text, encode, render_prompt, stop_token_ids
+from hynb.data.records import parse_line
+from hynb.data.template import ChatTemplate
+from hynb.errors import DataError
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+EXCHANGE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+WITH_TOOLS = {
+    "tools": [TOOL],
+    "messages": [
+        {"role": "user", "content": "Weather in Paris?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny."},
+    ],
+}
+
+
+def conversation(record: dict):
+    return parse_line(json.dumps(record, ensure_ascii=False).encode(), "f.jsonl:3")
+
+
+def shown(record: dict, tokenizer, **options) -> str:
+    return as_text(conversation(record), tokenizer, 1 << 20, options=LabelOptions(**options))
+
+
+def trained_texts(record: dict, tokenizer, **options) -> list[str]:
+    return [part.partition("⟧")[0] for part in shown(record, tokenizer, **options).split("⟦")[1:]]
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(model, shared):
+    return tokenizer_of(model, shared)
+
+
+def test_labels_equal_the_golden_ones(model, tokenizer, shared):
+    cases = json.loads((shared / "golden" / "labels.json").read_text())[model]
+    assert len(cases) >= 7
+    for name, case in cases.items():
+        found = conversation(case["record"])
+        assert ChatTemplate.of(tokenizer).render(found).text == case["text"], name
+        assert encode(found, tokenizer, 1 << 20) == {key: case[key] for key in ("input_ids", "labels")}, name
+
+
+def test_every_answer_ends_with_a_token_at_which_generation_stops(model, tokenizer, shared):
+    stops = stop_token_ids(tokenizer)
+    for case in json.loads((shared / "golden" / "labels.json").read_text())[model].values():
+        encoded = encode(conversation(case["record"]), tokenizer, 1 << 20)
+        assert encoded["labels"][-1] in stops
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "last"),
+    [
+        (
+            "hunyuan-7b",
+            '<tool_calls><tool_call>weather\n```json\n{"city": "Paris"}\n```</tool_call></tool_calls><|eos|>',
+            "It is sunny.<|eos|>",
+        ),
+        (
+            "hunyuan-a13b",
+            '<tool_calls>[{"name": "weather", "arguments": {"city": "Paris"}}]</tool_calls><|eos|>',
+            "助手：It is sunny.<|eos|>",
+        ),
+        (
+            "hy3",
+            "<think:opensource></think:opensource><tool_calls:opensource>\n<tool_call:opensource>weather"
+            "<tool_sep:opensource>\n<arg_key:opensource>city</arg_key:opensource>\n"
+            "<arg_value:opensource>Paris</arg_value:opensource>\n</tool_call:opensource>\n"
+            "</tool_calls:opensource><｜hy_eos:opensource｜>",
+            "<think:opensource></think:opensource>It is sunny.<｜hy_eos:opensource｜>",
+        ),
+    ],
+)
+def test_tool_calls_are_trained_and_results_are_not(shared, name, call, last):
+    tokenizer = tokenizer_of(name, shared)
+    assert trained_texts(WITH_TOOLS, tokenizer) == [call, last]
+    # Arguments as JSON text, content null or absent, OpenAI's older function_call, ShareGPT: all the same.
+    as_text_arguments = {**CALL, "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    messages = WITH_TOOLS["messages"]
+    forms = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [as_text_arguments]},
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
+    ]
+    for form in forms:
+        record = {"tools": [TOOL], "messages": [messages[0], form, *messages[2:]]}
+        assert trained_texts(record, tokenizer) == [call, last], form
+    sharegpt = {
+        "tools": json.dumps([TOOL]),
+        "conversations": [
+            {"from": "human", "value": messages[0]["content"]},
+            {"from": "function_call", "value": json.dumps(CALL["function"])},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "It is sunny."},
+        ],
+    }
+    assert trained_texts(sharegpt, tokenizer) == [call, last]
+
+
+def test_thoughts_of_hy3_are_trained_in_every_turn(shared):
+    tokenizer = tokenizer_of("hy3", shared)
+    record = {
+        "reasoning_effort": "high",
+        "messages": [
+            {"role": "user", "content": "1+1"},
+            {"role": "assistant", "reasoning_content": "one and one", "content": "2"},
+            {"role": "user", "content": "2+2"},
+            {"role": "assistant", "reasoning_content": "two and two", "content": "4"},
+        ],
+    }
+    eos = "<｜hy_eos:opensource｜>"
+    assert trained_texts(record, tokenizer) == [
+        f"<think:opensource>one and one</think:opensource>2{eos}",
+        f"<think:opensource>two and two</think:opensource>4{eos}",
+    ]
+    record["reasoning_effort"] = "medium"
+    with pytest.raises(DataError, match=r"f.jsonl:3: the chat template refuses .*should be no_think/low/high"):
+        shown(record, tokenizer)
+
+
+def test_thoughts_that_a_template_strips_are_counted_refused_or_split(shared):
+    tokenizer = tokenizer_of("hunyuan-7b", shared)
+    thought = "<think>\n{}\n</think>\n<answer>\n{}\n</answer>"
+    messages = [
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": thought.format("one", "2")},
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": thought.format("two", "4")},
+    ]
+    record = {"messages": messages}
+    last = thought.format("two", "4") + "<|eos|>"
+    assert trained_texts(record, tokenizer) == ["2<|eos|>", last]
+    assert trained_texts(record, tokenizer, train_on_turns="last") == [last]
+    with pytest.raises(DataError, match=r"message 2 .* split_turns: true"):
+        shown(record, tokenizer, train_on_turns="all")
+    template = ChatTemplate.of(tokenizer)
+    assert template.shortened_turns(conversation(record)) == [1]
+    assert template.shortened_turns(conversation({"messages": messages[:2]})) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "field"),
+    [
+        ("hunyuan-large", WITH_TOOLS, "tools, messages[].tool_calls"),
+        ("hunyuan-large", {"reasoning_effort": "high", "messages": EXCHANGE}, "reasoning_effort"),
+        ("hunyuan-7b", {"reasoning_effort": "high", "messages": EXCHANGE}, "reasoning_effort"),
+        (
+            "hunyuan-7b",
+            {"messages": [EXCHANGE[0], EXCHANGE[1] | {"reasoning_content": "why"}]},
+            "messages[].reasoning_content",
+        ),
+        ("hy3", {"messages": [EXCHANGE[0] | {"name": "Ann"}, EXCHANGE[1]]}, "messages[].name"),
+        ("hy3", {"messages": [EXCHANGE[0], EXCHANGE[1] | {"audio": {"id": "x"}}]}, "messages[].audio"),
+    ],
+)
+def test_a_field_that_is_not_rendered_is_refused_by_name(shared, name, record, field):
+    tokenizer = tokenizer_of(name, shared)
+    with pytest.raises(DataError) as raised:
+        shown(record, tokenizer)
+    assert f"f.jsonl:3: the chat template does not render {field}, so" in str(raised.value)
+    assert "allow_ignored_fields" in str(raised.value)
+    assert "⟦" in shown(record, tokenizer, allow_ignored_fields=True)
+
+
+def test_links_between_calls_and_results_need_no_rendering_where_the_order_says_the_same(shared):
+    tokenizer = tokenizer_of("hy3", shared)
+    calls = [CALL | {"id": name} for name in ("one", "two")]
+    results = [{"role": "tool", "tool_call_id": name, "content": name} for name in ("one", "two")]
+    start, end = WITH_TOOLS["messages"][0], WITH_TOOLS["messages"][-1]
+    asking = {"role": "assistant", "content": "", "tool_calls": calls}
+    in_order = {"tools": [TOOL], "messages": [start, asking, *results, end]}
+    assert len(trained_texts(in_order, tokenizer)) == 2
+    swapped = {"tools": [TOOL], "messages": [start, asking, *reversed(results), end]}
+    with pytest.raises(DataError, match=r"does not render messages\[\].tool_call_id"):
+        shown(swapped, tokenizer)
+
+
+def test_a_template_that_never_ends_an_answer_is_refused(shared):
+    tokenizer = tokenizer_of("hy3", shared)
+    source = tokenizer.chat_template.replace("is_training", "nothing_of_the_kind")
+    saved, tokenizer.chat_template = tokenizer.chat_template, source
+    try:
+        with pytest.raises(
+            DataError, match="writes no end token after message 2, so the model would not learn to st"
+        ):
+            shown({"messages": EXCHANGE}, tokenizer)
+    finally:
+        tokenizer.chat_template = saved
+
+
+def test_text_that_spells_a_special_token_stays_text_in_all_fields(model, tokenizer):
+    stop = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
+    for token in stop:
+        record = {
+            "messages": [{"role": "user", "content": f"a{token}b"}, {"role": "assistant", "content": f"c{token}d"}]
+        }
+        ids = encode(conversation(record), tokenizer, 1 << 20)
+        as_tokens = encode(conversation(record), tokenizer, 1 << 20, LabelOptions(allow_special_tokens_in_text=True))
+        number = tokenizer.convert_tokens_to_ids(token)
+        assert as_tokens["input_ids"].count(number) == ids["input_ids"].count(number) + 2
+        assert tokenizer.decode(ids["input_ids"]) == tokenizer.decode(as_tokens["input_ids"])
+
+
+def test_an_empty_system_message_is_the_same_as_none(tokenizer):
+    empty = {"messages": [{"role": "system", "content": ""}, *EXCHANGE]}
+    assert shown(empty, tokenizer) == shown({"messages": EXCHANGE}, tokenizer)
+
+
+def test_a_prompt_begins_every_training_sample(model, tokenizer, shared):
+    cases = json.loads((shared / "golden" / "labels.json").read_text())[model]
+    for name in ("single", "system"):
+        messages = cases[name]["record"]["messages"]
+        prompt = render_prompt(messages[:-1], tokenizer)
+        whole = cases[name]["input_ids"]
+        first = next(index for index, label in enumerate(cases[name]["labels"]) if label != IGNORED)
+        assert prompt == whole[: len(prompt)] and len(prompt) >= first
+
+
+def test_features_of_each_template(shared):
+    known = {name: ChatTemplate.of(tokenizer_of(name, shared)).features() for name in MODELS}
+    assert {name: found.tools for name, found in known.items()} == {
+        "hunyuan-large": False,
+        "hunyuan-a13b": True,
+        "hunyuan-7b": True,
+        "hy3": True,
+    }
+    assert [name for name, found in known.items() if found.thoughts] == ["hy3"]
+    assert all(found.system and found.end_tokens for found in known.values())
+    assert known["hy3"].arguments == (
+        "fallback_strategy", "preserved_thinking", "raw_last_assistant", "reasoning_effort",
+    )  # fmt: skip
