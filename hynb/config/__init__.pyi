@@ -1,6 +1,7 @@
 from .parameter import Parameter as Parameter
 from .parameter import value_text as value_text
 from .paths import absolute_paths as absolute_paths
+from .random_model import random_model_config as random_model_config
 from .reading import Reading as Reading
 from .reading import load_yaml as load_yaml
 from .reading import read_flags as read_flags
@@ -14,3 +15,4 @@ from .schema import MODEL_SIZE_NAMES as MODEL_SIZE_NAMES
 from .schema import SCHEDULERS_WITH_MIN_LR as SCHEDULERS_WITH_MIN_LR
 from .schema import Config as Config
 from .schema import parameters as parameters
+from .upstream import use_upstream_defaults as use_upstream_defaults

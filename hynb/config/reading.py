@@ -42,13 +42,27 @@ IGNORED = {
     "auto_find_batch_size": "a batch size that changes by itself would silently change the run",
     "push_to_hub": "hynb uploads nothing",
 }
+# Flags of upstream's scripts that are accepted without effect.
+IGNORED |= {
+    "model_size": "the tokenizer's own chat template decides the dialect that upstream chooses by it",
+    "cache_dir": "models and tokenizers are local folders",
+    "max_position_embeddings": "a given model decides it, a random one has max_seq_length (2048 at least)",
+    "layer_norm_eps": "a given model decides it; upstream's script does not use it for a random one either",
+    "type_vocab_size": "Hunyuan models have no token types; upstream's script does not use it either",
+    "complex_data": "upstream's script does not use it either",
+}
 
 
 @dataclass
 class Reading:
-    """Values that were read for a Config, the mistakes among them, and notes for the user."""
+    """Values that were read for a Config, the mistakes among them, and notes for the user.
+
+    Attributes:
+        defaults: values of parameters that were not given, where they differ from the schema's.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
     training_args: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -82,7 +96,8 @@ class Reading:
         Raises:
             ConfigError: every mistake, those of reading and those of the values.
         """
-        config = Config(**self.values, training_args=self.training_args, given=frozenset(self.values))
+        values = self.defaults | self.values
+        config = Config(**values, training_args=self.training_args, given=frozenset(self.values))
         problems = self.problems + [f"{source}: {problem}" for problem in check_config(config)]
         if problems:
             raise ConfigError(problems)

@@ -103,11 +103,20 @@ def _host_contradictions(config: Config) -> list[str]:
 def _size_contradictions(config: Config) -> list[str]:
     problems = []
     heads = config.num_attention_heads
-    if config.hidden_size % heads:
+    is_hy3 = config.moe_intermediate_size is not None or config.moe_layer_num_skipped is not None
+    if not is_hy3 and config.hidden_size % heads:
         problems.append(f"hidden_size = {config.hidden_size} is not a multiple of num_attention_heads = {heads}")
     key_value_heads = config.num_key_value_heads or heads
     if heads % key_value_heads:
         problems.append(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {key_value_heads}")
+    if is_hy3 and config.use_cla:
+        problems.append(
+            "use_cla belongs to Hunyuan-Large, moe_intermediate_size and moe_layer_num_skipped to Hy3: leave out one"
+        )
+    if (config.moe_layer_num_skipped or 0) > config.num_layers:
+        problems.append(
+            f"moe_layer_num_skipped = {config.moe_layer_num_skipped} is above num_layers = {config.num_layers}"
+        )
     if config.moe_topk > config.num_experts:
         problems.append(f"moe_topk = {config.moe_topk} is above num_experts = {config.num_experts}")
     return problems

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hynb.config.parameter import Parameter
+from hynb.plan import zero
 
 Scheduler = Literal[
     "linear",
@@ -115,6 +116,28 @@ class Config:
         "Turn text that spells a special token (<|eos|>) into the token, as in upstream's script; off: it stays "
         "text.",
     )
+    train_on_turns: Literal["as_rendered", "all", "last"] = _parameter(
+        "as_rendered",
+        "data",
+        "Answers that are trained on: all as the template renders them, all in full, or the last; as upstream: "
+        "as_rendered. Templates of reasoning models leave out the thoughts of earlier answers.",
+    )
+    split_turns: bool = _parameter(
+        False, "data", "Make one sample per answer, with the conversation before it, so that each thought is trained."
+    )
+    allow_ignored_fields: bool = _parameter(
+        False,
+        "data",
+        "Go on where the chat template does not render a field of a record, such as tools; off: refuse.",
+    )
+    max_cut_share: float = _parameter(
+        0.05,
+        "data",
+        "Largest share of samples left out because nothing of their answers is within max_seq_length; above it the "
+        "run does not start.",
+        minimum=0,
+        maximum=1,
+    )
     packing: bool = _parameter(
         False,
         "data",
@@ -158,8 +181,7 @@ class Config:
     deepspeed: str = _parameter(
         "ds_zero2_no_offload",
         "zero",
-        "ZeRO preset, or a DeepSpeed JSON file. Presets by decreasing GPU memory: ds_zero2_no_offload, "
-        "ds_zero3_no_offload, ds_zero3_offload, ds_zero3_offload_no_auto.",
+        f"ZeRO preset, or a DeepSpeed JSON file. Presets by decreasing GPU memory: {', '.join(zero.PRESETS)}.",
     )
     gradient_checkpointing: bool = _parameter(
         False, "zero", "Recompute activations in the backward pass: less memory, about a third more time."
@@ -286,7 +308,25 @@ class Config:
         None, "model_size", "Size of the vocabulary; automatic: the tokenizer's.", minimum=8, unit="tokens"
     )
     hidden_size: int = _parameter(2048, "model_size", "Hidden size of the model.", minimum=8)
-    intermediate_size: int = _parameter(8192, "model_size", "Intermediate size of an expert.", minimum=8)
+    intermediate_size: int = _parameter(
+        8192,
+        "model_size",
+        "Intermediate size of an expert; of a dense layer if moe_intermediate_size is given.",
+        minimum=8,
+    )
+    moe_intermediate_size: int | None = _parameter(
+        None,
+        "model_size",
+        "Intermediate size of an expert of a Hy3 model (hy_v3). Automatic: the model is a Hunyuan-Large, unless "
+        "moe_layer_num_skipped is given.",
+        minimum=8,
+    )
+    moe_layer_num_skipped: int | None = _parameter(
+        None,
+        "model_size",
+        "First layers of a Hy3 model (hy_v3) that are dense; automatic: 1 if moe_intermediate_size is given.",
+        minimum=0,
+    )
     num_layers: int = _parameter(24, "model_size", "Decoder layers.", minimum=1)
     num_attention_heads: int = _parameter(16, "model_size", "Query heads per layer.", minimum=1)
     num_key_value_heads: int | None = _parameter(
@@ -308,6 +348,18 @@ class Config:
     def values(self) -> dict[str, Any]:
         """All parameters by name, in the order of the schema, without `training_args`."""
         return {parameter.name: getattr(self, parameter.name) for parameter in parameters()}
+
+    def deepspeed_values(self) -> dict[str, Any]:
+        """What a DeepSpeed config may set too, by its path there; it has to be the same or "auto"."""
+        return {
+            "fp16.enabled": self.fp16,
+            "bf16.enabled": self.bf16,
+            "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "gradient_clipping": self.max_grad_norm,
+            "optimizer.params.lr": self.learning_rate,
+            "optimizer.params.weight_decay": self.weight_decay,
+        }
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some parameters changed; these then count as given by the user."""

@@ -158,21 +158,22 @@ def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> M
     gradients_bytes, optimizer_bytes = trained * workload.weight_bytes, trained * _OPTIMIZER_BYTES
     weights_per_gpu = weights_bytes // workload.world_size if chosen.stage == 3 else weights_bytes
     parts = {
-        "weights": 0 if chosen.offload else weights_per_gpu,
-        "gradients": gradients_bytes // workload.world_size,
-        "optimizer": 0 if chosen.offload else optimizer_bytes // workload.world_size,
+        "weights": 0 if chosen.offload_param else weights_per_gpu,
+        # DeepSpeed moves each bucket of gradients to where the optimizer is.
+        "gradients": 0 if chosen.offload_optimizer else gradients_bytes // workload.world_size,
+        "optimizer": 0 if chosen.offload_optimizer else optimizer_bytes // workload.world_size,
         **_buffers(chosen, count, trained, workload),
         "activations": _activation_bytes(model_config["hidden_size"], count, workload),
         "logits": _logits_bytes(model_config["vocab_size"], workload),
     }
     parts["fragmentation"] = int(sum(parts.values()) * _FRAGMENTATION)
     parts["CUDA"] = _CONTEXT_BYTES
-    state_bytes = weights_bytes + optimizer_bytes + gradients_bytes
-    offloaded_bytes = state_bytes // workload.world_size * workload.gpus_per_host if chosen.offload else 0
+    offloaded_bytes = weights_bytes if chosen.offload_param else 0
+    offloaded_bytes += optimizer_bytes + gradients_bytes if chosen.offload_optimizer else 0
     return MemoryPlan(
         preset=chosen,
         gpu_bytes=sum(parts.values()),
-        host_bytes=offloaded_bytes + workload.gpus_per_host * _PROCESS_BYTES,
+        host_bytes=(offloaded_bytes // workload.world_size + _PROCESS_BYTES) * workload.gpus_per_host,
         # The model's or the adapter's file, DeepSpeed's copy of the same weights, and the optimizer.
         disk_bytes=(adapter or count.total) * workload.weight_bytes * 2 + optimizer_bytes,
         parts=parts,
@@ -191,7 +192,7 @@ def compare(model_config: ModelConfig, workload: Workload) -> list[MemoryPlan]:
 def _layer(model_config: ModelConfig, family: Family, index: int) -> LayerCount:
     hidden_size, heads = model_config["hidden_size"], model_config["num_attention_heads"]
     kv_heads = model_config.get("num_key_value_heads") or heads
-    head_dim = model_config.get("head_dim") or hidden_size // heads
+    head_dim = model_config.get("head_dim") or model_config.get("attention_head_dim") or hidden_size // heads
     projections = {"q_proj": (heads * head_dim, hidden_size), "o_proj": (hidden_size, heads * head_dim)}
     shares_kv = family.cross_layer_attention and model_config.get("use_cla")
     if index % (model_config.get("cla_share_factor", 1) if shares_kv else 1) == 0:

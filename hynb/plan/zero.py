@@ -1,4 +1,8 @@
-"""ZeRO presets (arXiv 1910.02054) as DeepSpeed configs, and a check of such configs against DeepSpeed's schema."""
+"""ZeRO presets (arXiv 1910.02054) as DeepSpeed configs, and a check of such configs against DeepSpeed's schema.
+
+A DeepSpeed config may repeat values of the run, such as the precision and batch sizes. The argument `values` holds
+those of the run by their path in a DeepSpeed config: {"bf16.enabled": True}.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import json
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,47 +23,78 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
+_GATHER_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
+
+
 @dataclass(kw_only=True, frozen=True)
 class Preset:
-    """A way to partition a model's state over GPUs and host memory."""
+    """A way to partition a model's state over GPUs and host memory.
+
+    Args:
+        offload_optimizer: gradients and optimizer state are kept in host memory, where CPUs update the weights.
+        offload_param: weights are kept in host memory.
+    """
 
     name: str
     stage: int
-    offload: bool
+    offload_optimizer: bool = False
+    offload_param: bool = False
     small_buffers: bool = False
     title: str
     help: str
 
 
-# Each needs less GPU memory than the one before.
+# Each needs less GPU memory than the one before, with LoRA; the README says where full fine-tuning differs.
 PRESETS = {
     item.name: item
     for item in (
         Preset(
             name="ds_zero2_no_offload",
             stage=2,
-            offload=False,
             title="ZeRO-2",
             help="Gradients and optimizer are partitioned over the GPUs; each holds all weights. Fastest.",
         ),
         Preset(
+            name="ds_zero2_offload",
+            stage=2,
+            offload_optimizer=True,
+            title="ZeRO-2, optimizer in host memory",
+            help="Each GPU holds all weights; gradients and optimizer are kept in host memory.",
+        ),
+        Preset(
             name="ds_zero3_no_offload",
             stage=3,
-            offload=False,
             title="ZeRO-3",
             help="Weights are partitioned too and gathered layer by layer. For models larger than one GPU.",
         ),
         Preset(
+            name="ds_zero3_optimizer_offload",
+            stage=3,
+            offload_optimizer=True,
+            title="ZeRO-3, optimizer in host memory",
+            help="Weights are partitioned over the GPUs; gradients and optimizer are kept in host memory. "
+            "For full fine-tuning.",
+        ),
+        Preset(
+            name="ds_zero3_param_offload",
+            stage=3,
+            offload_param=True,
+            title="ZeRO-3, weights in host memory",
+            help="Weights are kept in host memory; gradients and optimizer are partitioned over the GPUs. For LoRA.",
+        ),
+        Preset(
             name="ds_zero3_offload",
             stage=3,
-            offload=True,
+            offload_optimizer=True,
+            offload_param=True,
             title="ZeRO-3, host memory",
             help="Weights and optimizer are kept in host memory. Slower; needs much host memory.",
         ),
         Preset(
             name="ds_zero3_offload_no_auto",
             stage=3,
-            offload=True,
+            offload_optimizer=True,
+            offload_param=True,
             small_buffers=True,
             title="ZeRO-3, host memory, small buffers",
             help="As before, with the smallest buffers on the GPU. The last resort.",
@@ -85,7 +120,7 @@ def build(name: str) -> dict[str, Any]:
             "loss_scale_window": 1000,
             "initial_scale_power": 16,
             "hysteresis": 2,
-            # DeepSpeed accepts whole numbers only; the 1e-10 of upstream's files is refused.
+            # DeepSpeed accepts whole numbers only, unlike the 1e-10 of upstream's files.
             "min_loss_scale": 1,
         },
         "bf16": {"enabled": "auto"},
@@ -97,7 +132,7 @@ def build(name: str) -> dict[str, Any]:
         "steps_per_print": 1e9,
         "wall_clock_breakdown": False,
     }
-    if preset.offload:
+    if preset.offload_optimizer:
         # In host memory DeepSpeed uses its own vectorised AdamW, several times faster than PyTorch's.
         hyperparameters = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
         ds_config["optimizer"] = {"type": "AdamW", "params": hyperparameters}
@@ -124,8 +159,9 @@ def _zero_section(preset: Preset) -> dict[str, Any]:
             # A checkpoint holds whole weights that from_pretrained reads, not one partition per rank.
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-    if preset.offload:
+    if preset.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if preset.offload_param:
         section["offload_param"] = {"device": "cpu", "pin_memory": True}
     if preset.small_buffers:
         section |= {
@@ -184,28 +220,105 @@ def for_machine(ds_config: dict[str, Any], *, on_cpu: bool) -> dict[str, Any]:
     return ds_config
 
 
-def check(ds_config: dict[str, Any], *, source: str) -> list[str]:
-    """One message for each setting that DeepSpeed would refuse.
+def saving_whole_weights(ds_config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A copy of a DeepSpeed config under which each checkpoint gets the model's weights, and a note on the change.
+
+    Under ZeRO-3 they are gathered on rank 0 only if `stage3_gather_16bit_weights_on_model_save` is true. Upstream's
+    ds_zero3_offload.json for Hy3 sets it to false, and DeepSpeed's default is false.
+
+    Returns:
+        The config, and a note for the log; the note is empty if nothing is changed.
+    """
+    ds_config = copy.deepcopy(ds_config)
+    if stage_of(ds_config) != 3 or ds_config["zero_optimization"].get(_GATHER_WEIGHTS):
+        return ds_config, ""
+    ds_config["zero_optimization"][_GATHER_WEIGHTS] = True
+    return ds_config, (
+        f"zero_optimization.{_GATHER_WEIGHTS}: true is used; without it, checkpoints would have no file of the "
+        "model's weights"
+    )
+
+
+def check(ds_config: dict[str, Any], values: Mapping[str, Any] | None = None, *, source: str) -> list[str]:
+    """One message for each setting that DeepSpeed would refuse, or that differs from the run's own value.
 
     A separate process runs `problems`, because importing DeepSpeed imports torch.
 
     Args:
+        values: the run's own values.
         source: the file that messages name.
 
     Raises:
         ConfigError: that process failed.
     """
     command = [sys.executable, "-m", "hynb.plan.zero"]
-    done = subprocess.run(command, input=json.dumps(ds_config), capture_output=True, text=True, check=False)
+    request = json.dumps([ds_config, dict(values or {})])
+    done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ConfigError(f"{source}: DeepSpeed's schema could not be loaded: {reason}")
     return [f"{source}: {problem}" for problem in json.loads(done.stdout.splitlines()[-1])]
 
 
-def problems(ds_config: dict[str, Any]) -> list[str]:
-    """One message for each setting that DeepSpeed would refuse; imports DeepSpeed, and torch with it."""
-    return [*_schema_problems(ds_config), *_contradictions(ds_config)]
+def problems(ds_config: dict[str, Any], values: Mapping[str, Any] | None = None) -> list[str]:
+    """As `check`, without the source; imports DeepSpeed, and torch with it."""
+    values = values or {}
+    ds_config, _ = correct(ds_config, values)
+    return [*_schema_problems(ds_config), *_contradictions(ds_config), *_differences(ds_config, values)]
+
+
+def correct(ds_config: dict[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy without invalid values in the section of a precision that is off, and one note for each of them.
+
+    DeepSpeed would refuse them although they have no effect: upstream's files have a `min_loss_scale` of 1e-10.
+    Imports DeepSpeed, and torch with it.
+    """
+    ds_config, notes = copy.deepcopy(ds_config), []
+    for name, model in _precision_models().items():
+        section = ds_config.get(name)
+        # Without a value of the run, `enabled` may be anything.
+        if not isinstance(section, dict) or values.get(f"{name}.enabled", True):
+            continue
+        if section.get("enabled", False) not in (False, "auto"):
+            continue
+        for key, message in _invalid_values(model, section | {"enabled": False}).items():
+            value = json.dumps(section.pop(key), default=str)
+            notes.append(f"{name}.{key} = {value} is left out, because {name} is off: {message}")
+    return ds_config, notes
+
+
+def _invalid_values(model: type[BaseModel], section: dict[str, Any]) -> dict[str, str]:
+    """What a pydantic model refuses of the values of known keys, by key."""
+    from pydantic import ValidationError
+
+    try:
+        model(**section)
+    except ValidationError as error:
+        found = [item for item in error.errors() if item["loc"] and item["type"] != "extra_forbidden"]
+        return {str(item["loc"][0]): item["msg"] for item in found if item["loc"][0] in section}
+    return {}
+
+
+def _precision_models() -> dict[str, type[BaseModel]]:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+
+    return {"fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+
+
+def _differences(ds_config: dict[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that differ from the run's own; transformers would refuse them after the model is loaded."""
+    for path, wanted in values.items():
+        *sections, key = path.split(".")
+        found: Any = ds_config
+        for name in sections:
+            found = found.get(name) if isinstance(found, dict) else None
+        if not isinstance(found, dict) or (key not in found and key != "enabled"):
+            continue
+        # DeepSpeed's default of `enabled`.
+        value = found.get(key, False)
+        if value not in ("auto", wanted):
+            text = json.dumps(value, default=str)
+            yield f'{path} = {text}, but the run has {json.dumps(wanted)}: set it to "auto", or change the run'
 
 
 def _contradictions(ds_config: dict[str, Any]) -> Iterator[str]:
@@ -220,7 +333,8 @@ def _contradictions(ds_config: dict[str, Any]) -> Iterator[str]:
     zero = ds_config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("stage") != 3:
         for name in ("offload_param", "leaf_module"):
-            if zero.get(name):
+            section = zero.get(name)
+            if section and not (isinstance(section, dict) and section.get("device") == "none"):
                 yield f"zero_optimization.{name} needs stage 3, but stage is {zero.get('stage', 0)}"
 
 
@@ -232,7 +346,6 @@ timers wandb weight_quantization"""
 def _schema_problems(ds_config: dict[str, Any]) -> Iterator[str]:
     """What DeepSpeed's pydantic models and its own checks of batch size and clipping refuse."""
     from deepspeed.runtime import config as runtime
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     names = {value for name, value in vars(runtime).items() if name.isupper() and isinstance(value, str)}
@@ -241,12 +354,7 @@ def _schema_problems(ds_config: dict[str, Any]) -> Iterator[str]:
     for key in ds_config:
         if key not in names:
             yield f"unknown key {key}{nearest(key, names)}"
-    sections = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "fp16": DeepSpeedFP16Config,
-        "bf16": DeepSpeedBF16Config,
-    }
-    for name, model in sections.items():
+    for name, model in {"zero_optimization": DeepSpeedZeroConfig, **_precision_models()}.items():
         if name in ds_config:
             yield from _model_problems(name, model, ds_config[name])
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
@@ -294,10 +402,10 @@ def _field_names(model: type[BaseModel], path: Sequence[int | str]) -> list[str]
 
 
 def _main() -> None:
-    """Reads a DeepSpeed config from stdin and prints its problems as JSON; `check` starts this."""
+    """Reads a DeepSpeed config and the run's values from stdin, prints the problems as JSON; `check` starts this."""
     # DeepSpeed prints to stdout when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
-        found = problems(json.load(sys.stdin))
+        found = problems(*json.load(sys.stdin))
     print(json.dumps(found))
 
 

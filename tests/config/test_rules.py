@@ -30,9 +30,16 @@ RANDOM = {"model_name_or_path": None, "tokenizer_name_or_path": "/tokenizer"}
             "is not a multiple of num_key_value_heads = 3",
         ),
         (RANDOM | {"moe_topk": 2}, "moe_topk = 2 is above num_experts = 1"),
+        (RANDOM | {"moe_layer_num_skipped": 1, "use_cla": True}, "use_cla belongs to Hunyuan-Large"),
+        (RANDOM | {"moe_layer_num_skipped": 25}, "moe_layer_num_skipped = 25 is above num_layers = 24"),
     ],
 )
 def test_each_contradiction_is_named_alone(changes, message):
     (problem,) = check_config(Config(**(GOOD | changes)))
     assert message in problem
     assert check_config(Config(**GOOD)) == []
+
+
+def test_the_heads_of_a_hy3_have_a_size_of_their_own():
+    config = Config(**(GOOD | RANDOM | {"hidden_size": 100, "num_attention_heads": 8}))
+    assert check_config(config.replace(moe_intermediate_size=16)) == []

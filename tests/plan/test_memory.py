@@ -37,6 +37,8 @@ VARIANTS = [
     ("hunyuan", {"num_experts": 1}),
     ("hunyuan", {"use_mixed_mlp_moe": False, "use_qk_norm": False, "use_cla": False}),
     ("hunyuan", {"num_shared_expert": [1, 2, 1, 2], "moe_topk": [1, 2, 1, 2], "cla_share_factor": 3}),
+    ("hunyuan", {"moe_intermediate_size": [16, 24, 8, 40], "moe_layer_num_skipped": 2, "moe_topk": [2, 2, 2, 2]}),
+    ("hunyuan", {"head_dim": None, "attention_head_dim": 12}),
     ("hy_v3", {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "num_shared_experts": 2}),
     ("hy_v3", {"mlp_bias": True, "attention_bias": True}),
 ]
@@ -98,10 +100,42 @@ def test_presets_decrease_in_gpu_memory_and_parts_add_up():
     plans = compare(LARGE, Workload(world_size=8, gpus_per_host=8, use_lora=True))
     assert [plan.preset.name for plan in plans] == list(PRESETS)
     sizes = [plan.gpu_bytes for plan in plans]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(PRESETS)
     for plan in plans:
         assert sum(plan.parts.values()) == plan.gpu_bytes
-    assert plans[2].host_bytes > 777e9 > plans[1].host_bytes
+    assert {plan.preset.name for plan in plans if plan.host_bytes > 777e9} == {
+        "ds_zero3_param_offload",
+        "ds_zero3_offload",
+        "ds_zero3_offload_no_auto",
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_a_preset_moves_to_host_memory_is_not_on_the_gpus(name):
+    """Full fine-tuning on 16 GPUs of two hosts: 2 bytes per weight and gradient, 12 of the optimizer."""
+    plan, preset, count = estimated(name, world_size=16), PRESETS[name], count_parameters(LARGE).total
+    per_gpu = {"weights": 2 * count, "gradients": 2 * count // 16, "optimizer": 12 * count // 16}
+    if preset.stage == 3:
+        per_gpu["weights"] //= 16
+    in_host_memory = {"weights"} if preset.offload_param else set()
+    in_host_memory |= {"gradients", "optimizer"} if preset.offload_optimizer else set()
+    for part, size_bytes in per_gpu.items():
+        assert plan.parts[part] == (0 if part in in_host_memory else size_bytes), part
+    processes_bytes = 8 * (6 << 30)
+    offloaded_bytes = 8 * sum(per_gpu[part] for part in in_host_memory)
+    assert plan.host_bytes - processes_bytes == pytest.approx(offloaded_bytes, abs=100)
+
+
+def test_full_fine_tuning_swaps_the_presets_that_offload_one_part():
+    """The README and the help of the presets say so."""
+
+    def order(**choices) -> bool:
+        return (
+            estimated("ds_zero3_optimizer_offload", **choices).gpu_bytes
+            > estimated("ds_zero3_param_offload", **choices).gpu_bytes
+        )
+
+    assert order(use_lora=True) and not order()
 
 
 def test_a_leaf_costs_a_whole_moe_block_under_zero_3_alone():

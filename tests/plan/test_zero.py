@@ -1,15 +1,25 @@
-"""ZeRO presets and DeepSpeed files, checked by DeepSpeed itself."""
+"""ZeRO presets and DeepSpeed files, upstream's among them, checked by DeepSpeed itself."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import SHARED
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from transformers import TrainingArguments
+from transformers.integrations import HfTrainerDeepSpeedConfig
 
+from hynb.config import Config
 from hynb.errors import ConfigError
 from hynb.plan import zero
+
+UPSTREAM_FILES = sorted(SHARED.glob("models/*/ds_*.json"))
 
 
 @pytest.mark.parametrize("name", zero.PRESETS)
@@ -18,10 +28,13 @@ def test_deepspeed_accepts_every_preset(name, on_cpu):
     assert zero.problems(zero.for_machine(zero.build(name), on_cpu=on_cpu)) == []
 
 
-def test_presets_have_the_names_and_stages_of_upstreams_training_guide():
+def test_presets_have_the_names_and_stages_of_upstreams_training_guides():
     assert list(zero.PRESETS) == [
         "ds_zero2_no_offload",
+        "ds_zero2_offload",
         "ds_zero3_no_offload",
+        "ds_zero3_optimizer_offload",
+        "ds_zero3_param_offload",
         "ds_zero3_offload",
         "ds_zero3_offload_no_auto",
     ]
@@ -30,7 +43,10 @@ def test_presets_have_the_names_and_stages_of_upstreams_training_guide():
     for name, preset in zero.PRESETS.items():
         ds_config = zero.build(name)
         assert ds_config["zero_optimization"]["stage"] == preset.stage
-        assert ("offload_param" in ds_config["zero_optimization"]) is preset.offload
+        for part in ("offload_optimizer", "offload_param"):
+            assert (part in ds_config["zero_optimization"]) is getattr(preset, part)
+        # On a GPU DeepSpeed's CPU optimizer updates what is in host memory, and nothing else.
+        assert ("optimizer" in ds_config) is preset.offload_optimizer
         assert isinstance(ds_config["fp16"]["min_loss_scale"], int)
 
 
@@ -81,6 +97,118 @@ def test_a_broken_file_is_named_with_line_and_column(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         zero.load(str(path))
     assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ds_zero2_offload", "ds_zero3_optimizer_offload", "ds_zero3_param_offload"])
+def test_a_preset_of_upstreams_hy3_folder_has_the_effect_of_its_file(name, shared):
+    """As DeepSpeed reads both; what is left to "auto" is filled in from the same values of the run."""
+    upstream = json.loads((shared / "models" / "hy3" / f"{name}.json").read_text())
+    preset = zero.build(name)
+    models = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+    for section, model in models.items():
+        ours, theirs = preset.pop(section), upstream.pop(section)
+        automatic = [{key for key, value in part.items() if value == "auto"} for part in (ours, theirs)]
+        assert automatic[0] == automatic[1] and model(**ours) == model(**theirs), section
+    # How often DeepSpeed prints its own line; and its CPU optimizer, which accelerate chooses for upstream's files.
+    assert preset.pop("steps_per_print") != upstream.pop("steps_per_print")
+    assert ("optimizer" in preset) is ("optimizer_offload" in name or name == "ds_zero2_offload")
+    preset.pop("optimizer", None)
+    assert preset == upstream
+
+
+def accepted_by_deepspeed(ds_config: dict, config: Config, folder: Path) -> DeepSpeedConfig:
+    """What DeepSpeed reads when a run of transformers has filled in its values; raises what DeepSpeed raises."""
+    arguments = TrainingArguments(
+        output_dir=str(folder), bf16=config.bf16, fp16=config.fp16, per_device_train_batch_size=1, use_cpu=True
+    )
+    filled = HfTrainerDeepSpeedConfig(ds_config)
+    filled.trainer_config_process(arguments)
+    assert filled.mismatches == []
+    return DeepSpeedConfig({key: value for key, value in filled.config.items() if key != "train_batch_size"})
+
+
+@pytest.mark.skipif(not UPSTREAM_FILES, reason="no upstream files beside the checkout")
+@pytest.mark.parametrize("path", UPSTREAM_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_deepspeed_accepts_each_upstream_file_in_bf16(path, tmp_path):
+    config = Config(bf16=True)
+    ds_config = zero.load(str(path))
+    assert zero.problems(ds_config, config.deepspeed_values()) == []
+    corrected, notes = zero.correct(ds_config, config.deepspeed_values())
+    invalid = ds_config["fp16"].get("min_loss_scale") == 1e-10
+    assert [note.split(":")[0] for note in notes] == (
+        ["fp16.min_loss_scale = 1e-10 is left out, because fp16 is off"] if invalid else []
+    )
+    assert ds_config["fp16"].get("min_loss_scale") == corrected["fp16"].pop(
+        "min_loss_scale", 1e-10 if invalid else None
+    )
+    ds_config["fp16"].pop("min_loss_scale", None)
+    assert corrected == ds_config, "everything else stays as it is in the file"
+    read = accepted_by_deepspeed(zero.correct(zero.load(str(path)), config.deepspeed_values())[0], config, tmp_path)
+    assert read.zero_config.stage == zero.stage_of(ds_config) and not read.float16_config.enabled
+
+
+@pytest.mark.skipif(not UPSTREAM_FILES, reason="no upstream files beside the checkout")
+@pytest.mark.parametrize("path", UPSTREAM_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_each_upstream_file_in_fp16_is_accepted_or_refused_by_name(path, tmp_path):
+    """Invalid values that have an effect are refused, and a precision that the file fixes."""
+    config = Config(fp16=True)
+    ds_config = zero.load(str(path))
+    found = zero.problems(ds_config, config.deepspeed_values())
+    wanted = []
+    if ds_config["fp16"].get("min_loss_scale") == 1e-10:
+        wanted.append("fp16.min_loss_scale = 1e-10: Input should be a valid integer")
+    if ds_config["fp16"]["enabled"] is False:
+        wanted.append('fp16.enabled = false, but the run has true: set it to "auto", or change the run')
+    if ds_config.get("bf16", {}).get("enabled") is True:
+        wanted.append('bf16.enabled = true, but the run has false: set it to "auto", or change the run')
+    assert len(found) == len(wanted)
+    assert all(message.startswith(start) for message, start in zip(found, wanted, strict=True)), found
+    if wanted:
+        with pytest.raises((AssertionError, ValueError)):
+            accepted_by_deepspeed(ds_config, config, tmp_path)
+    else:
+        assert accepted_by_deepspeed(ds_config, config, tmp_path).float16_config.enabled
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ({"enabled": True, "min_loss_scale": 1e-10}, "fp16.min_loss_scale = 1e-10"),
+        ({"enabled": "auto", "loss_scal": 1}, "unknown key fp16.loss_scal (did you mean loss_scale?)"),
+        ({"enabled": "sometimes", "min_loss_scale": 1e-10}, 'fp16.enabled = "sometimes"'),
+        ([], "fp16 = []: must be an object"),
+    ],
+)
+def test_what_has_an_effect_or_is_unknown_is_refused_in_a_precision_that_is_off_too(section, problem):
+    found = zero.problems({"fp16": section}, Config(bf16=True).deepspeed_values())
+    assert any(message.startswith(problem) for message in found), found
+
+
+def test_invalid_values_without_effect_are_left_out_with_a_note_each():
+    ds_config = {"fp16": {"enabled": "auto", "min_loss_scale": 0.5, "hysteresis": "x", "loss_scale_window": 7}}
+    corrected, notes = zero.correct(ds_config, Config(bf16=True).deepspeed_values())
+    assert corrected == {"fp16": {"enabled": "auto", "loss_scale_window": 7}}
+    assert [note.split(" is left")[0] for note in notes] == ['fp16.hysteresis = "x"', "fp16.min_loss_scale = 0.5"]
+    assert zero.correct(ds_config, {}) == (ds_config, []), "the precision is unknown"
+    assert zero.correct(ds_config, Config(fp16=True).deepspeed_values()) == (ds_config, [])
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "problem"),
+    [
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2, but the run has 1"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu = 4, but the run has 1"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5, but the run has 1.0"),
+        ({"bf16": {}}, "bf16.enabled = false, but the run has true"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, "optimizer.params.lr = 0.1, but the run has 1e-05"),
+    ],
+)
+def test_a_setting_that_differs_from_the_run_is_refused(ds_config, problem):
+    values = Config(bf16=True).deepspeed_values()
+    assert zero.problems(ds_config, values) == [f'{problem}: set it to "auto", or change the run']
+    assert zero.check(ds_config, values, source="mine.json") == [
+        f'mine.json: {problem}: set it to "auto", or change the run'
+    ]
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest():
