@@ -1,3 +1,7 @@
+from .answer import Answer as Answer
+from .answer import make_answer as make_answer
+from .answer import shown_answer as shown_answer
+from .answer import shown_message as shown_message
+from .generation import AnsweringModel as AnsweringModel
 from .generation import answers as answers
-from .generation import main as main
-from .generation import split_answer as split_answer
+from .generation import question_of as question_of

@@ -1,110 +1,240 @@
-"""Greedy answers of models to the same questions: `python -m hynb.generate --questions FILE FOLDER [FOLDER …]`."""
+"""Answers of a model, or of an adapter with its base, to questions."""
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hynb.errors import HynbError
+from hynb.errors import DataError, ModelError
+from hynb.generate.answer import Answer, AnswerStream, Part, make_answer, opens_thought
 from hynb.runs import find_base
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from hynb.data import Conversation
+
+Show = Callable[[Part, str], None]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Question:
+    """What a model is to answer.
+
+    Args:
+        messages: the last one is the user's, or the result of a tool.
+        arguments: of the chat template, such as `tools` and `reasoning_effort`.
+        source: its location as file:line.
+    """
+
+    messages: list[dict[str, Any]]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "question"
+
+
+def question_of(conversation: Conversation, arguments: Mapping[str, Any] | None = None) -> Question:
+    """The question that a conversation's last answer is for.
+
+    Args:
+        arguments: of the chat template; they override the record's.
+    """
+    given = {**conversation.arguments, **(arguments or {})}
+    return Question(messages=list(conversation.messages[:-1]), arguments=given, source=conversation.source)
+
+
+class AnsweringModel:
+    """A model in evaluation mode with its tokenizer.
+
+    Args:
+        folder: a model, or a LoRA adapter, which is loaded together with its base.
+        greedy: the most probable token each time; otherwise as the folder's generation_config.json samples.
+        seed: of the sampling.
+
+    Attributes:
+        stops: ids at which generation ends: the template's end tokens, and those of generation_config.json.
+
+    Raises:
+        ModelError: the folder holds neither a model nor an adapter, or it cannot be loaded.
+    """
+
+    def __init__(self, folder: str | Path, *, greedy: bool = True, seed: int = 0) -> None:
+        from transformers import set_seed
+
+        from hynb.data import stop_token_ids
+
+        self.folder = Path(folder).expanduser().absolute()
+        self.tokenizer = load_tokenizer(self.folder)
+        self._model = _load_model(self.folder)
+        own: GenerationConfig = self._model.generation_config
+        ids = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        stops = [*stop_token_ids(self.tokenizer), *(item for item in ids if isinstance(item, int))]
+        self.stops = list(dict.fromkeys(stops))
+        # Assigned and not passed: transformers 5.23 fills the gaps of a passed config from the model's own.
+        self._model.generation_config = _generation_config(own, self.stops, greedy=greedy)
+        set_seed(seed)
+
+    def answers(self, questions: Sequence[Question], *, max_new_tokens: int, batch_size: int = 1) -> Iterator[Answer]:
+        """The answers in the order of the questions.
+
+        Args:
+            max_new_tokens: longest output, in tokens.
+            batch_size: questions answered at the same time, padded on the left.
+
+        Raises:
+            DataError: the chat template refuses a question, or does not read one of its arguments.
+        """
+        for first in range(0, len(questions), batch_size):
+            yield from self._batch(questions[first : first + batch_size], max_new_tokens)
+
+    def stream(self, question: Question, *, max_new_tokens: int, show: Show) -> Answer:
+        """One answer, whose parts are shown while it is written.
+
+        Args:
+            show: called with `thought` or `answer`, and a piece of its text.
+
+        Raises:
+            DataError: as `answers`.
+        """
+        from transformers import TextStreamer
+
+        from hynb.data import ChatTemplate, render_prompt
+
+        template = ChatTemplate.of(self.tokenizer, question.arguments.get("tools"))
+        prompt = self.tokenizer.decode(render_prompt(question.messages, self.tokenizer, question.arguments))
+        assert isinstance(prompt, str)
+        parts = AnswerStream(template.special, opened=opens_thought(prompt))
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                for part, piece in parts.feed(text, last=stream_end):
+                    show(part, piece)
+
+        streamer = Streamer(self.tokenizer, skip_prompt=True)  # pyright: ignore[reportArgumentType]  annotated too narrowly
+        return self._batch([question], max_new_tokens, streamer=streamer)[0]
+
+    def expected(self, conversation: Conversation) -> Answer:
+        """A conversation's last answer, tool calls included, as the template would have the model write it.
+
+        Raises:
+            DataError: the chat template refuses the conversation.
+        """
+        from hynb.data import ChatTemplate, trained_text
+
+        raw = trained_text(conversation, self.tokenizer)
+        template = ChatTemplate.of(self.tokenizer, conversation.arguments.get("tools"))
+        return make_answer(template.special.sub("", raw), ended=True)
+
+    def _batch(self, questions: Sequence[Question], max_new_tokens: int, streamer: Any = None) -> list[Answer]:
+        import torch
+
+        from hynb.data import ChatTemplate, render_prompt
+
+        prompts = []
+        for question in questions:
+            check_question(question, self.tokenizer)
+            prompts.append(render_prompt(question.messages, self.tokenizer, question.arguments))
+        length = max(map(len, prompts))
+        padded = [[self.stops[0]] * (length - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=torch.tensor(padded, device=self._model.device),
+                attention_mask=torch.tensor(mask, device=self._model.device),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+            )
+        found = []
+        for question, prompt, row in zip(questions, prompts, output[:, length:].tolist(), strict=True):
+            end = next((index for index, token_id in enumerate(row) if token_id in self.stops), None)
+            raw, before = self.tokenizer.decode(row[:end]), self.tokenizer.decode(prompt)
+            assert isinstance(raw, str) and isinstance(before, str)
+            special = ChatTemplate.of(self.tokenizer, question.arguments.get("tools")).special
+            found.append(
+                make_answer(special.sub("", raw).strip(), ended=end is not None, opened=opens_thought(before))
+            )
+        return found
+
+
+def check_question(question: Question, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the chat template reads the question's tools and reasoning effort.
+
+    Raises:
+        DataError: it does not, so that the model would answer as if they were not there.
+    """
+    from hynb.data import ChatTemplate
+
+    known = ChatTemplate.of(tokenizer, question.arguments.get("tools")).record_arguments
+    for name in ("tools", "reasoning_effort"):
+        if question.arguments.get(name) is not None and name not in known:
+            reads = ", ".join(sorted(known)) or "none"
+            raise DataError(
+                f"{question.source}: {name}: the chat template of {tokenizer.name_or_path} does not read it; "
+                f"arguments that it reads: {reads}"
+            )
 
 
 def answers(
-    folder: str | Path,
-    questions: Sequence[Sequence[dict[str, Any]]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 1,
-) -> Iterator[str]:
+    folder: str | Path, questions: Sequence[Question], *, max_new_tokens: int, batch_size: int = 1
+) -> Iterator[Answer]:
     """A model's greedy answers, in the order of the questions.
 
     Args:
         folder: a model, or a LoRA adapter, which is loaded together with its base.
-        questions: conversations that end with the user's message.
         max_new_tokens: longest answer, in tokens.
         batch_size: questions answered at the same time, padded on the left.
 
     Raises:
         ModelError: the folder holds neither a model nor an adapter, or the adapter's base is missing.
+        DataError: the chat template refuses a question.
     """
-    import torch
-
-    from hynb.data import render_prompt, stop_token_ids
-
-    model, tokenizer = _load(Path(folder).expanduser().absolute())
-    stops = stop_token_ids(tokenizer)
-    for first in range(0, len(questions), batch_size):
-        prompts = [render_prompt(messages, tokenizer) for messages in questions[first : first + batch_size]]
-        length = max(map(len, prompts))
-        padded = [[stops[0]] * (length - len(ids)) + ids for ids in prompts]
-        mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=torch.tensor(padded, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=stops,
-                pad_token_id=stops[0],
-            )
-        for ids in output[:, length:]:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            assert isinstance(text, str)
-            yield text.strip()
+    yield from AnsweringModel(folder).answers(questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
-def split_answer(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """A conversation up to its last user message, and the answer that follows; the answer may be empty."""
-    last = max(index for index, message in enumerate(messages) if message["role"] == "user")
-    answer = messages[last + 1]["content"] if last + 1 < len(messages) else ""
-    return list(messages[: last + 1]), answer
+def _generation_config(own: GenerationConfig, stops: list[int], *, greedy: bool) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    ends = {"eos_token_id": stops, "pad_token_id": stops[0]}
+    if greedy:
+        return GenerationConfig(do_sample=False, **ends)
+    names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: getattr(own, name) for name in names if getattr(own, name, None) is not None}
+    return GenerationConfig(**values, **ends)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints each question with every model's answer; returns the exit code."""
-    from hynb.data import read_conversations
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or an adapter; an adapter without one has its base's.
 
-    parser = argparse.ArgumentParser(prog="python -m hynb.generate", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a model or a LoRA adapter")
-    parser.add_argument("--questions", required=True, help="JSONL file of conversations")
-    parser.add_argument("--count", type=int, default=3, help="number of questions, from the start of the file")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    args = parser.parse_args(argv)
+    Raises:
+        ModelError: the folder holds neither a model nor an adapter, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    import hynb.hunyuan_large  # noqa: F401  registers the tokenizer with the Auto classes
+
+    base = find_base(folder)
+    own = folder if (folder / "tokenizer_config.json").is_file() else base
     try:
-        conversations = itertools.islice(read_conversations(args.questions), args.count)
-        questions = [split_answer(conversation.messages)[0] for conversation in conversations]
-        for folder in args.folders:
-            print(f"== {folder}")
-            texts = answers(folder, questions, max_new_tokens=args.max_new_tokens)
-            for messages, text in zip(questions, texts, strict=True):
-                print(f"{messages[-1]['content']}\n-> {text}", flush=True)
-    except HynbError as error:
-        print(f"hynb: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return AutoTokenizer.from_pretrained(own, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{own}: its tokenizer cannot be loaded: {error}") from error
 
 
-def _load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model of a folder in evaluation mode, with its adapter where it is one, and the tokenizer."""
+def _load_model(folder: Path) -> Any:
+    """The model of a folder in evaluation mode, with its adapter where it is one."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import hynb.hunyuan_large  # noqa: F401  registers the model with the Auto classes
+    from transformers import AutoModelForCausalLM
 
     base = find_base(folder)
     # On a CPU float32 is the fast type, and rounding cannot change an answer.
     options = {"device_map": "auto", "dtype": "auto"} if torch.cuda.is_available() else {"dtype": "float32"}
-    model: Any = AutoModelForCausalLM.from_pretrained(base, **options)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{base}: cannot be loaded: {error}") from error
     if base != folder:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder)
-    tokenizer_folder = folder if (folder / "tokenizer_config.json").is_file() else base
-    return model.eval(), AutoTokenizer.from_pretrained(tokenizer_folder)
+    return model.eval()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_data, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hynb.data import read_conversations
-from hynb.errors import ModelError
-from hynb.generate import answers, main, split_answer
+from hynb.data import read_conversations, render_prompt
+from hynb.errors import DataError, ModelError
+from hynb.generate import AnsweringModel, answers, question_of
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,13 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def questions(data) -> list[list[dict]]:
-    return [split_answer(conversation.messages)[0] for conversation in read_conversations(data)][:3]
+def questions(data) -> list:
+    return [question_of(conversation) for conversation in read_conversations(data)][:3]
 
 
 def test_batches_change_no_answer(model, questions):
     one_by_one = list(answers(model, questions, max_new_tokens=6))
-    assert len(one_by_one) == 3 and all(one_by_one)
+    assert len(one_by_one) == 3 and all(item.text for item in one_by_one)
     assert list(answers(model, questions, max_new_tokens=6, batch_size=2)) == one_by_one
 
 
@@ -59,18 +60,52 @@ def test_a_folder_that_is_not_a_model_is_named(tmp_path, questions):
         next(answers(tmp_path, questions, max_new_tokens=1))
 
 
-def test_the_command_prints_each_models_answers(model, data, questions, tmp_path, capsys):
-    assert main([str(model), str(model), "--questions", str(data), "--count=2", "--max_new_tokens=4"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("-> ") == 4 and printed.count(f"== {model}") == 2
-    for messages, answer in zip(questions[:2], answers(model, questions[:2], max_new_tokens=4), strict=True):
-        assert printed.count(f"{messages[-1]['content']}\n-> {answer}\n") == 2
-    command = [sys.executable, "-m", "hynb.generate", str(tmp_path), "--questions", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "neither config.json" in done.stderr and "Traceback" not in done.stderr
+def test_generation_ends_at_the_templates_and_the_generation_configs_tokens(model, tmp_path):
+    folder = copy_with(model, tmp_path, {"eos_token_id": [5, 9], "pad_token_id": 9})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ends = [tokenizer.convert_tokens_to_ids(name) for name in ("<|eos|>", "<|endoftext|>")]
+    assert set(AnsweringModel(folder).stops) == {*ends, 5, 9}
 
 
-def test_a_conversation_is_split_at_its_last_question():
-    turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
-    assert split_answer(turns) == (turns[:4], "a")
-    assert split_answer(turns[:2]) == (turns[:2], "")
+def test_an_output_that_is_cut_has_not_ended(model, questions, tmp_path):
+    (cut,) = answers(model, questions[:1], max_new_tokens=2)
+    assert not cut.ended
+    prompt = torch.tensor([render_prompt(questions[0].messages, AutoTokenizer.from_pretrained(model))])
+    first = int(AutoModelForCausalLM.from_pretrained(model)(prompt).logits[0, -1].argmax())
+    (ended,) = answers(copy_with(model, tmp_path, {"eos_token_id": first}), questions[:1], max_new_tokens=2)
+    assert ended.ended and ended.text == ""
+
+
+def test_sampling_is_the_generation_configs_unless_greedy(model, questions, tmp_path):
+    values = {"do_sample": True, "temperature": 3.0, "top_k": 0, "repetition_penalty": 1.5}
+    folder = copy_with(model, tmp_path, values)
+    plain = list(answers(model, questions, max_new_tokens=6))
+    assert list(answers(folder, questions, max_new_tokens=6)) == plain
+    sampled = [
+        list(AnsweringModel(folder, greedy=False, seed=seed).answers(questions, max_new_tokens=6))
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2] and plain not in sampled
+    one_choice = copy_with(model, tmp_path / "one", {"do_sample": True, "top_k": 1})
+    assert list(AnsweringModel(one_choice, greedy=False).answers(questions, max_new_tokens=6)) == plain
+
+
+def test_an_answer_is_streamed_as_it_is_returned(model, questions):
+    pieces: list[tuple[str, str]] = []
+    loaded = AnsweringModel(model)
+    whole = loaded.stream(questions[0], max_new_tokens=6, show=lambda part, text: pieces.append((part, text)))
+    assert [whole] == list(loaded.answers(questions[:1], max_new_tokens=6))
+    assert {part for part, _ in pieces} == {"answer"} and "".join(text for _, text in pieces).strip() == whole.text
+
+
+def test_an_argument_that_the_template_does_not_read_is_refused(model, questions):
+    question = replace(questions[0], arguments={"reasoning_effort": "high"})
+    with pytest.raises(DataError, match=r"reasoning_effort: the chat template of .* does not read it"):
+        next(answers(model, [question], max_new_tokens=1))
+
+
+def copy_with(model: Path, parent: Path, generation: dict) -> Path:
+    """A copy of a model with another generation_config.json."""
+    folder = shutil.copytree(model, parent / "model")
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder

@@ -1,0 +1,2 @@
+from .description import describe as describe
+from .serving import serving_text as serving_text
