@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,10 @@ class Family:
         cross_layer_attention: layers may share K and V (`use_cla`, `cla_share_factor`; arXiv 2405.12981).
         qk_norm: whether queries and keys are normalised if config.json has no `use_qk_norm`.
         mlp_size: the size of one layer's MLP, from config.json and the layer's index.
+        mtp_layers: the field of config.json with the number of MTP layers (multi-token prediction, arXiv 2404.19737),
+            which are stored after the others. transformers does not load them; None for a family without.
+        stored_names: parts of parameter names that transformers changes when it loads a model, as pairs of the part
+            in the model and the part in weight files.
     """
 
     model_type: str
@@ -53,6 +58,8 @@ class Family:
     cross_layer_attention: bool = False
     qk_norm: bool = True
     mlp_size: Callable[[ModelConfig, int], MlpSize]
+    mtp_layers: str | None = None
+    stored_names: tuple[tuple[str, str], ...] = ()
 
     def moe_block_class(self) -> type | None:
         """The class of the MoE block; imports torch and the model's module."""
@@ -61,6 +68,19 @@ class Family:
     def router_class(self) -> type | None:
         """The class of the router; imports torch and the model's module."""
         return _load(self.router)
+
+    def stored_name(self, name: str) -> str:
+        """The name that a parameter or a module of the model has in weight files; fused experts keep their name."""
+        for in_model, in_file in self.stored_names:
+            name = f"{name}.".replace(f".{in_model}.", f".{in_file}.")[:-1]
+        return name
+
+    def is_mtp_tensor(self, name: str, model_config: ModelConfig) -> bool:
+        """Whether a tensor of a weight file belongs to an MTP layer."""
+        count = (model_config.get(self.mtp_layers) or 0) if self.mtp_layers else 0
+        first = model_config["num_hidden_layers"]
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        return found is not None and first <= int(found[1]) < first + count
 
 
 def family_of(model_type: str | None) -> Family:
@@ -106,14 +126,15 @@ def _moe_mlp(
     )
 
 
-def _hunyuan_large_mlp(model_config: ModelConfig, index: int) -> MlpSize:
+def _hunyuan_mlp(model_config: ModelConfig, index: int) -> MlpSize:
     experts = _of_layer(model_config.get("num_experts"), index) or 1
-    if experts == 1:
+    if experts == 1 or index < (model_config.get("moe_layer_num_skipped") or 0):
         return _dense_mlp(model_config, index)
+    width = model_config.get("moe_intermediate_size") or model_config["intermediate_size"]
     shared = _of_layer(model_config.get("num_shared_expert", 1), index)
     return _moe_mlp(
         model_config["hidden_size"],
-        _of_layer(model_config["intermediate_size"], index),
+        _of_layer(width, index),
         experts=experts,
         top_k=_of_layer(model_config.get("moe_topk"), index) or 1,
         shared=shared if model_config.get("use_mixed_mlp_moe") else 0,
@@ -149,13 +170,14 @@ def _hy_v3_mlp(model_config: ModelConfig, index: int) -> MlpSize:
 _V1_MOE = "transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe"
 _HY_V3 = "transformers.models.hy_v3.modeling_hy_v3"
 _ENTRIES = (
+    # Hunyuan-Large, and Hunyuan-A13B's older folders: fields of config.json make the difference.
     Family(
         model_type="hunyuan",
         moe_block=("hynb.hunyuan_large", "HunYuanLargeMoE"),
         router=("hynb.hunyuan_large.modeling", "HunYuanLargeGate"),
         cross_layer_attention=True,
         qk_norm=False,
-        mlp_size=_hunyuan_large_mlp,
+        mlp_size=_hunyuan_mlp,
     ),
     Family(
         model_type="hunyuan_v1_moe",
@@ -170,6 +192,12 @@ _ENTRIES = (
         router=(_HY_V3, "HYV3TopKRouter"),
         sigmoid_router=True,
         mlp_size=_hy_v3_mlp,
+        mtp_layers="num_nextn_predict_layers",
+        stored_names=(
+            ("mlp.gate", "mlp.router.gate"),
+            ("mlp.e_score_correction_bias", "mlp.expert_bias"),
+            ("mlp.shared_experts", "mlp.shared_mlp"),
+        ),
     ),
 )
 FAMILIES = {entry.model_type: entry for entry in _ENTRIES}

@@ -2,7 +2,7 @@
 
     hynb launch                                         on every rank, with hynb's supervision
     deepspeed --module hynb.train_entry run.yaml        by hand, with a YAML file
-    deepspeed hynb/train_entry.py --output_dir … …      by hand, with the flags of upstream's train.sh
+    deepspeed hynb/train_entry.py --output_dir … …      by hand, with the flags and defaults of upstream's train.sh
 
 Heavy imports stay inside the steps, so that a wrong parameter is refused within a second.
 """
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 
-from hynb.config import Config, Reading, read_flags, read_yaml, to_yaml
+from hynb.config import Config, Reading, read_flags, read_yaml, to_yaml, use_upstream_defaults
 from hynb.errors import ConfigError
 from hynb.files import read_json, replace_text, write_json
 from hynb.plan import zero
@@ -42,6 +42,7 @@ from hynb.train import Notes, report_failure, set_up_process, show_output_at_onc
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hynb.merge import TensorEntry
     from hynb.train import DataPlan, Datasets, NodeLocalFolders, RunCallback, RunTrainer
 
 # Named by hand: as a script this module is called __main__.
@@ -145,7 +146,7 @@ def join_hosts(state: RankState) -> None:
 
 
 def read_parameters(state: RankState) -> None:
-    """Reads a YAML file, flags, or the configuration in the run folder.
+    """Reads a YAML file, flags as upstream's script has them, or the configuration in the run folder.
 
     Raises:
         ConfigError: every mistake, at once.
@@ -155,6 +156,7 @@ def read_parameters(state: RankState) -> None:
         state.reading = read_yaml(words[0])
     elif words:
         state.reading = read_flags(words)
+        use_upstream_defaults(state.reading)
     elif state.membership:
         state.reading = read_yaml(str(RunDir(state.membership.run_folder).config))
     else:
@@ -235,7 +237,11 @@ def choose_checkpoint(state: RankState) -> None:
     """
     import torch
 
-    state.ds_config = zero.for_machine(zero.load(state.config.deepspeed), on_cpu=not torch.cuda.is_available())
+    ds_config, notes = zero.correct(zero.load(state.config.deepspeed), state.config.deepspeed_values())
+    ds_config, note = zero.saving_whole_weights(ds_config)
+    for text in [*notes, *([note] if note else [])]:
+        logger.info(f"deepspeed = {state.config.deepspeed}: {text}")
+    state.ds_config = zero.for_machine(ds_config, on_cpu=not torch.cuda.is_available())
     if state.membership and state.joined and not state.joined.shared:
         from hynb.train import NodeLocalFolders
 
@@ -307,16 +313,19 @@ def record(state: RankState) -> None:
 
     counts = count_parameters(state.model)
     logger.info(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
+    copied = _tensors_to_copy(state)
+    copied_bytes = sum(entry.size_bytes for entry in copied)
     if state.rank == 0 or (state.folders and state.folders.is_local_rank_zero):
-        weight_bytes = training_dtype(state.config).itemsize
-        check_disk(
-            Path(state.config.output_dir), state.model, is_lora=state.config.use_lora, weight_bytes=weight_bytes
-        )
+        sizes = {"weight_bytes": training_dtype(state.config).itemsize, "copied_bytes": copied_bytes}
+        check_disk(Path(state.config.output_dir), state.model, is_lora=state.config.use_lora, **sizes)
     if state.writer is None:
         return
     assert state.plan and state.notes
     hosts = [name for name, _ in state.membership.hosts] if state.membership else [socket.gethostname()]
     facts = counts | state.plan.summary | state.shape
+    facts |= (
+        {"copied_from_base": {"tensors": [entry.name for entry in copied], "bytes": copied_bytes}} if copied else {}
+    )
     facts |= {"output_dir_shared": state.joined.shared} if state.joined else {}
     state.writer.manifest(
         manifest(state.config, state.ds_config, base=state.base, hosts=hosts, notes=state.notes.lines, **facts)
@@ -414,6 +423,22 @@ def _write_random_base(state: RankState) -> None:
     torch.distributed.barrier()
     if state.folders:
         state.folders.copy_to_hosts(state.base)
+
+
+def _tensors_to_copy(state: RankState) -> list[TensorEntry]:
+    """The tensors that each full checkpoint gets from the base, because the model has no such parameters."""
+    from hynb.train import mtp_tensors
+
+    if state.base is None or state.config.use_lora:
+        return []
+    copied = mtp_tensors(state.base)
+    if copied:
+        size_bytes = sum(entry.size_bytes for entry in copied)
+        logger.info(
+            f"{len(copied)} tensors of MTP layers ({size_bytes / 1e9:.3g} GB) are not trained; each checkpoint gets "
+            "them from the base unchanged"
+        )
+    return copied
 
 
 def _choose_trained_parameters(state: RankState) -> None:

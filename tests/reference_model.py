@@ -2,7 +2,8 @@
 
 It takes a checkpoint's own key names. Order in attention: project, RoPE, norm of each head, attention. A layer
 without its own K and V takes the projections of an earlier layer, before RoPE and norm. Top-1 routing scales by the
-raw probability, top-k by the probabilities renormalised over the k.
+raw probability, top-k by the probabilities renormalised over the k, if `norm_topk_prob` is not false; probabilities
+that are not renormalised have a factor.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ def moe(x, weights, name, config, index):
     rows = []
     for token, row in zip(x, probabilities, strict=True):
         values, experts = row.topk(topk)
-        if topk > 1:
+        if topk > 1 and config.get("norm_topk_prob", True):
             values = values / values.sum()
+        else:
+            values = values * config.get("routed_scaling_factor", 1.0)
         routed = sum(
             value * mlp(token, weights, f"{name}.experts.{expert}")
             for value, expert in zip(values, experts.tolist(), strict=True)
@@ -64,7 +67,7 @@ def moe(x, weights, name, config, index):
 def logits(weights, config, ids):
     """Logits (length × vocabulary) of one sequence of ids without padding."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    dim = config["hidden_size"] // heads
+    dim = config.get("attention_head_dim") or config["hidden_size"] // heads
     eps = config["rms_norm_eps"]
     x = weights["model.embed_tokens.weight"][ids]
     length = len(ids)
@@ -86,7 +89,7 @@ def logits(weights, config, ids):
         scores = torch.softmax((q @ k.transpose(1, 2)) / dim**0.5 + mask, -1)
         x = x + linear((scores @ v).transpose(0, 1).reshape(length, -1), weights, f"{attention}.o_proj")
         h = rms_norm(x, weights[f"{name}.post_attention_layernorm.weight"], eps)
-        dense = of_layer(config["num_experts"], index) == 1
+        dense = of_layer(config["num_experts"], index) == 1 or index < config.get("moe_layer_num_skipped", 0)
         x = x + (mlp(h, weights, f"{name}.mlp") if dense else moe(h, weights, f"{name}.mlp", config, index))
     x = rms_norm(x, weights["model.norm.weight"], eps)
     head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"

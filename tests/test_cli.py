@@ -20,11 +20,23 @@ def test_help_lists_every_command(capsys):
         main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for command in ("launch", "status", "attach", "stop", "check", "parameters", "merge", "check-data", "demo"):
+    for command in (
+        "launch",
+        "status",
+        "attach",
+        "stop",
+        "check",
+        "parameters",
+        "merge",
+        "check-data",
+        "models",
+        "ask",
+        "demo",
+    ):
         assert f"\n    {command}" in text
 
 
-@pytest.mark.parametrize("command", ["merge", "check-data", "preflight", "hosts", "demo"])
+@pytest.mark.parametrize("command", ["merge", "check-data", "preflight", "hosts", "models", "ask", "demo"])
 def test_commands_with_a_module_of_their_own_have_help_and_name_unknown_flags(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

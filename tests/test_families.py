@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import OF_FAMILY, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -93,6 +94,28 @@ def test_the_active_width_is_what_one_token_passes_through(model_type):
         )
         width = family.mlp_size(model.config.to_dict(), index).active_width
         assert used == 3 * model.config.hidden_size * width
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_stored_names_are_those_that_transformers_writes(model_type, tmp_path):
+    family, model = family_of(model_type), tiny(model_type)
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    for name, weight in model.state_dict().items():
+        if ".experts." not in name and name not in model.all_tied_weights_keys:
+            torch.testing.assert_close(written[family.stored_name(name)], weight, rtol=0, atol=0)
+    in_file = {family.stored_name(name) for name in model.state_dict()}
+    assert {name for name in written if ".experts." not in name} <= in_file
+
+
+def test_mtp_layers_come_after_the_others():
+    family, model_config = family_of("hy_v3"), {"num_hidden_layers": 80, "num_nextn_predict_layers": 1}
+    names = {f"model.layers.{index}.mlp.experts.1.up_proj.weight": index for index in (0, 8, 79, 80, 81, 800)}
+    assert [names[name] for name in names if family.is_mtp_tensor(name, model_config)] == [80]
+    assert not family.is_mtp_tensor("model.norm.weight", model_config)
+    for config in ({"num_hidden_layers": 80}, model_config | {"num_nextn_predict_layers": 0}):
+        assert not any(family.is_mtp_tensor(name, config) for name in names)
+    assert not any(family_of("hunyuan_v1_moe").is_mtp_tensor(name, model_config) for name in names)
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones():

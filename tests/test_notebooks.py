@@ -255,6 +255,7 @@ def test_merging_headless_checks_asks_and_is_not_repeated(trained):
     shown = text_of(trained / "merged.ipynb")
     assert "merging: 100%" in shown and "checking: 100%" in shown
     assert "merged and adapter agree on 2 of 2" in shown
+    assert shown.count("does not serve this model: its architecture, HunYuanForCausalLM") == 2
     written_at = (merged / "model.safetensors").stat().st_mtime_ns
     code, errors = run_headless("03_merge_lora", trained, values | {"question_count": 0}, "again.ipynb")
     assert code == 0, errors

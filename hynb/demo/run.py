@@ -127,12 +127,14 @@ def evaluate(folder: str | Path, held_out_file: str | Path, *, limit: int | None
         ModelError: the folder is neither a model's nor an adapter's.
     """
     from hynb.data import read_conversations
-    from hynb.generate import answers, split_answer
+    from hynb.generate import answers, question_of
 
-    pairs = [split_answer(item.messages) for item in read_conversations(held_out_file)][:limit]
-    questions = [messages for messages, _ in pairs]
-    given = list(answers(folder, questions, max_new_tokens=_ANSWER_TOKENS, batch_size=_BATCH_SIZE))
-    correct = sum(text == expected for text, (_, expected) in zip(given, pairs, strict=True))
+    conversations = list(read_conversations(held_out_file))[:limit]
+    questions = [question_of(conversation) for conversation in conversations]
+    found = answers(folder, questions, max_new_tokens=_ANSWER_TOKENS, batch_size=_BATCH_SIZE)
+    given = [answer.text for answer in found]
+    expected = [conversation.messages[-1]["content"] for conversation in conversations]
+    correct = sum(text == right for text, right in zip(given, expected, strict=True))
     return Evaluation(answers=given, correct=correct)
 
 

@@ -1,4 +1,7 @@
-"""Hunyuan-Large for transformers 5; importing it registers model_type `hunyuan` with the Auto classes."""
+"""Hunyuan-Large for transformers 5, and Hunyuan-A13B's older folders, which have the same model type.
+
+Importing it registers model_type `hunyuan` with the Auto classes.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.conversion_mapping import (

@@ -1,6 +1,7 @@
-"""Hunyuan-Large as a variant of transformers' `hunyuan_v1_moe`.
+"""Models of model_type `hunyuan`, Hunyuan-Large above all, as a variant of transformers' `hunyuan_v1_moe`.
 
-It differs by cross-layer attention, top-1 routing without renormalisation, and optional q/k norm and shared MLP.
+They differ by cross-layer attention, top-1 routing without renormalisation, optional q/k norm and shared MLP, and
+sizes per layer. Hunyuan-A13B's older folders have the same model type and key names, and load into the same classes.
 """
 
 from __future__ import annotations
@@ -105,21 +106,25 @@ class HunYuanLargeMLP(v1.HunYuanMoEV1MLP):
 
 
 class HunYuanLargeGate(nn.Module):
-    """The router: a float32 softmax over experts. Top-1 keeps its raw probability; top-k is renormalised."""
+    """The router: a float32 softmax over experts. Top-1 keeps its raw probability; top-k is usually renormalised."""
 
     def __init__(self, config: HunYuanLargeConfig, layer_idx: int) -> None:
         super().__init__()
         self.top_k = config.of_layer("moe_topk", layer_idx)
         self.num_experts = config.of_layer("num_experts", layer_idx)
+        self.renormalise = self.top_k > 1 and config.norm_topk_prob
+        self.scaling_factor = config.routed_scaling_factor
         self.wg = nn.Linear(config.hidden_size, self.num_experts, bias=False, dtype=torch.float32)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Router logits (tokens × experts), and weights and ids of the chosen experts (tokens × top_k)."""
         logits = self.wg(tokens.to(self.wg.weight.dtype))
         weights, chosen = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float32), self.top_k, dim=-1)
-        if self.top_k > 1:
+        if self.renormalise:
             # Upstream's floor under the sum, which keeps the weights finite when all probabilities underflow.
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
+        else:
+            weights = weights * self.scaling_factor
         return logits, weights, chosen
 
 
@@ -129,15 +134,16 @@ class HunYuanLargeMoE(nn.Module):
     def __init__(self, config: HunYuanLargeConfig, layer_idx: int) -> None:
         super().__init__()
         self.gate = HunYuanLargeGate(config, layer_idx)
-        # The experts' class reads one number of experts; a list has one per layer.
+        # The experts' class reads one number of experts and one width; a list has one per layer.
         layer_config = copy.copy(config)
         layer_config.num_experts = self.gate.num_experts
+        layer_config.intermediate_size = config.expert_width(layer_idx)
         self.experts = v1.HunYuanMoEV1Experts(layer_config)
         # The model's own config, in which transformers changes how experts are computed.
         self.experts.config = config  # pyright: ignore[reportArgumentType]  nn.Module's annotation lacks plain values
         self.shared_mlp = None
         if config.use_mixed_mlp_moe:
-            width = config.intermediate_size * config.of_layer("num_shared_expert", layer_idx)
+            width = config.expert_width(layer_idx) * config.of_layer("num_shared_expert", layer_idx)
             self.shared_mlp = HunYuanLargeMLP(config, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -155,7 +161,7 @@ class HunYuanLargeDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.returns_kv = config.use_cla and config.owns_kv(layer_idx)
         self.self_attn = HunYuanLargeAttention(config, layer_idx)
-        if config.of_layer("num_experts", layer_idx) > 1:
+        if config.has_experts(layer_idx):
             self.mlp = HunYuanLargeMoE(config, layer_idx)
         else:
             self.mlp = HunYuanLargeMLP(config, config.intermediate_size)

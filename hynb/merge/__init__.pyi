@@ -1,5 +1,10 @@
 from .receipt import RECEIPT as RECEIPT
 from .receipt import find_merge as find_merge
+from .shards import INDEX_NAME as INDEX_NAME
 from .shards import SAVE_DTYPES as SAVE_DTYPES
+from .shards import TensorEntry as TensorEntry
+from .shards import copy_tensors as copy_tensors
+from .shards import read_shard as read_shard
+from .tensors import read_tensor as read_tensor
 from .verify import verify_merge as verify_merge
 from .write import merge_lora as merge_lora

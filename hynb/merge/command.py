@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from hynb.merge.forward_check import first_layers_pass
     from hynb.merge.verify import verify_merge
     from hynb.merge.write import merge_lora
+    from hynb.models import serving_text
 
     result = merge_lora(
         base_model_path=args.base_model_path,
@@ -64,10 +65,13 @@ def run(args: argparse.Namespace) -> int:
         f"{result.output_path}: {result.tensors_changed} tensors changed, {result.tensors_copied} copied, "
         f"{result.seconds:.1f} s; largest change {result.largest_change:.3g}, mean {result.mean_change:.3g}"
     )
+    if result.mtp_tensors:
+        print(f"{result.mtp_tensors} of the copied tensors belong to MTP layers, which no adapter changes")
     if args.verify:
         count = verify_merge(args.output_path)
         print(f"verified: all {count} tensors are what base and adapter give")
         print(first_layers_pass(Path(args.output_path)))
+    print(f"to serve it:\n{serving_text(result.output_path)}")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from hynb.merge.adapter import Adapter
@@ -26,13 +26,16 @@ class Match:
     problems: list[str] = field(default_factory=list)
 
 
-def match_adapter(adapter: Adapter, tensors: Mapping[str, TensorEntry]) -> Match:
+def match_adapter(
+    adapter: Adapter, tensors: Mapping[str, TensorEntry], *, stored_name: Callable[[str], str] = str
+) -> Match:
     """Finds the change of each tensor of the base that an adapter's keys name.
 
     Args:
         tensors: the tensors of the base, by name.
+        stored_name: the name of a parameter in weight files, from its name in the model (Family.stored_name).
     """
-    matcher = _Matcher(adapter, tensors)
+    matcher = _Matcher(adapter, tensors, stored_name)
     matcher.run()
     return matcher.match
 
@@ -40,8 +43,11 @@ def match_adapter(adapter: Adapter, tensors: Mapping[str, TensorEntry]) -> Match
 class _Matcher:
     """The keys of one adapter that have been matched so far."""
 
-    def __init__(self, adapter: Adapter, tensors: Mapping[str, TensorEntry]) -> None:
+    def __init__(
+        self, adapter: Adapter, tensors: Mapping[str, TensorEntry], stored_name: Callable[[str], str]
+    ) -> None:
         self._adapter = adapter
+        self._stored_name = stored_name
         self._shapes = adapter.shapes
         self._tensors = tensors
         self._used: set[str] = set()
@@ -70,7 +76,7 @@ class _Matcher:
                 self._problem(key, "has no matching lora_A, so it would not be merged")
 
     def _match_whole_tensor(self, key: str) -> None:
-        name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        name = self._tensor_name(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
         entry = self._tensors.get(name)
         if entry is None:
             self._absent(key, name)
@@ -98,7 +104,7 @@ class _Matcher:
         magnitude = next((k for k in self._shapes if k.startswith(f"{_PREFIX}{module}.lora_magnitude_vector")), None)
         if magnitude is not None:
             self._used.add(magnitude)
-        name = f"{module}.weight"
+        name = self._tensor_name(f"{module}.weight")
         entry = self._tensors.get(name)
         if entry is None:
             self._absent(key, name)
@@ -151,6 +157,11 @@ class _Matcher:
                     rows=place,
                 )
                 self._add(entry.name, change)
+
+    def _tensor_name(self, name: str) -> str:
+        """The tensor of the base that holds a parameter of the model."""
+        stored = self._stored_name(name)
+        return stored if stored in self._tensors else name
 
     def _add(self, name: str, change: Change) -> None:
         self.match.changes.setdefault(name, []).append(change)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hynb.errors import MergeError
+from hynb.families import FAMILIES
 from hynb.files import read_json
 from hynb.merge import shards
 from hynb.merge.adapter import Adapter, open_adapter
@@ -36,6 +37,7 @@ class MergePlan:
         untied: an output layer that gets a tensor of its own, because an adapter changes either it or the embeddings
             that the base has it tied to; the byte range is that of the embeddings. PEFT's own merge changes
             both, and its merged model then answers differently from base and adapter.
+        mtp_tensors: number of the base's tensors that belong to MTP layers.
     """
 
     base: Path
@@ -44,6 +46,7 @@ class MergePlan:
     base_identity: dict[str, Any]
     adapter_identities: list[dict[str, Any]]
     untied: TensorEntry | None = None
+    mtp_tensors: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -79,6 +82,7 @@ def plan_merge(
     if len(weights) != len(adapters):
         raise MergeError(f"adapter_weights: {len(weights)} factors for {len(adapters)} adapters; give one for each")
     model_config = _base_config(base)
+    family = FAMILIES.get(model_config.get("model_type") or "")
     base_shards = shards.model_shards(base)
     tensors = {entry.name: entry for entry in shards.entries(base_shards)}
     untied = None
@@ -91,7 +95,7 @@ def plan_merge(
     changes: dict[str, list[Change]] = {}
     problems: list[str] = []
     for adapter in opened:
-        found = match_adapter(adapter, tensors)
+        found = match_adapter(adapter, tensors, stored_name=family.stored_name if family else str)
         problems += [*adapter.problems(), *_other_base(adapter, identity), *found.problems]
         for name, added in found.changes.items():
             changes.setdefault(name, []).extend(added)
@@ -110,6 +114,7 @@ def plan_merge(
         base_identity=identity,
         adapter_identities=[adapter.identity() for adapter in opened],
         untied=untied if {_HEAD, _EMBEDDINGS} & changes.keys() else None,
+        mtp_tensors=sum(family.is_mtp_tensor(name, model_config) for name in tensors) if family else 0,
     )
 
 

@@ -28,6 +28,8 @@ from hynb.merge.tensors import TORCH_DTYPES, read_tensor, tensor_bytes
 UNTIED_SHARD, _FIRST_OF_TWO = "model-lm_head.safetensors", "model-base.safetensors"
 _THREADS = 4
 _CHUNK_ELEMENTS = 4 << 20
+# Router weights, and the bias by which hy_v3 chooses experts.
+_CHOOSES_EXPERTS = re.compile(r"\.gate\.(wg\.)?weight$|\.expert_bias$")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -266,7 +268,7 @@ def largest_and_mean(changes: Mapping[str, TensorChange]) -> tuple[float, float]
 
 
 def _output_dtype(entry: TensorEntry, save_dtype: str) -> str:
-    # The router chooses experts in float32; rounded, it would send tokens to other experts than the base does.
-    is_router = re.search(r"\.gate\.(wg\.)?weight$", entry.name) and entry.dtype == "F32"
+    # Experts are chosen in float32; rounded, a router would send tokens to other experts than the base's does.
+    chooses_experts = _CHOOSES_EXPERTS.search(entry.name) and entry.dtype == "F32"
     wanted = SAVE_DTYPES[save_dtype]
-    return entry.dtype if wanted is None or is_router or entry.dtype not in TORCH_DTYPES else wanted
+    return entry.dtype if wanted is None or chooses_experts or entry.dtype not in TORCH_DTYPES else wanted

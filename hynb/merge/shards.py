@@ -177,6 +177,26 @@ def copy_range(source: int, target: int, begin: int, end: int, *, at: int, advan
         advance(count)
 
 
+def copy_tensors(tensors: Iterable[TensorEntry], path: Path) -> None:
+    """Writes a safetensors file with unchanged tensors of other files; none of them is read into memory.
+
+    Raises:
+        ModelError: a source has become shorter since its header was read.
+        OSError: the file cannot be written.
+    """
+    tensors = list(tensors)
+    header = file_header([(entry.name, entry.dtype, entry.shape) for entry in tensors], {"format": "pt"})
+    with path.open("wb") as target:
+        target.write(header)
+        target.flush()
+        position = len(header)
+        for entry in tensors:
+            with entry.shard.open("rb") as source:
+                files = source.fileno(), target.fileno()
+                copy_range(*files, entry.begin, entry.end, at=position, advance=lambda _: None)
+            position += entry.size_bytes
+
+
 def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file that come before its data.
 

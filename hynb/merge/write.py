@@ -31,6 +31,7 @@ class MergeResult:
         largest_change, mean_change: over the absolute differences of the elements of all changed tensors.
         resumed_shards: shards that an interrupted merge had already written.
         linked_shards: shards that were hard-linked.
+        mtp_tensors: tensors of MTP layers, which no adapter changes; they are among the copied ones.
         changes: of each changed tensor, by name.
     """
 
@@ -43,6 +44,7 @@ class MergeResult:
     seconds: float
     resumed_shards: int = 0
     linked_shards: int = 0
+    mtp_tensors: int = 0
     changes: dict[str, TensorChange] = field(default_factory=dict)
 
 
@@ -94,7 +96,7 @@ def merge_lora(
                 f"{output}: cannot be written: {error}. The base is unchanged; running the merge again continues it"
             ) from error
         _write_other_files(plan, partial, writer, save_dtype)
-        result = _result(writer, output, time.monotonic() - started)
+        result = _result(plan, writer, output, time.monotonic() - started)
         write_receipt(
             partial,
             base=plan.base_identity,
@@ -166,7 +168,7 @@ def _write_other_files(plan: MergePlan, partial: Path, writer: ShardWriter, save
         write_json(partial / "config.json", model_config | changes)
 
 
-def _result(writer: ShardWriter, output: Path, seconds: float) -> MergeResult:
+def _result(plan: MergePlan, writer: ShardWriter, output: Path, seconds: float) -> MergeResult:
     largest, mean = largest_and_mean(writer.changes)
     return MergeResult(
         output_path=str(output),
@@ -178,6 +180,7 @@ def _result(writer: ShardWriter, output: Path, seconds: float) -> MergeResult:
         seconds=round(seconds, 3),
         resumed_shards=writer.resumed_shards,
         linked_shards=writer.linked_shards,
+        mtp_tensors=plan.mtp_tensors,
         changes=dict(sorted(writer.changes.items())),
     )
 

@@ -142,12 +142,12 @@ def _check_deepspeed(config: Config) -> list[str]:
         return error.problems
     problems = []
     if config.deepspeed not in zero.PRESETS:
-        problems += zero.check(ds_config, source=config.deepspeed)
+        problems += zero.check(ds_config, config.deepspeed_values(), source=config.deepspeed)
     stage = zero.stage_of(ds_config)
     if config.make_moe_param_leaf_module and stage != 3:
         problems.append(
             f"make_moe_param_leaf_module needs ZeRO-3, and deepspeed = {config.deepspeed} is stage {stage}: "
-            "choose ds_zero3_no_offload or ds_zero3_offload, or leave out make_moe_param_leaf_module"
+            "choose a ds_zero3 preset, or leave out make_moe_param_leaf_module"
         )
     return problems
 

@@ -41,10 +41,19 @@ class CheckedFiles:
     Args:
         rejected: locations (file:line) of the lines that are left out.
         lengths: tokens of each remaining sample, after truncation.
+        lines, answers: of each sample, the index of its line among those that are not left out, and the number of the
+            answer that ends it; None where each line is one sample.
     """
 
     rejected: list[str]
     lengths: np.ndarray
+    lines: np.ndarray | None = None
+    answers: np.ndarray | None = None
+
+    @property
+    def line_count(self) -> int:
+        """The number of lines that are not left out."""
+        return len(self.lengths) if self.lines is None else int(self.lines.max()) + 1
 
 
 @dataclass(kw_only=True)
@@ -80,6 +89,9 @@ def label_options(config: Config) -> LabelOptions:
     return LabelOptions(
         train_on_prompt=config.train_on_prompt,
         allow_special_tokens_in_text=config.allow_special_tokens_in_text,
+        train_on_turns=config.train_on_turns,
+        split_turns=config.split_turns,
+        allow_ignored_fields=config.allow_ignored_fields,
     )
 
 
@@ -96,7 +108,7 @@ def check_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> DataPl
         evaluation = _check(config, tokenizer, "eval_data_file", run_dir.rejected_evaluation)
     if config.eval_split:
         # Raises here, before the ranks meet, if there are too few samples.
-        split_share(train.samples, config.eval_split, config.seed)
+        _split(_checked(train), config)
     summary = {
         "data_lines": train.lines,
         "data_samples": train.samples,
@@ -125,7 +137,7 @@ def build_datasets(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Dat
     lengths = plan.train.lengths
     train_indices = evaluation = None
     if config.eval_split:
-        train_indices, held_out = split_share(len(lengths), config.eval_split, config.seed)
+        train_indices, held_out = _split(plan.train, config)
         evaluation = _dataset(config, tokenizer, "train_data_file", plan.train, indices=held_out)
         lengths = lengths[train_indices]
     elif plan.evaluation is not None:
@@ -161,6 +173,7 @@ def check_files(
     """
     limit = config.max_seq_length if truncate else _NO_LIMIT_TOKENS
     given = {"options": label_options(config), "on_bad_sample": config.on_bad_sample, "parameter": parameter}
+    given["max_cut_share"] = config.max_cut_share
     return check_data(getattr(config, parameter), tokenizer, limit, **(given | options))
 
 
@@ -187,11 +200,13 @@ def _dataset(
         rejected=checked.rejected,
         parameter=parameter,
     )
-    if len(dataset) != len(checked.lengths):
+    if len(dataset) != checked.line_count:
         raise DataError(
-            f"{parameter} = {paths}: has {len(dataset)} samples on this host and {len(checked.lengths)} on rank 0's: "
+            f"{parameter} = {paths}: has {len(dataset)} samples on this host and {checked.line_count} on rank 0's: "
             "copy the same file to every host"
         )
+    if checked.lines is not None and checked.answers is not None:
+        dataset = dataset.with_answers(checked.lines.tolist(), checked.answers.tolist())
     return dataset.subset(indices) if indices is not None else dataset
 
 
@@ -212,7 +227,18 @@ def _check(config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, r
     report = check_files(config, tokenizer, parameter, truncate=truncate, **options)
     logger.info(f"{report.samples} samples, {len(report.rejected)} rejected, in {', '.join(report.files)}")
     if report.rejected:
-        logger.info(f"{len(report.rejected)} of {report.lines} lines are left out; they are kept in {rejected_path}")
+        logger.info(f"{len(report.rejected)} lines or samples are left out; they are kept in {rejected_path}")
+    if report.too_long:
+        logger.info(f"left out: {report.too_long_text()}")
+    for name, count in report.unknown_keys.items():
+        logger.info(f"the key {name} of {count} samples is not used: neither hynb nor the chat template reads it")
+    for name, count in report.ignored_fields.items():
+        logger.info(f"allow_ignored_fields: {name} of {count} samples is not rendered by the chat template")
+    if shortened := int(report.shortened.sum()):
+        logger.info(
+            f"{shortened} earlier answers are rendered without a part, such as their thought; split_turns: true "
+            "trains each answer in full"
+        )
     if report.cut_samples:
         logger.info(
             f"{report.cut_samples} samples are longer than max_seq_length = {config.max_seq_length} and are cut, "
@@ -236,4 +262,23 @@ def _log_progress(parameter: str) -> Callable[[int, int], None]:
 
 
 def _checked(report: DataReport) -> CheckedFiles:
-    return CheckedFiles(rejected=[item.source for item in report.rejected], lengths=report.kept.astype(np.uint32))
+    lines = answers = None
+    if report.answers.any():
+        _, inverse = np.unique(report.line_indices, return_inverse=True)
+        lines, answers = inverse.astype(np.uint32), report.answers.astype(np.uint16)
+    return CheckedFiles(
+        rejected=report.rejected_locations, lengths=report.kept.astype(np.uint32), lines=lines, answers=answers
+    )
+
+
+def _split(checked: CheckedFiles, config: Config) -> tuple[list[int], list[int]]:
+    """Indices of samples to train on and to evaluate on; samples of one conversation stay together.
+
+    Raises:
+        DataError: too few samples.
+    """
+    train, held_out = split_share(checked.line_count, config.eval_split, config.seed)
+    if checked.lines is None:
+        return train, held_out
+    in_evaluation = np.isin(checked.lines, held_out)
+    return np.flatnonzero(~in_evaluation).tolist(), np.flatnonzero(in_evaluation).tolist()

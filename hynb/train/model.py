@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.generic import ModelOutput
 
-from hynb.config import MODEL_SIZE_NAMES, Config
+from hynb.config import MODEL_SIZE_NAMES, Config, random_model_config
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
 from hynb.hunyuan_large import HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
@@ -187,24 +187,15 @@ def _random_model(config: Config, tokenizer: PreTrainedTokenizerBase, options: d
         "NO MODEL WAS GIVEN: training begins with RANDOM WEIGHTS of the given sizes. "
         "To fine-tune, set model_name_or_path"
     )
+    sizes = random_model_config(config)
+    if sizes["model_type"] == "hy_v3":
+        logger.info(
+            "the random model is a Hy3 (hy_v3), because moe_intermediate_size or moe_layer_num_skipped is given; "
+            "its queries and keys are normalised whatever use_qk_norm is"
+        )
     model_config = AutoConfig.for_model(
-        "hunyuan",
+        **sizes,
         vocab_size=config.vocab_size or len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
-        num_experts=config.num_experts,
-        moe_topk=config.moe_topk,
-        use_cla=config.use_cla,
-        cla_share_factor=config.cla_share_factor,
-        use_mixed_mlp_moe=config.use_mixed_mlp_moe,
-        num_shared_expert=config.num_shared_expert,
-        use_qk_norm=config.use_qk_norm,
-        tie_word_embeddings=config.tie_word_embeddings,
-        max_position_embeddings=max(2048, config.max_seq_length),
-        rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

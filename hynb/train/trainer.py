@@ -18,7 +18,13 @@ from hynb.data import IGNORED, SeededSampler
 from hynb.errors import ModelError, RunError
 from hynb.files import write_json
 from hynb.runs import CHECKPOINT_RECORD, Phase, RunDir, RunWriter
-from hynb.train.checkpoint import copy_model_files, restore_untrained_routers, write_base_identity
+from hynb.train.checkpoint import (
+    add_tensors,
+    copy_model_files,
+    mtp_tensors,
+    restore_base_tensors,
+    write_base_identity,
+)
 from hynb.train.model import count_parameters
 from hynb.train.node_local import NodeLocalFolders
 from hynb.train.router_statistics import RouterWatch
@@ -230,7 +236,9 @@ class RunTrainer(Trainer):
         self.run_dir.saving.rmdir()
         if self._keep_checkpoints:
             for old in self.run_dir.checkpoints()[: -self._keep_checkpoints]:
-                shutil.rmtree(old)
+                # Later full checkpoints copy files from the one that this run was resumed from.
+                if self._base is None or old.resolve() != self._base.resolve():
+                    shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model: Any = self.model
@@ -239,7 +247,7 @@ class RunTrainer(Trainer):
             for name in getattr(model, "all_tied_weights_keys", {}):
                 state_dict.pop(name, None)
             if self._base is not None:
-                restore_untrained_routers(model, model.config.model_type, self._base, state_dict)
+                restore_base_tensors(model, self._base, state_dict)
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             folder = Path(output_dir) if output_dir else self.run_dir.path
@@ -249,6 +257,8 @@ class RunTrainer(Trainer):
                 write_base_identity(self._base, folder)
             else:
                 copy_model_files(self._base, self._tokenizer_folder, folder)
+                if self._base is not None:
+                    add_tensors(mtp_tensors(self._base), folder)
 
 
 class RunCallback(TrainerCallback):
@@ -323,11 +333,14 @@ def memory_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def check_disk(output_dir: Path, model: torch.nn.Module, *, is_lora: bool, weight_bytes: int) -> None:
+def check_disk(
+    output_dir: Path, model: torch.nn.Module, *, is_lora: bool, weight_bytes: int, copied_bytes: int = 0
+) -> None:
     """Checks that one checkpoint fits on the disk.
 
     Args:
         weight_bytes: bytes of one saved weight.
+        copied_bytes: of tensors that a checkpoint gets from the base unchanged.
 
     Raises:
         RunError: it does not; with the bytes needed and free.
@@ -336,7 +349,7 @@ def check_disk(output_dir: Path, model: torch.nn.Module, *, is_lora: bool, weigh
     saved = counts["trainable_parameters"] if is_lora else counts["parameters"]
     # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and
     # DeepSpeed's own checkpoint holds the module's weights a second time.
-    needed = 2 * saved * weight_bytes + counts["trainable_parameters"] * 12
+    needed = 2 * saved * weight_bytes + counts["trainable_parameters"] * 12 + copied_bytes
     free = shutil.disk_usage(output_dir).free
     if needed > free:
         raise RunError(

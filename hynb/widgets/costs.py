@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hynb.cluster import Gpu, hostfile, this_machine
-from hynb.config import Config
+from hynb.config import Config, random_model_config
 from hynb.errors import ConfigError, HynbError
 from hynb.files import read_json
 from hynb.plan import memory, zero
@@ -85,11 +85,7 @@ def _model_config(config: Config) -> dict[str, Any]:
 
 
 def _random_model(config: Config) -> dict[str, Any]:
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_experts", "moe_topk", "use_cla")
-    names += ("num_key_value_heads", "cla_share_factor", "use_mixed_mlp_moe", "num_shared_expert", "use_qk_norm")
-    sizes = {name: getattr(config, name) for name in (*names, "tie_word_embeddings")}
-    sizes |= {"model_type": "hunyuan", "num_hidden_layers": config.num_layers}
-    return sizes | {"vocab_size": config.vocab_size or _vocabulary_size(config)}
+    return random_model_config(config) | {"vocab_size": config.vocab_size or _vocabulary_size(config)}
 
 
 def _vocabulary_size(config: Config) -> int:

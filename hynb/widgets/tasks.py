@@ -176,19 +176,21 @@ def ask(
         max_new_tokens: length of the longest answer.
     """
     from hynb.data import read_conversations
-    from hynb.generate import answers, split_answer
+    from hynb.generate import answers, question_of, shown_answer, shown_message
 
-    conversations = itertools.islice(read_conversations(questions), count)
-    asked = [split_answer(conversation.messages) for conversation in conversations]
+    conversations = list(itertools.islice(read_conversations(questions), count))
+    asked = [question_of(conversation) for conversation in conversations]
     by_model: list[list[str]] = []
     for number, folder in enumerate(folders):
         report(Progress(done=number, total=len(folders), text=Path(folder).name))
-        by_model.append(list(answers(folder, [messages for messages, _ in asked], max_new_tokens=max_new_tokens)))
+        by_model.append([shown_answer(item) for item in answers(folder, asked, max_new_tokens=max_new_tokens)])
     return [
         AskedQuestion(
-            question=messages[-1]["content"], expected=expected, answers=[texts[index] for texts in by_model]
+            question=question.messages[-1]["content"] or "",
+            expected=shown_message(conversation.messages[-1]),
+            answers=[texts[index] for texts in by_model],
         )
-        for index, (messages, expected) in enumerate(asked)
+        for index, (question, conversation) in enumerate(zip(asked, conversations, strict=True))
     ]
 
 

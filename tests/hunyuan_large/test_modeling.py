@@ -12,8 +12,11 @@ from reference_model import logits as reference_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from hynb.config import Config
+from hynb.errors import ModelError
 from hynb.hunyuan_large import HunYuanLargeConfig, HunYuanLargeForCausalLM
 from hynb.hunyuan_large.tokenization import SPECIAL_TOKENS
+from hynb.train import load_model
 
 GOLDEN = ("cla_mixed_qknorm_top1", "nocla_mixed_qknorm_top1", "cla_mixed_qknorm_top2")
 PLAIN = {
@@ -52,6 +55,10 @@ VARIANTS = {
     "experts in a list": {"num_experts": [4, 2, 1, 5], "moe_topk": [1, 2, 1, 3]},
     "biases": {"attention_bias": True},
     "no q/k norm, no CLA": {"use_qk_norm": False, "use_cla": False},
+    "widths of experts in a list": {"moe_intermediate_size": [16, 24, 8, 40], "num_shared_expert": [1, 2, 1, 1]},
+    "dense layers first": {"moe_layer_num_skipped": 2, "moe_intermediate_size": 16, "moe_topk": 2},
+    "scaled, not renormalised": {"moe_topk": 2, "norm_topk_prob": False, "routed_scaling_factor": 2.5},
+    "wide heads": {"attention_head_dim": 12},
 }
 
 
@@ -270,11 +277,65 @@ def test_code_in_the_folder_is_not_run(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is HunYuanLargeForCausalLM
 
 
-def test_a_model_folder_with_a_missing_tensor_is_refused(tmp_path):
-    from hynb.config import Config
-    from hynb.errors import ModelError
-    from hynb.train import load_model
+def a13b_config(shared) -> dict:
+    """The published config.json of an older Hunyuan-A13B folder, with every size made small and every list kept."""
+    config = json.loads((shared / "models" / "hunyuan-a13b" / "config.json").read_text())
+    layers = {key: value[:4] for key, value in config.items() if isinstance(value, list) and len(value) == 32}
+    assert sorted(layers) == ["moe_intermediate_size", "moe_topk", "num_shared_expert"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"attention_head_dim": 12, "vocab_size": 90, "num_experts": 16, "max_position_embeddings": 64}
+    sizes |= {"intermediate_size": 24, "moe_intermediate_size": [24] * 4, "initializer_range": 0.4}
+    ids = {key: 3 for key in config if key.endswith("_token_id")} | {"pad_token_id": 0}
+    return config | layers | sizes | ids
 
+
+def test_an_older_folder_of_hunyuan_a13b_equals_transformers_own_model(shared, tmp_path):
+    """model_type `hunyuan` with the same weights as `hunyuan_v1_moe`: the same logits, loss and gradients."""
+    config = a13b_config(shared)
+    folders = {name: tmp_path / name for name in ("hunyuan", "hunyuan_v1_moe")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        # transformers' own class takes the head size by one name only.
+        own = {"model_type": name} | ({"head_dim": 12} if name == "hunyuan_v1_moe" else {})
+        (folder / "config.json").write_text(json.dumps(config | own))
+    torch.manual_seed(0)
+    own_config = AutoConfig.from_pretrained(folders["hunyuan_v1_moe"])
+    made = AutoModelForCausalLM.from_config(own_config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "norm" in name:
+                weight.add_(0.3 * torch.randn_like(weight))
+    made.save_pretrained(tmp_path / "written")
+    found = {}
+    for name, folder in folders.items():
+        (folder / "model.safetensors").write_bytes((tmp_path / "written" / "model.safetensors").read_bytes())
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, info = loaded
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        ids = torch.randint(4, 90, (2, 40), generator=torch.Generator().manual_seed(1))
+        output = model.eval()(input_ids=ids, labels=ids)
+        output.loss.backward()
+        gradients = {key: weight.grad for key, weight in model.named_parameters()}
+        found[name] = output.logits.detach(), output.loss.detach(), gradients
+    assert type(model).__module__.startswith("transformers.") and found["hunyuan"][0].std() > 1
+    for left, right in zip(found["hunyuan"][:2], found["hunyuan_v1_moe"][:2], strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+    assert found["hunyuan"][2].keys() == found["hunyuan_v1_moe"][2].keys()
+    for key, gradient in found["hunyuan"][2].items():
+        torch.testing.assert_close(gradient, found["hunyuan_v1_moe"][2][key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["group_limited_greedy", "use_mla", "mlp_bias"])
+def test_an_option_that_the_model_does_not_have_is_refused(option, tmp_path):
+    model, _ = random_model()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {option: True}))
+    with pytest.raises(ModelError, match=f"{option} = true: not supported for model_type hunyuan"):
+        load_model(Config(), tmp_path, tokenizer=None)
+
+
+def test_a_model_folder_with_a_missing_tensor_is_refused(tmp_path):
     model, _ = random_model()
     weights = on_disk(model, tmp_path)
     del weights["model.layers.2.self_attn.k_proj.weight"]

@@ -102,6 +102,25 @@ def test_untrained_weights_stay_bit_for_bit_in_bf16(files, ranks, tmp_path):
     assert config["use_cache"] is True and config["torch_dtype"] == "bfloat16"
 
 
+def test_a_deepspeed_file_of_upstream_trains_and_the_correction_is_noted(files, ranks, shared, tmp_path):
+    """Its `min_loss_scale` is invalid for DeepSpeed and has no effect in bf16; it has no section bf16."""
+    path = shared / "models" / "hunyuan-a13b" / "ds_zero2_no_offload.json"
+    flags = f"""--model_name_or_path {files["hunyuan_v1_moe"]} --train_data_file {files["few"]} --deepspeed {path}
+    --output_dir {tmp_path / "run"} --per_device_train_batch_size 1 --max_steps 2 --max_seq_length 256 --bf16
+    --learning_rate 1e-3 --logging_steps 1"""
+    done = ranks.run(*flags.split(), ranks=2)
+    assert done.returncode == 0, done.stderr
+    note = f"{path}: fp16.min_loss_scale = 1e-10 is left out, because fp16 is off: Input should be a valid integer"
+    assert done.stdout.count(f"hynb: {note}") == 1, done.stdout
+    run = attach(tmp_path / "run")
+    manifest = run.reader.manifest()
+    assert sum(line.startswith(note) for line in manifest["notes"]) == 1
+    assert "min_loss_scale" not in manifest["ds_config"]["fp16"]
+    assert run.status().state == "finished" and len(losses(run)) == 2
+    last = load_file(run.checkpoints()[-1] / "model.safetensors")
+    assert {weight.dtype for name, weight in last.items() if ".gate.wg." not in name} == {torch.bfloat16}
+
+
 BAD = {
     "model_name_or_path=/no/such/model": "there is no such folder",
     "train_data_file=/no/such.jsonl": "/no/such.jsonl: there is no such file",

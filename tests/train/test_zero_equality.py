@@ -19,7 +19,10 @@ RATE = 2e-3
 # Half of them use checkpointing, whose gradients through cross-layer attention must be those of the plain loop.
 CASES = {
     "ZeRO-2, checkpointing": {"gradient_checkpointing": True},
+    "ZeRO-2, optimizer offload": {"deepspeed": "ds_zero2_offload"},
     "ZeRO-3": {"deepspeed": "ds_zero3_no_offload"},
+    "ZeRO-3, optimizer offload": {"deepspeed": "ds_zero3_optimizer_offload"},
+    "ZeRO-3, parameter offload only": {"deepspeed": "ds_zero3_param_offload"},
     "ZeRO-3, reentrant checkpointing": {
         "deepspeed": "ds_zero3_no_offload",
         "gradient_checkpointing": True,
