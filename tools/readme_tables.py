@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hynb.cli import parameter_tables
 from hynb.config import GROUPS, parameters
+from hynb.plan import zero
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- parameters: begin -->", "<!-- parameters: end -->"
@@ -32,6 +33,10 @@ HELP_ZH = {
     "on_bad_sample": "如何处理无效行。stop：拒绝训练；skip：跳过，并记入 rejected.jsonl。",
     "train_on_prompt": "system 和 user 的内容也参与训练，而不只是回答。",
     "allow_special_tokens_in_text": "把消息中写出的特殊 token 文本（<|eos|>）变成该 token，与上游脚本相同；关闭：仍是普通文本。",
+    "train_on_turns": "训练哪些回答：按模板渲染的样子训练全部（as_rendered，与上游一致）、完整地训练全部（all），或只训练最后一个（last）。推理模型的模板会略去先前回答的思考过程。",
+    "split_turns": "每个回答连同它之前的对话各成一个样本，使每段思考都得到训练。",
+    "allow_ignored_fields": "对话模板不渲染记录中的某个字段（如 tools）时仍继续；关闭：拒绝。",
+    "max_cut_share": "因 max_seq_length 之内不剩任何回答而被略去的样本的最大比例；超过则不启动运行。",
     "packing": "把完整的对话打包进长度为 max_seq_length 的序列，各自只关注自己：几乎没有填充。",
     "split_long_samples": "把超过 max_seq_length 的样本切成几段全部训练，而不是截断。需要 packing；每段看不到前一段。",
     "group_by_length": "把长度相近的样本放进同一个 batch：填充更少，采样顺序的随机性略低。",
@@ -43,7 +48,7 @@ HELP_ZH = {
     "lora_dropout": "LoRA 输入上的 dropout。",
     "lora_target_modules": "加 LoRA 的模块，按名字的最后一段。",
     "lora_on_experts": "所有路由专家的权重也加 LoRA（PEFT 的 target_parameters）。显存占用大得多；需要 lora_dropout 为 0。",
-    "deepspeed": "ZeRO 预设名，或一个 DeepSpeed JSON 文件。按显存占用递减：ds_zero2_no_offload、ds_zero3_no_offload、ds_zero3_offload、ds_zero3_offload_no_auto。",
+    "deepspeed": f"ZeRO 预设名，或一个 DeepSpeed JSON 文件。按显存占用递减：{'、'.join(zero.PRESETS)}。",
     "gradient_checkpointing": "反向传播时重新计算激活：省显存，多花约三分之一时间。",
     "make_moe_param_leaf_module": "ZeRO-3 下一次收集整个 MoE 块：通信次数少、单次大，显存占用显著增加。",
     "train_attention_params_only": "只训练 self_attn 的参数，其余冻结。",
@@ -82,7 +87,9 @@ HELP_ZH = {
     "master_port": "各 rank 会合的端口；auto：任选一个空闲端口。",
     "vocab_size": "词表大小；auto：分词器的大小。",
     "hidden_size": "模型的隐藏层宽度。",
-    "intermediate_size": "一个专家的中间层宽度。",
+    "intermediate_size": "一个专家的中间层宽度；给出 moe_intermediate_size 时为稠密层的宽度。",
+    "moe_intermediate_size": "Hy3 模型（hy_v3）一个专家的中间层宽度。auto：模型为 Hunyuan-Large，除非给出 moe_layer_num_skipped。",
+    "moe_layer_num_skipped": "Hy3 模型（hy_v3）开头的稠密层数；auto：给出 moe_intermediate_size 时为 1。",
     "num_layers": "解码层数。",
     "num_attention_heads": "每层的 query 头数。",
     "num_key_value_heads": "key/value 头数；auto：与 query 头数相同。",
