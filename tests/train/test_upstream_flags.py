@@ -14,7 +14,7 @@ from hynb.config import MODEL_SIZE_NAMES, random_model_config
 from hynb.launch import attach
 from hynb.plan.memory import count_parameters
 from hynb.runs import check_run
-from hynb.train_entry import Run, read_parameters
+from hynb.train_entry import RankState, read_parameters
 
 _LISTS = SHARED / "models" / "upstream_flags.json"
 if not _LISTS.is_file():
@@ -87,27 +87,27 @@ def test_each_list_is_read_as_it_is(name, files, tmp_path):
         if flag in TINY and flag not in published:
             (word,) = (LISTS[name][index + 1] for index, item in enumerate(LISTS[name]) if item == f"--{flag}")
             flags[flag] = values if word.startswith("${") else [word]
-    run = Run(argv=words_of(flags))
-    read_parameters(run)
-    check_run(run.config)
-    noted = {flag for flag in flags if any(note.startswith(f"{flag} is ignored: ") for note in run.reading.notes)}
-    assert noted == {"model_size"} & flags.keys() and run.config.given == flags.keys() - noted
+    state = RankState(argv=words_of(flags))
+    read_parameters(state)
+    check_run(state.config)
+    noted = {flag for flag in flags if any(note.startswith(f"{flag} is ignored: ") for note in state.reading.notes)}
+    assert noted == {"model_size"} & flags.keys() and state.config.given == flags.keys() - noted
     if "model_size" in flags:
-        assert any("the tokenizer's own chat template decides" in note for note in run.reading.notes)
-    assert run.config.training_args == {}
-    assert run.config.max_seq_length == int(flags["max_seq_length"][0])
-    if run.config.use_lora:
-        assert (run.config.lora_rank, run.config.lora_alpha) == (64, 128)
+        assert any("the tokenizer's own chat template decides" in note for note in state.reading.notes)
+    assert state.config.training_args == {}
+    assert state.config.max_seq_length == int(flags["max_seq_length"][0])
+    if state.config.use_lora:
+        assert (state.config.lora_rank, state.config.lora_alpha) == (64, 128)
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_each_list_without_a_model_describes_a_random_one(name, files, tmp_path):
     flags = flags_of(name, files, tmp_path / "run")
     del flags["model_name_or_path"]
-    run = Run(argv=words_of(flags))
-    read_parameters(run)
-    check_run(run.config)
-    sizes = random_model_config(run.config) | {"vocab_size": 700}
+    state = RankState(argv=words_of(flags))
+    read_parameters(state)
+    check_run(state.config)
+    sizes = random_model_config(state.config) | {"vocab_size": 700}
     assert sizes["model_type"] == ("hy_v3" if "moe_intermediate_size" in flags else "hunyuan")
     if sizes["hidden_size"] == TINY["hidden_size"]:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
