@@ -41,7 +41,7 @@ def test_a_runs_rejected_lines_are_those_of_its_last_check(tokenizer, tmp_path, 
     rejected = RunDir(config.output_dir).rejected
     with caplog.at_level(logging.INFO, logger="hynb"):
         assert check_datasets(config, tokenizer).summary["data_rejected"] == 1
-    assert f"1 of 2 lines are left out; they are kept in {rejected}" in caplog.messages
+    assert f"1 lines or samples are left out; they are kept in {rejected}" in caplog.messages
     assert len(rejected.read_text().splitlines()) == 1
     # The data is fixed before the run is resumed.
     write(path, sample("q"), sample("r"))
