@@ -139,6 +139,19 @@ def prepare(
     )
 
 
+def render(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, options: LabelOptions = DEFAULT
+) -> Rendered:
+    """The text that a conversation is trained as.
+
+    Raises:
+        DataError: as `encode`.
+    """
+    template = ChatTemplate.of(tokenizer, conversation.arguments.get("tools"))
+    chosen, _, _ = template_arguments(template, conversation, options)
+    return template.render(chosen, allow_special_tokens=options.allow_special_tokens_in_text)
+
+
 def encode_prepared(
     prepared: Sequence[Prepared], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> list[dict[str, list[int]]]:

@@ -7,6 +7,7 @@ import glob
 import gzip
 import io
 import itertools
+import json
 import os
 import random
 import tempfile
@@ -21,6 +22,8 @@ from hynb.files import file_hash, files_hash
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
+# A JSON array has to be in memory as a whole, in which it takes several times its size.
+_ARRAY_LIMIT_BYTES = 1 << 30
 # Compressed bytes that are decompressed at once, in memory.
 _ZSTD_BLOCK_BYTES = 1 << 16
 Paths = str | Path | Sequence[str | Path]
@@ -94,7 +97,7 @@ def _glob(pattern: str) -> list[str]:
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Location (file:line) and bytes of every line that is not blank."""
-    with open_data(path) as file:
+    with open_data(seekable_file(path)) as file:
         for number, line in enumerate(file, 1):
             line = without_bom(line, number)
             if line.strip():
@@ -181,7 +184,48 @@ def _zstd_blocks(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
 
 
 def seekable_file(path: Path) -> Path:
-    """A file with the same content that can be read by offset: itself, or its decompressed copy in the cache."""
+    """A file with one record per line that can be read by offset: itself, or a copy in the cache.
+
+    Copies are made of compressed files, and of a JSON array, whose records get a line each: locations then have the
+    number of the record.
+
+    Raises:
+        DataError: it cannot be read or decompressed, or it is a JSON array that is invalid or too large.
+    """
+    plain = _decompressed_file(path)
+    try:
+        with plain.open("rb") as file:
+            beginning = file.read(_BLOCK_BYTES).removeprefix(_BOM).lstrip()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return _lines_of_array(path, plain) if beginning.startswith(b"[") else plain
+
+
+def _lines_of_array(path: Path, plain: Path) -> Path:
+    if plain.stat().st_size > _ARRAY_LIMIT_BYTES:
+        raise DataError(
+            f"{path}: is a JSON array of more than {_ARRAY_LIMIT_BYTES >> 30} GB, which has to be read as a whole. Write "
+            f"one record per line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+        )
+    target = cache_folder() / f"{file_hash(plain)}-records.jsonl"
+    if target.exists():
+        return target
+    try:
+        records = json.loads(plain.read_bytes().removeprefix(_BOM).decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}:{error.colno}: invalid JSON in an array of records: {error.msg}"
+        ) from None
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise DataError(f"{path}: an array of records that cannot be read: {error}") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as copy:
+        copy.writelines(json.dumps(record) + "\n" for record in records)
+    Path(copy.name).replace(target)
+    return target
+
+
+def _decompressed_file(path: Path) -> Path:
     if path.suffix not in (".gz", ".zst"):
         return path
     target = cache_folder() / f"{file_hash(path)}.jsonl"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from hynb.data.encoding import DEFAULT, IGNORED, LabelOptions, encode
+from hynb.data.encoding import DEFAULT, IGNORED, LabelOptions, encode, render
 from hynb.data.files import Conversation
+from hynb.data.template import BREAK
 
 # A browser becomes slow with many more spans than this.
 _SHOWN_TOKENS = 4000
@@ -23,6 +25,19 @@ _STYLE = {
     "prompt": "color:#444;background:#f2f2f2",
     "cut": "color:#777;text-decoration:line-through",
 }
+# Told apart by shape as well as by colour.
+_PART_STYLE = {
+    "": "",
+    "thought": "font-style:italic;border-top:2px dotted #7a4b00",
+    "tool call": "border-top:2px solid #00664d",
+    "tool result": "border-top:2px dashed #8a2be2",
+}
+_TERMINAL_PARTS = {"": "", "thought": "\x1b[3m", "tool call": "\x1b[32m", "tool result": "\x1b[33m"}
+# As the published templates write them in an answer.
+_PARTS = {
+    "thought": re.compile(r"<think[^<>]*>.*?</think[^<>]*>", re.DOTALL),
+    "tool call": re.compile(r"<tool_calls?[^<>]*>.*(?:</tool_calls?[^<>]*>)", re.DOTALL),
+}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -31,11 +46,13 @@ class Token:
 
     Args:
         kind: `trained` with a label, `prompt` without one, `cut` beyond max_seq_length.
+        part: what of a conversation it belongs to, where that is a thought, a tool call or a tool's result; else "".
     """
 
     ids: tuple[int, ...]
     text: str
     kind: Literal["trained", "prompt", "cut"]
+    part: str = ""
 
 
 def tokens(
@@ -57,17 +74,39 @@ def tokens(
             return "cut"
         return "prompt" if labels[index] == IGNORED else "trained"
 
+    part_at = _parts(conversation, tokenizer, options)
     found: list[Token] = []
     run: list[int] = []
+    position = 0
     for index, token_id in enumerate(whole["input_ids"]):
         run.append(token_id)
         text = _decoded(tokenizer, run)
         last_of_kind = index + 1 == len(labels) or kind(index + 1) != kind(index)
         # A character may consist of up to four tokens, each of which decodes to a replacement character.
         if "\ufffd" not in text or last_of_kind or len(run) == 4:
-            found.append(Token(ids=tuple(run), text=text, kind=kind(index)))
+            found.append(Token(ids=tuple(run), text=text, kind=kind(index), part=part_at(position)))
+            position += len(text)
             run = []
     return found
+
+
+def _parts(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, options: LabelOptions
+) -> Callable[[int], str]:
+    """The part of the conversation that a character of its rendering belongs to, by its position."""
+    rendered = render(conversation, tokenizer, options)
+    spans: list[tuple[int, int, str]] = []
+    for message, turn in zip(conversation.messages, rendered.turns, strict=True):
+        if turn is None:
+            continue
+        start, end = (len(rendered.text[:position].replace(BREAK, "")) for position in turn)
+        text = rendered.text[turn[0] : turn[1]].replace(BREAK, "")
+        if message["role"] == "tool":
+            spans.append((start, end, "tool result"))
+        elif message["role"] == "assistant":
+            for name, pattern in _PARTS.items():
+                spans += [(start + match.start(), start + match.end(), name) for match in pattern.finditer(text)]
+    return lambda position: next((name for start, end, name in spans if start <= position < end), "")
 
 
 def as_text(
@@ -81,17 +120,18 @@ def as_text(
     """A sample as text with the trained tokens between ⟦ and ⟧.
 
     Args:
-        colour: use a terminal's colours, and strike through what is cut; otherwise it is left out and counted.
+        colour: use a terminal's colours, with thoughts in italics, tool calls in green and tools' results in yellow,
+            and strike through what is cut; otherwise it is left out and counted.
 
     Raises:
         DataError: as `encode`.
     """
     found = tokens(conversation, tokenizer, max_seq_length, options)
     text = ""
-    for kind, group in groupby(found, key=lambda token: token.kind):
+    for (kind, part), group in groupby(found, key=lambda token: (token.kind, token.part if colour else "")):
         shown = _decoded(tokenizer, [token_id for token in group for token_id in token.ids])
         if colour:
-            shown = _TERMINAL[kind] + shown + _RESET
+            shown = _TERMINAL[kind] + _TERMINAL_PARTS[part] + shown + _RESET
         elif kind == "cut":
             shown = ""
         text += f"⟦{shown}⟧" if kind == "trained" else shown
@@ -121,13 +161,15 @@ def as_html(
     if cut := _count(found, "cut"):
         note += f", {cut} cut at max_seq_length = {max_seq_length} (struck through)"
     note += f"; the first {_SHOWN_TOKENS:,} are shown" if len(found) > _SHOWN_TOKENS else ""
+    if parts := sorted({token.part for token in found} - {""}):
+        note += "; " + ", ".join(f'<span style="{_PART_STYLE[part]}">{part}</span>' for part in parts)
     return f'<div style="font-family:monospace;line-height:1.7"><div>{note}</div><div>{body}</div></div>'
 
 
 def _span(token: Token) -> str:
-    title = f"{' '.join(map(str, token.ids))} · {token.kind}"
+    title = " · ".join(filter(None, (" ".join(map(str, token.ids)), token.kind, token.part)))
     shown = html.escape(token.text).replace("\n", "↵<br>")
-    return f'<span style="{_STYLE[token.kind]}" title="{title}">{shown}</span>'
+    return f'<span style="{_STYLE[token.kind]};{_PART_STYLE[token.part]}" title="{title}">{shown}</span>'
 
 
 def _count(found: Sequence[Token], kind: str) -> int:

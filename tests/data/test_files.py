@@ -174,3 +174,26 @@ def test_a_held_out_fraction_depends_only_on_the_seed(tmp_path, tokenizer):
     path = tiny_data(tmp_path / "a.jsonl", 10)
     part = ChatDataset(path, tokenizer, 99).subset([7, 2])
     assert [part.location(0), part.location(1)] == [f"{path}:8", f"{path}:3"] and len(part) == 2
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz"])
+def test_a_json_array_is_read_record_by_record(tmp_path, suffix):
+    records = [exchange("ä"), exchange("b") | {"id": 2}]
+    text = "\ufeff" + json.dumps(records, ensure_ascii=False, indent=2)
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    dataset = ChatDataset(path, None, None)
+    assert [dataset.conversation(index).messages[0]["content"] for index in range(len(dataset))] == ["ä", "b"]
+    assert dataset.location(1) == f"{path}:2"
+    report = check_data(path, cache=False)
+    assert (report.lines, report.samples) == (2, 2)
+
+
+def test_a_json_array_that_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "data.json"
+    path.write_text('[{"messages": []},\n {"messages": 3')
+    with pytest.raises(DataError, match=rf"^{path}:2:16: invalid JSON in an array of records"):
+        ChatDataset(path, None, None)
+    monkeypatch.setattr("hynb.data.files._ARRAY_LIMIT_BYTES", 10)
+    with pytest.raises(DataError, match=r"jq -c '\.\[\]' data\.json > data\.jsonl$"):
+        ChatDataset(path, None, None)

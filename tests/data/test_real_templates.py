@@ -7,7 +7,8 @@ import json
 import pytest
 from real_models import MODELS, tokenizer_of
 
-from hynb.data import IGNORED, LabelOptions, as_text, encode, render_prompt, stop_token_ids
+from hynb.data import IGNORED, LabelOptions, as_html, as_text, encode, render_prompt, stop_token_ids
+from hynb.data.preview import tokens
 from hynb.data.records import parse_line
 from hynb.data.template import ChatTemplate
 from hynb.errors import DataError
@@ -246,3 +247,19 @@ def test_features_of_each_template(shared):
     assert known["hy3"].arguments == (
         "fallback_strategy", "preserved_thinking", "raw_last_assistant", "reasoning_effort",
     )  # fmt: skip
+
+
+def test_the_preview_tells_thoughts_calls_and_results_apart(shared):
+    tokenizer = tokenizer_of("hy3", shared)
+    messages = [dict(message) for message in WITH_TOOLS["messages"]]
+    messages[1]["reasoning_content"] = "look it up"
+    found = conversation({"tools": [TOOL], "reasoning_effort": "high", "messages": messages})
+    parts: dict[str, str] = {}
+    for token in tokens(found, tokenizer, 1 << 20):
+        parts[token.part] = parts.get(token.part, "") + token.text
+    assert "<think:opensource>look it up</think:opensource>" in parts["thought"]
+    assert parts["tool call"].startswith("<tool_calls:opensource>") and "Paris" in parts["tool call"]
+    assert "sunny" in parts["tool result"] and "It is sunny." in parts[""]
+    page = as_html(found, tokenizer, 1 << 20)
+    assert all(f">{name}</span>" in page and f"· {name}" in page for name in ("thought", "tool call", "tool result"))
+    assert "\x1b[3m" in as_text(found, tokenizer, 1 << 20, colour=True)
