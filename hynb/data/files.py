@@ -204,8 +204,8 @@ def seekable_file(path: Path) -> Path:
 def _lines_of_array(path: Path, plain: Path) -> Path:
     if plain.stat().st_size > _ARRAY_LIMIT_BYTES:
         raise DataError(
-            f"{path}: is a JSON array of more than {_ARRAY_LIMIT_BYTES >> 30} GB, which has to be read as a whole. Write "
-            f"one record per line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+            f"{path}: is a JSON array of more than {_ARRAY_LIMIT_BYTES >> 30} GB, which has to be read as a whole. "
+            f"Write one record per line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
         )
     target = cache_folder() / f"{file_hash(plain)}-records.jsonl"
     if target.exists():
