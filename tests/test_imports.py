@@ -19,7 +19,7 @@ LIGHT = [
     *("errors", "files", "families", "launch", "cli", "data.files", "demo.run"),
     *(
         f"{package}.{path.stem}"
-        for package in ("config", "plan", "cluster", "runs", "supervision", "preflight", "widgets")
+        for package in ("config", "plan", "cluster", "models", "runs", "supervision", "preflight", "widgets")
         for path in sorted((PACKAGE / package).glob("*.py"))
         if path.stem != "__init__"
     ),
