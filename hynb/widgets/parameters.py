@@ -118,7 +118,15 @@ def _assignment(item: Parameter) -> str:
     bounds = " ".join(part for part in (item.range, item.unit) if part)
     end = f" ({bounds})" if bounds else ""
     start = f"{item.name} = {literal}  # "
-    comment = item.help.split(". ")[0].rstrip(".")
-    while len(start + comment + end) > _COLUMNS:
-        comment = comment[: max(comment.rfind(mark) for mark in (": ", ", ", "; ", " or "))]
-    return start + comment + end
+    first_sentence = item.help.split(". ")[0].rstrip(".")
+    return start + _shortened(first_sentence, _COLUMNS - len(start + end)) + end
+
+
+def _shortened(text: str, width: int) -> str:
+    """As many clauses of a sentence as fit, or as many words if none does."""
+    while len(text) > width:
+        end = max(text.rfind(mark) for mark in (": ", ", ", "; ", " or "))
+        if end < 0:
+            return text[: width - 1].rsplit(" ", 1)[0] + "…"
+        text = text[:end].rstrip(" ,;:")
+    return text

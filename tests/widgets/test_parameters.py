@@ -29,6 +29,16 @@ def test_every_line_of_the_parameters_cell_fits_and_has_a_comment():
         assert "# " in line or line in ("", 'training_args = ""')
 
 
+def test_comments_are_shortened_at_the_end_of_a_clause_or_of_a_word():
+    comments = {line.partition(" = ")[0]: line.partition("  # ")[2] for line in parameters_cell().splitlines()}
+    for item in parameters():
+        comment = comments[item.name].partition(" (≥")[0].partition(" (>")[0]
+        whole = item.help.split(". ")[0].rstrip(".")
+        shown = comment.removesuffix("…")
+        assert whole.startswith(shown) and shown and shown[-1] not in " ,;:", item.name
+        assert whole[len(shown) :][:1] in ("", " ", ",", ";", ":"), f"{item.name}: ends inside a word"
+
+
 def test_injected_values_are_read_in_any_plain_type():
     cell = "# Parameters\nmax_steps = 7"
     given = {"max_steps": 7, "use_lora": "true", "min_lr": "auto", "learning_rate": "2e-4", "lora_alpha": 32}
