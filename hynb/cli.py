@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -135,8 +136,9 @@ def _launch(args: argparse.Namespace) -> int:
 
     run = launch(read_config(args.config, args.set))
     print(f"started: {run.output_dir}")
-    print(f"watch:   hynb attach {run.output_dir}")
-    print(f"stop:    hynb stop {run.output_dir}")
+    folder = shlex.quote(str(run.output_dir))
+    print(f"watch:   hynb attach {folder}")
+    print(f"stop:    hynb stop {folder}")
     if lines := run.paste_lines():
         print(f"to join the other hosts, run one of these lines on each:\n{lines}", end="")
     return _follow(run) if args.follow else 0
@@ -225,9 +227,7 @@ def _follow(run: Run) -> int:
     # The processes take a moment to end, and of several hosts the final record is written then.
     status = run.wait()
     print(status)
-    if status.state == "failed":
-        raise RunFailedError(f"{run.output_dir}: {status}\nThe end of its log:\n{run.reader.log_tail()}")
-    return 0
+    return 1 if status.state == "failed" else 0
 
 
 def _is_news(status: RunStatus, before: RunStatus | None) -> bool:

@@ -104,7 +104,9 @@ class Run:
             # The supervisor knows best why the run ended, and writes it last.
             last = self.status()
         if check and last.state == "failed":
-            raise RunFailedError(f"{self.output_dir}: {last}\nThe end of its log:\n{reader.log_tail()}")
+            # The supervisor's reason ends with the lines of the rank at fault.
+            tail = "" if "\nThe end of its log:\n" in last.reason else f"\nThe end of its log:\n{reader.log_tail()}"
+            raise RunFailedError(f"{self.output_dir}: {last}{tail}")
         return last
 
     def stop(self, *, wait: bool = True, timeout_seconds: float | None = None) -> RunStatus:
@@ -172,7 +174,10 @@ def launch(config: Config) -> Run:
     run_dir = RunDir(config.output_dir)
     check_run(config)
     plan = make_plan(config)
-    run_dir.path.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"output_dir = {config.output_dir}: cannot be created: {error.strerror}") from None
     with _launch_lock(run_dir):
         # Again under the lock: two launches at the same moment must not both go on.
         check_run(config)

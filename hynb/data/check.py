@@ -185,7 +185,7 @@ def _read_cached(path: Path | None) -> DataReport | None:
             record = json.loads(bytes(stored["record"]).decode())
             arrays = _report_arrays(stored)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        # A damaged file is no result; the check is repeated.
+        # A damaged file counts as absent: the check is repeated.
         return None
     record["rejected"] = [Rejected(**item) for item in record["rejected"]]
     record["duplicates"] = [tuple(pair) for pair in record["duplicates"]]

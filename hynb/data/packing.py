@@ -11,7 +11,7 @@ import torch
 
 from hynb.data.encoding import IGNORED
 
-# Steps among which samples are sorted by length: the more, the less padding and the less random the order.
+# Steps among which samples are sorted by length: the more, the less padding and the less random the sampling order.
 _SORTED_STEPS = 50
 
 

@@ -10,6 +10,7 @@ from .checks import check_run as check_run
 from .checks import clear_run_folder as clear_run_folder
 from .events import RunReader as RunReader
 from .events import RunWriter as RunWriter
+from .events import duration_text as duration_text
 from .events import effective_events as effective_events
 from .events import evaluation_line as evaluation_line
 from .events import progress_line as progress_line

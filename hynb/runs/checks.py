@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "hy.tiktoken", "tokenizer.model", "vocab.j
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool) -> list[str]:
     """Why a new run must not start in this folder, one message per reason; empty when it may."""
+    if problem := _location_problem(str(output_dir)):
+        return [f"output_dir = {output_dir}: {problem}"]
     run_dir = RunDir(output_dir)
-    if run_dir.path.exists() and not run_dir.path.is_dir():
-        return [f"output_dir = {output_dir}: is a file; name a folder"]
     status = RunReader(run_dir.path).status()
     if status.live:
+        quoted = shlex.quote(str(output_dir))
         return [
-            f"output_dir = {output_dir}: has a live run ({status}). Watch it with `hynb attach {output_dir}`, "
-            f"end it with `hynb stop {output_dir}`, or choose another output_dir"
+            f"output_dir = {output_dir}: has a live run ({status}). Watch it with `hynb attach {quoted}`, "
+            f"end it with `hynb stop {quoted}`, or choose another output_dir"
+        ]
+    if status.state == "absent" and (foreign := _foreign_files(run_dir)):
+        return [
+            f"output_dir = {output_dir}: holds no run, but {', '.join(foreign)}, which a run would replace: choose "
+            "another folder"
         ]
     if status.state != "absent" and not overwrite and not resuming:
         return [
@@ -37,6 +45,28 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool)
             "resume_from_checkpoint: last, remove it with overwrite_output_dir, or choose another output_dir"
         ]
     return []
+
+
+def _location_problem(output_dir: str) -> str:
+    """Why a folder cannot be a run folder wherever it is; empty when it can."""
+    if not output_dir.strip():
+        return "is empty; name a folder"
+    path = RunDir(output_dir).path
+    if path.resolve() in (Path("/"), Path.home()):
+        return "is not a folder for a run; name a new folder in it"
+    existing = path
+    while not existing.exists() and not existing.is_symlink():
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is a file; name a folder" if existing != path else "is a file; name a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"cannot be created or written: {existing} is not writable for this user"
+    return ""
+
+
+def _foreign_files(run_dir: RunDir) -> list[str]:
+    """Files in a folder without a run that have the names of a run's files; a log folder may be of a preflight."""
+    return [item.name for item in run_dir.run_files() if item not in (run_dir.config, run_dir.log, run_dir.led_from)]
 
 
 def check_run(config: Config, *, launched: bool = False) -> None:

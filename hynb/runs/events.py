@@ -154,8 +154,19 @@ def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
     parts.append(f"{event['tokens_per_second']:.0f} tokens/s")
     if max_steps:
         left = event["step_seconds"] * (max_steps - event["global_step"])
-        parts.append("left " + time.strftime("%H:%M:%S", time.gmtime(left)))
+        parts.append(f"left {duration_text(left)}")
     return f"{step}  " + "  ".join(parts)
+
+
+def duration_text(seconds: float) -> str:
+    """A duration, such as 45 s, 12 min 5 s, 3 h 20 min or 2.3 days."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours} h {rest // 60} min" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def evaluation_line(event: dict[str, Any]) -> str:

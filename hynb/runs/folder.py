@@ -35,7 +35,7 @@ class RunDir:
         self.saving = self.path / "saving"
         self.random_base = self.path / "random_base"
         self.hosts = self.path / "hosts.json"
-        self.hostfile = self.path / "hostfile"
+        self.hostfile = self.path / "deepspeed_hostfile"
         self.deepspeed_env = self.path / "deepspeed_env"
         self.kill_request = self.path / "kill_request"
         self.paste = self.path / "paste_on_hosts.txt"

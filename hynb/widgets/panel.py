@@ -11,11 +11,11 @@ import ipywidgets as widgets
 
 from hynb.errors import RunError
 from hynb.launch import Run
-from hynb.runs import RunReader, RunStatus, effective_events
+from hynb.runs import RunReader, RunStatus, duration_text, effective_events
 from hynb.widgets.curve import Curve
 from hynb.widgets.markup import STYLE, Kind, block, element, note
 from hynb.widgets.plot import image_tag, png
-from hynb.widgets.table import duration_text, path_text
+from hynb.widgets.table import path_text
 
 _POLL_SECONDS = 0.5
 # The largest share of a core that drawing may take, however slow the machine is.

@@ -6,8 +6,8 @@ import time
 
 import ipywidgets as widgets
 
+from hynb.runs import duration_text
 from hynb.widgets.markup import STYLE, note
-from hynb.widgets.table import duration_text
 from hynb.widgets.tasks import Progress
 
 # A headless notebook shows no bar, so that one plain line per tenth of the work is printed too.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from IPython.display import Image, display
 
 from hynb.launch import Run
-from hynb.runs import RunStatus
+from hynb.runs import RunStatus, duration_text
 from hynb.widgets.curve import Curve
 from hynb.widgets.plot import png
-from hynb.widgets.table import Table, duration_text
+from hynb.widgets.table import Table
 
 
 def show_result(run: Run) -> None:

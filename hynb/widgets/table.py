@@ -68,17 +68,6 @@ def size_text(size_bytes: float) -> str:
     return f"{size_bytes:.3g} TB"
 
 
-def duration_text(seconds: float) -> str:
-    """A duration, such as 45 s, 12 min 5 s, 3 h 20 min or 2.3 days."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    hours, rest = divmod(whole, 3600)
-    return f"{hours} h {rest // 60} min" if hours < 48 else f"{hours / 24:.1f} days"
-
-
 def _width(text: str) -> int:
     """The number of terminal columns of a text, in which a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hynb.widgets.table import Table, duration_text, size_text
+from hynb.runs import duration_text
+from hynb.widgets.table import Table, size_text
 
 
 def test_sizes_and_durations_are_rounded_with_their_unit():
