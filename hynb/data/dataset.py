@@ -29,6 +29,7 @@ class ChatDataset(torch.utils.data.Dataset):
         options: what is trained on.
         rejected: locations (file:line) of lines that a check rejected and that are left out.
         parameter: the parameter that messages name.
+        checked: a check has found that the chat template renders every field of every record.
 
     Raises:
         DataError: files that do not exist or cannot be read.
@@ -43,11 +44,13 @@ class ChatDataset(torch.utils.data.Dataset):
         options: LabelOptions = DEFAULT,
         rejected: Sequence[str] = (),
         parameter: str = "train_data_file",
+        checked: bool = False,
     ) -> None:
         self.files = find_files(paths, parameter)
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
         self.options = options
+        self.checked = checked
         self._seekable = [seekable_file(path) for path in self.files]
         # 24 bytes per sample: file, line number, offset and size in bytes, and the answer that ends it (0: all).
         self._files, self._numbers = array("H"), array("Q")
@@ -98,7 +101,9 @@ class ChatDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         assert self.tokenizer is not None and self.max_seq_length is not None
-        return encode(self.conversation(index), self.tokenizer, self.max_seq_length, self.options)
+        return encode(
+            self.conversation(index), self.tokenizer, self.max_seq_length, self.options, checked=self.checked
+        )
 
     def line(self, index: int) -> bytes:
         """The bytes of a sample's line."""

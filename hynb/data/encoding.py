@@ -60,12 +60,17 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     max_seq_length: int,
     options: LabelOptions = DEFAULT,
+    *,
+    checked: bool = False,
 ) -> dict[str, list[int]]:
     """Token ids and labels of a conversation, truncated to `max_seq_length` tokens.
 
     Labels are the ids of the assistant's answers with their end tokens, and -100 elsewhere: for the prompt, for what
     begins an answer in the template, for results of tools, and for messages with `"train": false`. Text in a message
     that spells a special token stays text.
+
+    Args:
+        checked: an earlier call has found that the template renders all fields; they are not looked at again.
 
     Returns:
         `input_ids` and `labels`, equally long.
@@ -74,7 +79,8 @@ def encode(
         DataError: the chat template changes or refuses the conversation, does not render one of its fields, or writes
             no end token after an answer.
     """
-    return encode_many([conversation], tokenizer, max_seq_length, options)[0]
+    prepared = prepare(conversation, tokenizer, options, checked=checked)
+    return encode_prepared([prepared], tokenizer, max_seq_length)[0]
 
 
 def encode_many(
@@ -112,16 +118,23 @@ class Prepared:
 
 
 def prepare(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, options: LabelOptions = DEFAULT
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    options: LabelOptions = DEFAULT,
+    *,
+    checked: bool = False,
 ) -> Prepared:
     """Renders a conversation and divides its text.
+
+    Args:
+        checked: an earlier call has found that the template renders all fields; they are not looked at again.
 
     Raises:
         DataError: as `encode`.
     """
     template = ChatTemplate.of(tokenizer, conversation.arguments.get("tools"))
-    chosen, ignored, unknown = template_arguments(template, conversation, options)
-    lost = [] if options.split_turns else template.shortened_turns(chosen)
+    chosen, ignored, unknown = template_arguments(template, conversation, options, checked=checked)
+    lost = [] if options.split_turns or checked else template.shortened_turns(chosen)
     if lost and options.train_on_turns == "all":
         raise DataError(
             f"{conversation.source}: the chat template shortens message {lost[0] + 1} because later messages follow "
@@ -186,7 +199,11 @@ def up_to_answer(conversation: Conversation, number: int) -> Conversation | None
 
 
 def template_arguments(
-    template: ChatTemplate, conversation: Conversation, options: LabelOptions = DEFAULT
+    template: ChatTemplate,
+    conversation: Conversation,
+    options: LabelOptions = DEFAULT,
+    *,
+    checked: bool = False,
 ) -> tuple[Conversation, list[str], list[str]]:
     """A conversation with what the template reads, the fields that it ignores, and keys that have no meaning to it.
 
@@ -202,7 +219,7 @@ def template_arguments(
     meaningful = {name: value for name, value in known.items() if name in read or name in _MEANINGFUL}
     chosen = conversation.replaced(arguments=meaningful)
     ignored: list[str] = []
-    if meaningful or any(message.keys() - _PLAIN_FIELDS for message in conversation.messages):
+    if not checked and (meaningful or any(message.keys() - _PLAIN_FIELDS for message in conversation.messages)):
         ignored = [name for name in template.ignored_fields(chosen) if not _is_redundant(name, chosen)]
         if ignored and not options.allow_ignored_fields:
             raise DataError(

@@ -88,10 +88,9 @@ def _traced(marked: str, count: int) -> Traced:
     current: int | None = None
     for match in _MARKER.finditer(marked):
         text = marked[position : match.start()]
-        if current is not None and text:
-            # A message that is handled twice: all that was written from its first text to its last.
-            known = spans[current]
-            spans[current] = (known[0] if known else length, length + len(text))
+        # White space that an earlier loop leaves is not the message's.
+        if current is not None and text and (text.strip() or spans[current] is None):
+            spans[current] = (length, length + len(text))
         texts.append(text)
         length += len(text)
         position = match.end()
@@ -102,6 +101,10 @@ def _traced(marked: str, count: int) -> Traced:
 
 class _Marking(jinja2.visitor.NodeTransformer):
     """Adds the markers to the syntax tree: to outer loops, since a loop inside of one handles parts of a message."""
+
+    def visit_Macro(self, node: jinja2.nodes.Macro) -> Any:  # noqa: N802  the name that Jinja calls
+        # What a macro writes belongs to the message that its caller handles.
+        return node
 
     def visit_For(self, node: jinja2.nodes.For) -> Any:  # noqa: N802  the name that Jinja calls
         if isinstance(node.target, jinja2.nodes.Name):
@@ -146,7 +149,9 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    # One time for all of a process: a record that is rendered twice has to give the same text.
+    now = datetime.now()
+    environment.globals["strftime_now"] = now.strftime
     return environment
 
 

@@ -65,6 +65,8 @@ def parse_line(line: bytes, source: str) -> Conversation:
     # An empty system message is the same as none.
     messages = [message for message in messages if message["role"] != "system" or message["content"]]
     arguments = {key: value for key, value in record.items() if key not in keys and value not in (None, [], "")}
+    if problem := _text_problem(arguments):
+        raise DataError(f"{source}: {problem}")
     return Conversation(messages=messages, source=source, arguments=_with_tools(arguments, source))
 
 
@@ -102,6 +104,11 @@ def _messages(record: Any, source: str) -> tuple[Any, set[str]] | None:
 
 def _with_tools(arguments: dict[str, Any], source: str) -> dict[str, Any]:
     """Arguments with `tools` as a list; some ShareGPT data has them as JSON text."""
+    # OpenAI's older form of tools.
+    functions = arguments.get("functions")
+    if "tools" not in arguments and isinstance(functions, list):
+        tools = [{"type": "function", "function": function} for function in functions]
+        arguments = {key: value for key, value in arguments.items() if key != "functions"} | {"tools": tools}
     tools = arguments.get("tools")
     if tools is None:
         return arguments
@@ -127,6 +134,15 @@ def _normalised(message: Any) -> Any:
     if isinstance(call := kept.get("function_call"), dict) and "tool_calls" not in kept:
         del kept["function_call"]
         kept["tool_calls"] = [{"type": "function", "function": call}]
+    parts = kept.get("content")
+    if (
+        isinstance(parts, list)
+        and parts
+        and all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
+    ):
+        kept["content"] = "".join(str(part.get("text", "")) for part in parts)
+    if kept.get("role") == "developer":
+        kept["role"] = "system"
     if kept.get("role") == "function":
         kept["role"] = "tool"
     if kept.get("weight") in (0, 1) and "train" not in kept:
@@ -250,7 +266,7 @@ def _text_problem(message: dict[str, Any]) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            where = f"the content of the {message['role']}" if name == "content" else name
+            where = f"the content of the {message.get('role')}" if name == "content" else name
             return f"{where} has half of a surrogate pair; write the character itself"
         if not text.isascii() and not _NONCHARACTERS.isdisjoint(text):
             return f"{name} has a noncharacter (U+FDD0 to U+FDEF), which is not for text; remove it"

@@ -191,6 +191,10 @@ class _Scan:
             kept = trained[: self.dataset.max_seq_length]
             counts |= {"lengths": len(trained), "kept": len(kept)}
             counts |= {"trained": int(trained.sum()), "trained_kept": int(kept.sum())}
+            if not counts["trained"]:
+                reason = 'nothing of it is trained on: its last answer has "train": false (train_on_turns)'
+                self._reject(item, DataError(f"{item.conversation.source}: {reason}"), found)
+                return
             if not counts["trained_kept"]:
                 self._reject_cut(item, trained, found)
                 return

@@ -113,6 +113,7 @@ class ChatTemplate:
         self.added = _token_pattern(tokenizer, special_only=False)
         eos = self._special_tokens.get("eos_token")
         self._eos = eos if isinstance(eos, str) else None
+        self._takes_text_arguments = bool(re.search(r"arguments\s+is\s+(not\s+)?(string|mapping)", source))
         self._programs: dict[tuple[Shape, bool], _Program] = {}
         self._generation_prompts: dict[tuple[Any, ...], str] = {}
 
@@ -156,7 +157,7 @@ class ChatTemplate:
         """
         messages = [_plain(message) for message in conversation.messages]
         if not allow_special_tokens:
-            messages = self._broken(messages)
+            messages = [{**self._broken(message), "role": message["role"]} for message in messages]
         arguments = conversation.arguments if allow_special_tokens else self._broken(conversation.arguments)
         if not arguments and self._is_simple(messages):
             rendered = self._program(messages, conversation.source).fill(messages)
@@ -170,7 +171,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the messages.
         """
-        plain = self._broken([_plain(message) for message in messages])
+        plain = [{**self._broken(_plain(message)), "role": message["role"]} for message in messages]
         given = {**self._special_tokens, "tools": None, "documents": None, **self._broken(dict(arguments))}
         return self._trace(plain, {**given, "add_generation_prompt": True}, source).text
 
@@ -180,8 +181,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation.
         """
-        messages = [_plain(message) for message in conversation.messages]
-        rendering = self._trace(messages, self._arguments(conversation.arguments), conversation.source).text
+        turns, rendering = self._rendered_turns(conversation.messages, conversation)
         found = []
         for name in conversation.arguments:
             rest = {key: value for key, value in conversation.arguments.items() if key != name}
@@ -190,7 +190,7 @@ class ChatTemplate:
             if all(self._rendering(conversation.replaced(arguments=other)) == rendering for other in others):
                 found.append(name)
         for name in sorted({name for message in conversation.messages for name in message}):
-            if name not in ("role", "content", "train") and self._ignores(conversation, name, rendering):
+            if name not in ("role", "content", "train") and self._ignores(conversation, name, turns, rendering):
                 found.append(f"messages[].{name}")
         return found
 
@@ -201,14 +201,21 @@ class ChatTemplate:
         plain = [_plain(message) for message in messages]
         if answers < 2 or (not conversation.arguments and self._is_simple(plain)):
             return []
-        whole = self._rendered_turns(messages, conversation)
+        whole, _ = self._rendered_turns(messages, conversation)
         found = []
         for index, message in enumerate(messages[:-1]):
-            if message["role"] == "assistant":
-                alone = self._rendered_turns(messages[: index + 1], conversation)[index]
+            if message["role"] == "assistant" and self._may_be_shortened(message):
+                alone = self._rendered_turns(messages[: index + 1], conversation)[0][index]
                 if (whole[index] or "").strip() != (alone or "").strip():
                     found.append(index)
         return found
+
+    def _may_be_shortened(self, message: Mapping[str, Any]) -> bool:
+        """Whether an answer has a thought, or a text that the template looks for."""
+        content = message.get("content") or ""
+        if any(message.get(name) for name in THOUGHT_FIELDS) or _THOUGHT.search(content):
+            return True
+        return any(text in content for text in self._template.sought if text.strip())
 
     def features(self) -> Features:
         """What the template can render, tried on small conversations."""
@@ -240,23 +247,42 @@ class ChatTemplate:
             end_tokens=tuple(sorted(self.end_tokens)),
         )
 
-    def _ignores(self, conversation: Conversation, name: str, rendering: str) -> bool:
-        def without(messages: list[dict[str, Any]]) -> str:
-            return self._rendering(conversation.replaced(messages=messages))
-
+    def _ignores(self, conversation: Conversation, name: str, turns: Sequence[str | None], text: str) -> bool:
+        """Whether some message has a field that its own part of the rendering does not depend on."""
         messages = conversation.messages
-        bare = [{key: value for key, value in message.items() if key != name} for message in messages]
-        if without(bare) == rendering:
-            return True
-        if name != "tool_calls":
-            return False
-        # Each of several calls has to be there.
-        for index, message in enumerate(messages):
-            for number in range(len(message.get(name) or ()) if len(message.get(name) or ()) > 1 else 0):
-                calls = [call for position, call in enumerate(message[name]) if position != number]
-                if without([*messages[:index], message | {name: calls}, *messages[index + 1 :]]) == rendering:
+        without = [{key: value for key, value in message.items() if key != name} for message in messages]
+        variants = [without]
+        if name == "tool_calls":
+            # Each of several calls has to be there.
+            variants.append(
+                [
+                    message | {name: message[name][:1]} if len(message.get(name) or ()) > 1 else message
+                    for message in messages
+                ]
+            )
+        for others in variants:
+            try:
+                changed, changed_text = self._rendered_turns(others, conversation)
+            except DataError:
+                continue
+            for index, (message, other) in enumerate(zip(messages, others, strict=True)):
+                if message == other or turns[index] != changed[index]:
+                    continue
+                # A message that is written outside of a loop, and the thought of an earlier answer.
+                if turns[index] is None and changed_text != text:
+                    continue
+                if message["role"] != "assistant" or not self._is_rendered_alone(conversation, index, other):
                     return True
         return False
+
+    def _is_rendered_alone(self, conversation: Conversation, index: int, other: Mapping[str, Any]) -> bool:
+        """Whether a message is rendered differently from another one where it is the last of the conversation."""
+        before = conversation.messages[:index]
+        _, one = self._rendered_turns([*before, conversation.messages[index]], conversation)
+        try:
+            return one != self._rendered_turns([*before, other], conversation)[1]
+        except DataError:
+            return True
 
     def _rendering(self, conversation: Conversation) -> str:
         messages = [_plain(message) for message in conversation.messages]
@@ -265,10 +291,11 @@ class ChatTemplate:
         except DataError:
             return ""
 
-    def _rendered_turns(self, messages: Messages, conversation: Conversation) -> list[str | None]:
+    def _rendered_turns(self, messages: Messages, conversation: Conversation) -> tuple[list[str | None], str]:
+        """What the template writes for each message, and the whole text."""
         plain = [_plain(message) for message in messages]
         traced = self._trace(plain, self._arguments(conversation.arguments), conversation.source)
-        return [traced.text[span[0] : span[1]] if span else None for span in traced.spans]
+        return [traced.text[span[0] : span[1]] if span else None for span in traced.spans], traced.text
 
     def _arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         own = {"tools": None, "documents": None, "add_generation_prompt": False}
@@ -278,7 +305,7 @@ class ChatTemplate:
     def _trace(self, messages: Messages, arguments: Mapping[str, Any], source: str) -> Traced:
         """Renders messages in the first of their forms that the template takes."""
         problem: Exception | None = None
-        for form in _forms(messages):
+        for form in _forms(messages, parse_first=not self._takes_text_arguments):
             try:
                 return self._template(form, arguments)
             except Exception as error:
@@ -294,21 +321,34 @@ class ChatTemplate:
             span = traced.spans[index]
             content = message.get("content")
             if message["role"] != "assistant":
-                if isinstance(content, str) and content.strip() not in traced.text:
+                if isinstance(content, str) and not _has_text(_segment(traced, index), content):
                     raise DataError(f"{source}: the chat template leaves out or changes message {index + 1}")
                 continue
             if span is None:
                 raise DataError(f"{source}: the chat template leaves out message {index + 1}")
-            is_last = index + 1 == len(messages)
-            # An earlier answer may be shortened by design; `shortened_turns` finds it.
-            if is_last and isinstance(content, str) and content.strip() not in traced.text[span[0] : span[1]]:
+            if isinstance(content, str) and not _has_text(_segment(traced, index), content):
+                # An earlier answer may be shortened by design; `shortened_turns` finds it.
+                alone = self._trace(messages[: index + 1], arguments, source)
+                if index + 1 < len(messages) and _has_text(_segment(alone, index), content):
+                    trained.append(self._trained_span(messages, index, traced, arguments, source))
+                    continue
                 raise DataError(
                     f"{source}: the chat template changes message {index + 1} (some remove the part between <think> "
                     "and </think>): write the message as the model is to answer"
                 )
-            start = span[0] + len(self._header(messages, index, traced, arguments, source))
-            trained.append((start, self._end(traced, index, start, source)))
+            trained.append(self._trained_span(messages, index, traced, arguments, source))
+        written = [span for span in traced.spans if span]
+        if any(one[1] > other[0] for one, other in itertools.pairwise(written)):
+            raise DataError(f"{source}: the chat template writes messages in another order than they have")
         return Rendered(text=traced.text, trained=tuple(trained), turns=traced.spans)
+
+    def _trained_span(
+        self, messages: Messages, index: int, traced: Traced, arguments: Mapping[str, Any], source: str
+    ) -> tuple[int, int]:
+        span = traced.spans[index]
+        assert span is not None
+        start = span[0] + len(self._header(messages, index, traced, arguments, source))
+        return start, self._end(traced, index, start, source)
 
     def _header(
         self, messages: Messages, index: int, traced: Traced, arguments: Mapping[str, Any], source: str
@@ -321,29 +361,36 @@ class ChatTemplate:
         assert span is not None
         segment = traced.text[span[0] : span[1]]
         roles = tuple(message["role"] for message in messages[max(0, index - 2) : index])
-        scalars = tuple(sorted((key, value) for key, value in arguments.items() if isinstance(value, str)))
-        key = (index == 0, roles, bool(arguments.get("tools")), scalars)
+        rest = {name: value for name, value in arguments.items() if name not in ("tools", "documents")}
+        key = (index == 0, roles, bool(arguments.get("tools")), json.dumps(rest, sort_keys=True, default=str))
         prompt = self._generation_prompts.get(key)
-        if prompt is None or (prompt and not os.path.commonprefix([prompt, segment])):  # noqa: RUF071
-            before = traced.text[: span[0]]
-            prompt = self._generation_prompt(messages[:index], before, arguments, source)
-            self._generation_prompts[key] = prompt
+        if prompt is None or (prompt and not _common(prompt, segment)):
+            found = self._generation_prompt(messages[:index], traced.text[: span[0]], segment, arguments, source)
+            prompt = found or ""
+            if found is not None:
+                self._generation_prompts[key] = prompt
         # The prompt may close a thought that the record has.
-        header = os.path.commonprefix([prompt, segment])  # noqa: RUF071  works on text, not only on paths
+        header = _common(prompt, segment)
         thought = _THOUGHT.search(header)
         return header[: thought.start()] if thought else header
 
-    def _generation_prompt(self, messages: Messages, before: str, arguments: Mapping[str, Any], source: str) -> str:
-        """What add_generation_prompt adds to messages; empty if nothing, or if they alone are refused."""
+    def _generation_prompt(
+        self, messages: Messages, before: str, segment: str, arguments: Mapping[str, Any], source: str
+    ) -> str | None:
+        """What add_generation_prompt adds to messages; empty if nothing, None if they alone are refused.
+
+        Args:
+            before: what the template writes before the answer.
+            segment: what it writes for the answer.
+        """
         try:
             prompt = self._trace(messages, {**arguments, "add_generation_prompt": True}, source).text
-            if prompt.startswith(before):
-                return prompt[len(before) :]
-            # The template renders earlier answers differently where no later message follows.
             without = self._trace(messages, arguments, source).text
         except DataError:
-            return ""
-        return prompt[len(without) :] if prompt.startswith(without) else ""
+            return None
+        # The template may write text behind the messages, or earlier answers differently where no message follows.
+        added = [prompt[len(text) :] for text in (before, without) if prompt.startswith(text)]
+        return next((text for text in added if _common(text, segment)), "")
 
     def _end(self, traced: Traced, index: int, start: int, source: str) -> int:
         """The end of an answer's end token.
@@ -380,7 +427,7 @@ class ChatTemplate:
                 return value
             return self.special.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
         if isinstance(value, Mapping):
-            return {key: item if key == "role" else self._broken(item) for key, item in value.items()}
+            return {self._broken(key): self._broken(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._broken(item) for item in value]
         return value
@@ -505,19 +552,47 @@ def _other(value: Any) -> Any:
     return f"{value}x" if isinstance(value, str) else None
 
 
-def _forms(messages: Messages) -> Iterator[Messages]:
-    """The messages as they are, then in the other forms that a template may expect of the same content.
+def _common(one: str, other: str) -> str:
+    return os.path.commonprefix([one, other])  # noqa: RUF071  works on text, not only on paths
+
+
+def _segment(traced: Traced, index: int) -> str:
+    """What the template wrote for a message; the whole text where it was written outside of a loop."""
+    span = traced.spans[index]
+    return traced.text[span[0] : span[1]] if span else traced.text
+
+
+def _has_text(text: str, content: str) -> bool:
+    """Whether a content is in a text, as it is or as a JSON string."""
+    content = content.strip()
+    return content in text or any(
+        json.dumps(content, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True)
+    )
+
+
+def _forms(messages: Messages, *, parse_first: bool) -> Iterator[Messages]:
+    """The messages in each form that a template may expect of the same content.
 
     A tool call's arguments are a JSON text in some data and a mapping in others; an absent content is null, missing
     or empty.
+
+    Args:
+        parse_first: begin with arguments as mappings; a template that does not look would encode a text twice.
     """
-    yield messages
+    has_text = any(
+        isinstance(call["function"].get("arguments"), str)
+        for message in messages
+        for call in message.get("tool_calls") or ()
+    )
+    if not (parse_first and has_text):
+        yield messages
     has_calls = any(message.get("tool_calls") for message in messages)
     absent = [message.get("content") is None for message in messages]
     if not has_calls and not any(absent):
         return
-    for parsed, content in itertools.product((False, True) if has_calls else (False,), ("as it is", "", "missing")):
-        if not parsed and content == "as it is":
+    orders = ((True, False) if parse_first and has_text else (False, True)) if has_calls else (False,)
+    for parsed, content in itertools.product(orders, ("as it is", "", "missing")):
+        if not parsed and content == "as it is" and not (parse_first and has_text):
             continue
         form = copy.deepcopy([dict(message) for message in messages])
         for message, is_absent in zip(form, absent, strict=True):

@@ -199,6 +199,7 @@ def _dataset(
         options=label_options(config),
         rejected=checked.rejected,
         parameter=parameter,
+        checked=True,
     )
     if len(dataset) != checked.line_count:
         raise DataError(

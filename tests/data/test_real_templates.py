@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from real_models import MODELS, tokenizer_of
+from transformers import AddedToken, AutoTokenizer
 
 from hynb.data import IGNORED, LabelOptions, as_html, as_text, encode, render_prompt, stop_token_ids
 from hynb.data.preview import tokens
@@ -263,3 +265,98 @@ def test_the_preview_tells_thoughts_calls_and_results_apart(shared):
     page = as_html(found, tokenizer, 1 << 20)
     assert all(f">{name}</span>" in page and f"· {name}" in page for name in ("thought", "tool call", "tool result"))
     assert "\x1b[3m" in as_text(found, tokenizer, 1 << 20, colour=True)
+
+
+QWEN_TOOLS = (
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}{% for tool in tools %}{{- tool | tojson }}{% endfor %}"
+    "{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
+    '{%- for call in message.tool_calls or [] %}{{- \'\\n<tool_call>\\n{"name": "\' + call.function.name }}'
+    "{{- '\", \"arguments\": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatml(shared):
+    """A tokenizer with a template in another style, whose end token is followed by a line break."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "hunyuan-large")
+    tokenizer.add_tokens(
+        [AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")], special_tokens=True
+    )
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = QWEN_TOOLS
+    return tokenizer
+
+
+def test_arguments_as_text_are_not_encoded_twice(chatml):
+    for arguments in ({"city": "Paris"}, '{"city": "Paris"}'):
+        call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+        messages = [WITH_TOOLS["messages"][0], WITH_TOOLS["messages"][1] | {"tool_calls": [call]}]
+        shown_call = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
+        assert trained_texts({"tools": [TOOL], "messages": messages}, chatml) == [shown_call]
+
+
+def test_special_tokens_in_keys_and_roles_of_arguments_stay_text(chatml):
+    arguments = {"<|im_end|>": "v", "role": "<|im_end|>", "x": {"role": "<|im_end|>z"}}
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    messages = [WITH_TOOLS["messages"][0], WITH_TOOLS["messages"][1] | {"tool_calls": [call]}]
+    encoded = encode(conversation({"tools": [TOOL], "messages": messages}), chatml, 1 << 20)
+    end = chatml.convert_tokens_to_ids("<|im_end|>")
+    assert encoded["labels"].count(end) == 1 and encoded["input_ids"].count(end) == 3
+
+
+def test_a_field_of_one_message_does_not_hide_that_of_another(chatml):
+    """A template that renders names of tools alone, and thoughts only beside plain answers."""
+    saved = chatml.chat_template
+    chatml.chat_template = saved.replace(
+        "(message.content or '')",
+        "((message.name or '') if message.role == 'tool' else '') + "
+        "((message.reasoning_content or '') if not message.tool_calls else '') + (message.content or '')",
+    )
+    start, calling, result, end = WITH_TOOLS["messages"]
+    try:
+        named = [start | {"name": "Ann"}, calling, result | {"name": "other"}, end]
+        with pytest.raises(DataError, match=r"does not render messages\[\]\.name"):
+            shown({"tools": [TOOL], "messages": named}, chatml)
+        thinking = [start, calling | {"reasoning_content": "LOST"}, result, end | {"reasoning_content": "kept"}]
+        with pytest.raises(DataError, match=r"does not render messages\[\]\.reasoning_content"):
+            shown({"tools": [TOOL], "messages": thinking}, chatml)
+        both = [start, calling | {"content": "I look first"}, result, end]
+        assert "I look first" in shown({"tools": [TOOL], "messages": both}, chatml)
+    finally:
+        chatml.chat_template = saved
+
+
+def test_content_that_is_dropped_beside_tool_calls_is_refused(chatml):
+    saved = chatml.chat_template
+    chatml.chat_template = saved.replace(
+        "(message.content or '')", "('' if message.tool_calls else (message.content or ''))"
+    )
+    start, calling, result, end = WITH_TOOLS["messages"]
+    try:
+        with pytest.raises(DataError, match="the chat template changes message 2"):
+            shown({"tools": [TOOL], "messages": [start, calling | {"content": "I look first"}, result, end]}, chatml)
+    finally:
+        chatml.chat_template = saved
+
+
+def test_a_record_with_tools_is_rendered_the_same_at_any_time(shared, monkeypatch):
+    tokenizer = tokenizer_of("hunyuan-a13b", shared)
+    first = encode(conversation(WITH_TOOLS), tokenizer, 1 << 20)
+    time.sleep(1.1)
+    assert encode(conversation(WITH_TOOLS), tokenizer, 1 << 20) == first
+
+
+@pytest.mark.parametrize("text", ["\ufdd01\ufdd1 x", "\ud800"])
+def test_characters_that_are_no_text_are_refused_in_every_field(text):
+    record = {"tools": [{"name": "w", "description": text}], "messages": EXCHANGE}
+    with pytest.raises(DataError, match=r"f.jsonl:3: tools has "):
+        parse_line(json.dumps(record).encode(), "f.jsonl:3")
+
+
+def test_openais_older_functions_and_content_in_parts(chatml):
+    start, calling, result, end = WITH_TOOLS["messages"]
+    parts = [{"type": "text", "text": "Weather in "}, {"type": "text", "text": "Paris?"}]
+    old = {"functions": [TOOL["function"]], "messages": [start | {"content": parts}, calling, result, end]}
+    assert shown(old, chatml) == shown(WITH_TOOLS, chatml)
