@@ -342,7 +342,8 @@ def test_hosts_that_cannot_take_part_are_named(apart, start_timeout):
     beta.thaw()
     status = job.status()
     assert (status["state"], status["host"]) == ("failed", "beta"), status
-    assert f"did not join within start_timeout_seconds = {start_timeout}" in status["reason"]
+    # Either limit may be the shorter one: that of the start, or ssh's own.
+    assert "did not join" in status["reason"]
     assert "beta: no answer within 8 s" in status["reason"]
     job.until(lambda: not job.left(), END_SECONDS)
 
