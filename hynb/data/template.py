@@ -8,13 +8,12 @@ opens it (upstream's training of Hy3 does the same).
 from __future__ import annotations
 
 import bisect
-import copy
 import functools
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +21,7 @@ import jinja2
 
 from hynb.data.files import Conversation
 from hynb.data.jinja_trace import Traced, TracedTemplate
+from hynb.data.message_forms import THOUGHT_FIELDS, Messages, message_forms, plain_message
 from hynb.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,13 +34,10 @@ _PLACEHOLDERS = re.compile("(\u2003?)\ufdd3(\\d+)\ufdd4(\u2003?)")
 # White space (an em space) that no template writes itself: where it is missing, the template strips contents.
 _PADDING = "\u2003"
 _THOUGHT = re.compile(r"<think[^<>]*>")
-# Names under which templates read a thought; transformers copies one to the others (5.23, `_alias_reasoning_fields`).
-THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # Variables of a template that are not taken from a record.
 _OWN_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "is_training", "documents"})
 # Of each message: its role, and whether its content is empty.
 Shape = tuple[tuple[str, bool], ...]
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -155,7 +152,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, changes a message, or ends an answer with no end token.
         """
-        messages = [_plain(message) for message in conversation.messages]
+        messages = [plain_message(message) for message in conversation.messages]
         if not allow_special_tokens:
             messages = [{**self._broken(message), "role": message["role"]} for message in messages]
         arguments = conversation.arguments if allow_special_tokens else self._broken(conversation.arguments)
@@ -171,7 +168,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the messages.
         """
-        plain = [{**self._broken(_plain(message)), "role": message["role"]} for message in messages]
+        plain = [{**self._broken(plain_message(message)), "role": message["role"]} for message in messages]
         given = {**self._special_tokens, "tools": None, "documents": None, **self._broken(dict(arguments))}
         return self._trace(plain, {**given, "add_generation_prompt": True}, source).text
 
@@ -198,7 +195,7 @@ class ChatTemplate:
         """Indices of answers that the template renders in another way than if they were the last message."""
         messages = conversation.messages
         answers = sum(message["role"] == "assistant" for message in messages)
-        plain = [_plain(message) for message in messages]
+        plain = [plain_message(message) for message in messages]
         if answers < 2 or (not conversation.arguments and self._is_simple(plain)):
             return []
         whole, _ = self._rendered_turns(messages, conversation)
@@ -285,7 +282,7 @@ class ChatTemplate:
             return True
 
     def _rendering(self, conversation: Conversation) -> str:
-        messages = [_plain(message) for message in conversation.messages]
+        messages = [plain_message(message) for message in conversation.messages]
         try:
             return self._trace(messages, self._arguments(conversation.arguments), conversation.source).text
         except DataError:
@@ -293,7 +290,7 @@ class ChatTemplate:
 
     def _rendered_turns(self, messages: Messages, conversation: Conversation) -> tuple[list[str | None], str]:
         """What the template writes for each message, and the whole text."""
-        plain = [_plain(message) for message in messages]
+        plain = [plain_message(message) for message in messages]
         traced = self._trace(plain, self._arguments(conversation.arguments), conversation.source)
         return [traced.text[span[0] : span[1]] if span else None for span in traced.spans], traced.text
 
@@ -305,7 +302,7 @@ class ChatTemplate:
     def _trace(self, messages: Messages, arguments: Mapping[str, Any], source: str) -> Traced:
         """Renders messages in the first of their forms that the template takes."""
         problem: Exception | None = None
-        for form in _forms(messages, parse_first=not self._takes_text_arguments):
+        for form in message_forms(messages, parse_first=not self._takes_text_arguments):
             try:
                 return self._template(form, arguments)
             except Exception as error:
@@ -534,15 +531,6 @@ def _token_pattern(tokenizer: TemplateTokenizer, *, special_only: bool) -> re.Pa
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates see it, without what says whether it is trained on."""
-    plain = {name: value for name, value in message.items() if name != "train"}
-    given = next((plain[name] for name in THOUGHT_FIELDS if plain.get(name) is not None), None)
-    if given is not None:
-        plain |= {name: given for name in THOUGHT_FIELDS if plain.get(name) is None}
-    return plain
-
-
 def _other(value: Any) -> Any:
     """A value of the same type that differs."""
     if isinstance(value, bool):
@@ -568,48 +556,3 @@ def _has_text(text: str, content: str) -> bool:
     return content in text or any(
         json.dumps(content, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True)
     )
-
-
-def _forms(messages: Messages, *, parse_first: bool) -> Iterator[Messages]:
-    """The messages in each form that a template may expect of the same content.
-
-    A tool call's arguments are a JSON text in some data and a mapping in others; an absent content is null, missing
-    or empty.
-
-    Args:
-        parse_first: begin with arguments as mappings; a template that does not look would encode a text twice.
-    """
-    has_text = any(
-        isinstance(call["function"].get("arguments"), str)
-        for message in messages
-        for call in message.get("tool_calls") or ()
-    )
-    if not (parse_first and has_text):
-        yield messages
-    has_calls = any(message.get("tool_calls") for message in messages)
-    absent = [message.get("content") is None for message in messages]
-    if not has_calls and not any(absent):
-        return
-    orders = ((True, False) if parse_first and has_text else (False, True)) if has_calls else (False,)
-    for parsed, content in itertools.product(orders, ("as it is", "", "missing")):
-        if not parsed and content == "as it is" and not (parse_first and has_text):
-            continue
-        form = copy.deepcopy([dict(message) for message in messages])
-        for message, is_absent in zip(form, absent, strict=True):
-            if is_absent and content == "":
-                message["content"] = ""
-            elif is_absent and content == "missing":
-                message.pop("content", None)
-            if parsed:
-                _parse_arguments(message)
-        yield form
-
-
-def _parse_arguments(message: dict[str, Any]) -> None:
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"] or "{}")
-            except ValueError:
-                continue
