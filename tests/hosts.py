@@ -61,6 +61,13 @@ while True:
     signal.pause()
 """
 
+# Succeeds when an address answers, be it only that nothing listens on the port.
+_REACH = """
+import contextlib, socket, sys
+with contextlib.suppress(ConnectionRefusedError):
+    socket.create_connection((sys.argv[1], 9), timeout=2)
+"""
+
 
 @dataclass(kw_only=True, frozen=True)
 class Process:
@@ -260,8 +267,14 @@ class TestHost:
                 os.kill(process.pid, signal.SIGCONT)
 
     def link(self, *, up: bool) -> None:
-        """Plugs in or pulls the cable."""
+        """Pulls the cable, or plugs it in and waits until both hosts reach each other."""
         self.run(["ip", "link", "set", "cable", "up" if up else "down"])
+        if up:
+            (peer,) = (address for name, address in ADDRESSES.items() if name != self.name)
+            deadline = time.monotonic() + _START_SECONDS
+            # For seconds the kernel goes on refusing an address that did not resolve while the cable was pulled.
+            while self.run([sys.executable, "-c", _REACH, peer], check=False).returncode:
+                assert time.monotonic() < deadline, f"{self.name} does not reach {peer}"
 
 
 @dataclass(kw_only=True, frozen=True)
