@@ -12,6 +12,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Beat:
     """The content of a heartbeat file.
 
     Args:
-        time: when it was written, in seconds since the epoch.
+        time: when it was written, in seconds since the epoch, by the clock of the file's disk.
     """
 
     phase: Phase | None
@@ -92,11 +93,27 @@ def read_heartbeat(path: Path) -> Beat | None:
     """The last heartbeat; None when there is none. A bare step number, as earlier versions wrote it, is read too."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        written = path.stat().st_mtime
         if isinstance(content, int):
-            return Beat(phase=None, global_step=content, time=path.stat().st_mtime)
-        return Beat(phase=content["phase"], global_step=content["global_step"], time=content["time"])
+            return Beat(phase=None, global_step=content, time=written)
+        return Beat(phase=content["phase"], global_step=content["global_step"], time=written)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def disk_time(folder: Path) -> float:
+    """Now, in seconds since the epoch, by the clock that stamps files of a folder: on a network disk, the server's.
+
+    Two hosts' own clocks may differ by more than a heartbeat may be old.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\n")
+            probe.flush()
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        # A folder that may only be read.
+        return time.time()
 
 
 def _beat(path: Path, parent_pid: int, interval_seconds: float, content: dict[str, Any]) -> None:
@@ -107,7 +124,7 @@ def _beat(path: Path, parent_pid: int, interval_seconds: float, content: dict[st
         if time.monotonic() >= due:
             # A disk that is full or unreachable is for rank 0 to report.
             with contextlib.suppress(OSError):
-                write_json(path, content | {"time": time.time()})
+                write_json(path, content)
             due = time.monotonic() + interval_seconds
         if not select.select([sys.stdin.fileno()], [], [], max(0.0, due - time.monotonic()))[0]:
             continue

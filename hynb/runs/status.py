@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from hynb.files import read_json
 from hynb.runs.folder import ProcessId, RunDir
-from hynb.runs.heartbeat import Beat, Phase, read_heartbeat
+from hynb.runs.heartbeat import Beat, Phase, disk_time, read_heartbeat
 
 # A process on another host is considered dead when the heartbeat is this old: network disks cache for up to a minute.
 STALE_HEARTBEAT_SECONDS = 90.0
@@ -68,7 +68,7 @@ def read_status(run_dir: RunDir) -> RunStatus:
     if not status.live:
         return status
     end = read_json(run_dir.exit)
-    if _is_alive(record, launch if end is None else None, beat):
+    if _is_alive(run_dir.path, record, launch if end is None else None, beat):
         stopping = run_dir.stop_request.exists() and status.state != "starting"
         return dataclasses.replace(status, state="stopping") if stopping else status
     return _unreported_end(run_dir, status, end or {})
@@ -103,25 +103,26 @@ def _recorded_status(run_dir: RunDir, record: dict[str, Any], beat: Beat | None)
     )
 
 
-def _is_alive(record: dict[str, Any], launch: dict[str, Any] | None, beat: Beat | None) -> bool:
+def _is_alive(folder: Path, record: dict[str, Any], launch: dict[str, Any] | None, beat: Beat | None) -> bool:
     """Whether rank 0 or the supervisor is alive; on another host, as far as the heartbeat shows."""
     for item in (record, launch):
         if item is None or "process" not in item:
             continue
         alive = ProcessId(**item["process"]).alive()
         if alive is None and beat is not None:
-            alive = time.time() - beat.time < STALE_HEARTBEAT_SECONDS
+            alive = disk_time(folder) - beat.time < STALE_HEARTBEAT_SECONDS
         elif alive is None and item is launch:
-            alive = time.time() < _start_deadline(item)
+            alive = _is_starting(folder, item)
         if alive:
             return True
     return False
 
 
-def _start_deadline(launch: dict[str, Any]) -> float:
-    """Until when a launch whose rank 0 has no heartbeat yet counts as alive, in seconds since the epoch."""
+def _is_starting(folder: Path, launch: dict[str, Any]) -> bool:
+    """Whether rank 0 of a launch, which has no heartbeat yet, may still be about to begin."""
     join_seconds = launch.get("membership", {}).get("start_seconds", 0.0)
-    return launch.get("started_at", 0.0) + join_seconds + STALE_HEARTBEAT_SECONDS
+    launched_at = RunDir(folder).launch.stat().st_mtime
+    return disk_time(folder) - launched_at < join_seconds + STALE_HEARTBEAT_SECONDS
 
 
 def _unreported_end(run_dir: RunDir, status: RunStatus, end: dict[str, Any]) -> RunStatus:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -39,7 +38,7 @@ def test_an_empty_folder_and_a_file(tmp_path):
 def test_a_live_run_of_another_host_is_refused_and_names_its_phase(tmp_path, phase):
     process = {"host": "elsewhere", "pid": 1, "create_time": 1.0}
     write_json(tmp_path / "status.json", {"state": "running", "phase": phase, "process": process})
-    write_json(tmp_path / "heartbeat", {"phase": phase, "global_step": 4, "time": time.time()})
+    write_json(tmp_path / "heartbeat", {"phase": phase, "global_step": 4})
     (found,) = check_output_dir(tmp_path, overwrite=True, resuming=False)
     assert f"has a live run (running, step 4, {phase})" in found
     config = Config(output_dir=str(tmp_path), overwrite_output_dir=True)

@@ -52,19 +52,33 @@ def test_a_process_of_this_host_needs_no_heartbeat(tmp_path):
     assert status_of(tmp_path).state == "running", "this very process is the writer"
     process = asdict(ProcessId.of(os.getpid()))
     write_json(tmp_path / "status.json", {"state": "running", "process": process | {"create_time": 1.0}})
-    write_json(tmp_path / "heartbeat", {"phase": "training", "global_step": 3, "time": time.time()})
+    write_json(tmp_path / "heartbeat", {"phase": "training", "global_step": 3})
     status = status_of(tmp_path)
     assert status.state == "failed" and status.reason.startswith("its processes are gone"), "the pid was reused"
+
+
+def set_age(path, seconds):
+    modified = time.time() - seconds
+    os.utime(path, (modified, modified))
 
 
 def test_a_process_of_another_host_is_as_alive_as_its_heartbeat(tmp_path):
     write_json(tmp_path / "status.json", {"state": "running", "process": ELSEWHERE})
     assert status_of(tmp_path).state == "failed", "no heartbeat"
-    beat = {"phase": "saving", "global_step": 3}
-    write_json(tmp_path / "heartbeat", beat | {"time": time.time() - STALE_HEARTBEAT_SECONDS / 2})
+    write_json(tmp_path / "heartbeat", {"phase": "saving", "global_step": 3})
+    set_age(tmp_path / "heartbeat", STALE_HEARTBEAT_SECONDS / 2)
     assert str(status_of(tmp_path)) == "running, step 3, saving"
-    write_json(tmp_path / "heartbeat", beat | {"time": time.time() - STALE_HEARTBEAT_SECONDS})
+    set_age(tmp_path / "heartbeat", STALE_HEARTBEAT_SECONDS)
     assert status_of(tmp_path).state == "failed"
+
+
+def test_a_clock_that_differs_from_the_disks_ends_no_run(tmp_path, monkeypatch):
+    write_json(tmp_path / "status.json", {"state": "running", "process": ELSEWHERE})
+    write_json(tmp_path / "heartbeat", {"phase": "training", "global_step": 3})
+    now = time.time()
+    for hours in (-1, 1):
+        monkeypatch.setattr(time, "time", lambda hours=hours: now + 3600 * hours)
+        assert str(status_of(tmp_path)) == "running, step 3"
 
 
 def test_a_heartbeat_of_an_earlier_version_is_read(tmp_path):
@@ -78,11 +92,12 @@ def test_a_heartbeat_of_an_earlier_version_is_read(tmp_path):
 def test_a_launch_of_another_host_is_alive_until_its_rank_0_should_have_begun(tmp_path):
     limit = 600 + STALE_HEARTBEAT_SECONDS
     launch = {"id": "x", "process": ELSEWHERE, "membership": {"start_seconds": 600}}
-    write_json(tmp_path / "launch.json", launch | {"started_at": time.time() - limit / 2})
+    write_json(tmp_path / "launch.json", launch)
+    set_age(tmp_path / "launch.json", limit / 2)
     assert status_of(tmp_path).state == "starting"
-    write_json(tmp_path / "launch.json", launch | {"started_at": time.time() - limit})
+    set_age(tmp_path / "launch.json", limit)
     assert status_of(tmp_path).state == "failed"
-    write_json(tmp_path / "launch.json", launch | {"started_at": time.time()})
+    set_age(tmp_path / "launch.json", 0)
     write_json(tmp_path / "exit.json", {"state": "stopped", "exit_code": 0, "reason": "stopped on request"})
     assert str(status_of(tmp_path)) == "stopped: stopped on request"
 
