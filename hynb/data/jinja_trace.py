@@ -59,6 +59,10 @@ class TracedTemplate:
         tree = environment.parse(source)
         self.arguments = _arguments(tree) - set(environment.globals)
         self.sought, self.equal = _literals(tree)
+        # Markers in a block that is stored or filtered may change what is done with the block.
+        blocks = (jinja2.nodes.AssignBlock, jinja2.nodes.FilterBlock, jinja2.nodes.CallBlock)
+        has_stored_loops = any(block.find(jinja2.nodes.For) for block in tree.find_all(blocks))
+        self._unmarked = environment.from_string(source) if has_stored_loops else None
         self._template = jinja2.Template.from_code(
             environment, environment.compile(_Marking().visit(tree)), environment.make_globals(None)
         )
@@ -75,10 +79,14 @@ class TracedTemplate:
         """
         numbers = {id(message): number for number, message in enumerate(messages)}
 
-        def mark(item: object) -> str:
-            return f"{_START}{numbers.get(id(item), '')}{_STOP}"
+        def mark(*items: object) -> str:
+            found = next((numbers[id(item)] for item in items if id(item) in numbers), "")
+            return f"{_START}{found}{_STOP}"
 
-        return _traced(self._template.render(messages=messages, **arguments, **{_MARK: mark}), len(messages))
+        traced = _traced(self._template.render(messages=messages, **arguments, **{_MARK: mark}), len(messages))
+        if self._unmarked and self._unmarked.render(messages=messages, **arguments) != traced.text:
+            raise jinja2.TemplateError("it changes a block in which it has collected messages")
+        return traced
 
 
 def _traced(marked: str, count: int) -> Traced:
@@ -109,12 +117,31 @@ class _Marking(jinja2.visitor.NodeTransformer):
     def visit_For(self, node: jinja2.nodes.For) -> Any:  # noqa: N802  the name that Jinja calls
         if isinstance(node.target, jinja2.nodes.Name):
             item = jinja2.nodes.Name(node.target.name, "load")
-            node.body.insert(0, _output(item))
+            node.body.insert(0, _output(item, *_indexed(node)))
         return [node, _output(jinja2.nodes.Const(None))]
 
 
-def _output(argument: jinja2.nodes.Expr) -> jinja2.nodes.Output:
-    call = jinja2.nodes.Call(jinja2.nodes.Name(_MARK, "load"), [argument], [], None, None)
+def _indexed(loop: jinja2.nodes.For) -> list[jinja2.nodes.Expr]:
+    """What a loop over numbers takes by its number, such as `messages[i]`; None where the list is not defined yet."""
+    assert isinstance(loop.target, jinja2.nodes.Name)
+    lists = {
+        item.node.name
+        for part in loop.body
+        for item in part.find_all(jinja2.nodes.Getitem)
+        if isinstance(item.node, jinja2.nodes.Name)
+        and isinstance(item.arg, jinja2.nodes.Name)
+        and item.arg.name == loop.target.name
+    }
+    found: list[jinja2.nodes.Expr] = []
+    for name in sorted(lists):
+        whole = jinja2.nodes.Name(name, "load")
+        item = jinja2.nodes.Getitem(whole, jinja2.nodes.Name(loop.target.name, "load"), "load")
+        found.append(jinja2.nodes.CondExpr(jinja2.nodes.Test(whole, "defined", [], [], None, None), item, None))
+    return found
+
+
+def _output(*arguments: jinja2.nodes.Expr) -> jinja2.nodes.Output:
+    call = jinja2.nodes.Call(jinja2.nodes.Name(_MARK, "load"), list(arguments), [], None, None)
     return jinja2.nodes.Output([call])
 
 

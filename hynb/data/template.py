@@ -111,7 +111,7 @@ class ChatTemplate:
         eos = self._special_tokens.get("eos_token")
         self._eos = eos if isinstance(eos, str) else None
         self._takes_text_arguments = bool(re.search(r"arguments\s+is\s+(not\s+)?(string|mapping)", source))
-        self._programs: dict[tuple[Shape, bool], _Program] = {}
+        self._programs: dict[Shape, _Program] = {}
         self._generation_prompts: dict[tuple[Any, ...], str] = {}
 
     @staticmethod
@@ -138,8 +138,9 @@ class ChatTemplate:
         exchange = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
         traced = self._trace(exchange, self._arguments({}), "chat template")
         span = traced.spans[-1]
-        segment = traced.text[span[0] : span[1]] if span else traced.text
-        run = self._trailing_tokens(segment)
+        # A template may end the last answer behind its loop.
+        tails = [traced.text[span[0] : span[1]], traced.text[span[0] :]] if span else [traced.text]
+        run = next(filter(None, map(self._trailing_tokens, tails)), [])
         found = {run[0][0]} if run else set()
         return frozenset(found | ({self._eos} if found and self._eos else set()))
 
@@ -397,12 +398,14 @@ class ChatTemplate:
         """
         span = traced.spans[index]
         assert span is not None
-        ending = itertools.dropwhile(
-            lambda match: match[0] not in self.end_tokens, self._trailing_tokens(traced.text[start : span[1]])
-        )
-        ends = [match.end() for match in itertools.takewhile(lambda match: match[0] in self.end_tokens, ending)]
-        if ends:
-            return start + ends[-1]
+        tails = [traced.text[start : span[1]]]
+        if index + 1 == len(traced.spans):
+            tails.append(traced.text[start:])
+        for tail in tails:
+            ending = itertools.dropwhile(lambda match: match[0] not in self.end_tokens, self._trailing_tokens(tail))
+            ends = [match.end() for match in itertools.takewhile(lambda match: match[0] in self.end_tokens, ending)]
+            if ends:
+                return start + ends[-1]
         raise DataError(
             f"{source}: the chat template writes no end token after message {index + 1}, so the model would not "
             "learn to stop. Use the template of an instruct model, or one that takes is_training"
@@ -442,8 +445,7 @@ class ChatTemplate:
 
     def _program(self, messages: Messages, source: str) -> _Program:
         shape = tuple((message["role"], message["content"] == "") for message in messages)
-        key = (shape, False)
-        if key not in self._programs:
+        if shape not in self._programs:
             placeholders = [
                 {"role": role, "content": "" if empty else _PADDING + _PLACEHOLDER.format(number) + _PADDING}
                 for number, (role, empty) in enumerate(shape)
@@ -453,8 +455,8 @@ class ChatTemplate:
             except DataError as error:
                 # Name what is wrong with this conversation, not with its placeholders.
                 raise DataError(_PLACEHOLDERS.sub("…", str(error))) from error
-            self._programs[key] = _Program(rendered, shape, source)
-        return self._programs[key]
+            self._programs[shape] = _Program(rendered, shape, source)
+        return self._programs[shape]
 
 
 class _Program:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from hynb.data import IGNORED, Conversation, LabelOptions, as_text, encode, render_prompt, stop_token_ids
 from hynb.data.jinja_trace import TracedTemplate
+from hynb.errors import DataError
 
 # The template of Hunyuan-A13B: a marker before the answer, which is not part of it.
 A13B_STYLE = (
@@ -210,6 +211,47 @@ def test_an_earlier_answer_may_end_differently_from_the_last(tokenizer):
         tokenizer.chat_template = saved
     trained = [label for label in encoded["labels"] if label != IGNORED]
     assert tokenizer.decode(trained) == "a<|eos|>a<|eos|><|endoftext|>"
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(messages | length) %}{% set m = messages[i] %}{{ m.content }}",
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set rest = messages[1:] %}"
+        "{% else %}{% set rest = messages %}{% endif %}"
+        "{% for i in range(rest | length) %}{% set m = rest[i] %}{{ m.content }}",
+        "{% set text %}{% for m in messages %}{{ m.content }}",
+    ],
+    ids=["numbers", "numbers behind the system message", "a block"],
+)
+def test_messages_are_found_in_any_kind_of_loop(tokenizer, monkeypatch, source):
+    end = "{% if m.role == 'assistant' %}<|eos|>{% endif %}{% endfor %}"
+    end += "{% endset %}{{ text }}" if "set text" in source else ""
+    monkeypatch.setattr(tokenizer, "chat_template", source + end)
+    for messages in ([QUESTION, ANSWER] * 2, [SYSTEM, *[QUESTION, ANSWER] * 2]):
+        encoded = encode(Conversation(messages=messages, source="x"), tokenizer, 99)
+        assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode([label for label in encoded["labels"] if label != IGNORED]) == "a<|eos|>a<|eos|>"
+
+
+def test_an_answer_may_end_behind_the_loop(tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}\n{% endfor %}{{ '<|eos|>' }}"
+    )
+    encoded = encode(Conversation(messages=[SYSTEM, QUESTION, ANSWER], source="x"), tokenizer, 99)
+    assert tokenizer.decode([label for label in encoded["labels"] if label != IGNORED]) == "a\n<|eos|>"
+    with pytest.raises(DataError, match=r"^x: the chat template writes no end token after message 2"):
+        encode(Conversation(messages=[QUESTION, ANSWER] * 2, source="x"), tokenizer, 99)
+
+
+def test_a_template_that_cannot_be_traced_is_refused(tokenizer, monkeypatch):
+    source = "{% set text %}{% for m in messages %}{{ m.content }} <|eos|> {% endfor %}{% endset %}{{ text | trim }}"
+    monkeypatch.setattr(tokenizer, "chat_template", source)
+    with pytest.raises(DataError, match="changes a block in which it has collected messages"):
+        encode(Conversation(messages=[QUESTION, ANSWER], source="x"), tokenizer, 99)
 
 
 def test_a_template_that_strips_contents_is_followed(tokenizer):
