@@ -1,4 +1,7 @@
-"""Memory of each rank while ZeRO-3 loads a checkpoint, relative to its size: `python benchmarks/loading.py`."""
+"""Time and memory of loading a checkpoint under ZeRO-3: `python benchmarks/loading.py`.
+
+Beside reading the files once with `cat`, and beside transformers' own way; the page cache is dropped before each.
+"""
 
 from __future__ import annotations
 
@@ -72,12 +75,30 @@ def memory_of_self() -> tuple[int, int]:
     return own << 10, int(lines["RssFile"].split()[0]) << 10
 
 
-def load(folder: str, preset: str, results: str) -> None:
+def drop_page_cache(folder: Path) -> None:
+    """Makes the next reader of the files read from the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_once(folder: Path) -> float:
+    """Seconds of `cat` over all weight files."""
+    drop_page_cache(folder)
+    began = time.monotonic()
+    with Path("/dev/null").open("wb") as null:
+        subprocess.run(["cat", *map(str, sorted(folder.glob("*.safetensors")))], stdout=null, check=True)
+    return time.monotonic() - began
+
+
+def load(folder: str, preset: str, results: str, way: str) -> None:
     """Runs in each rank: loads the model as a training run does and writes the peaks."""
     from hynb.train import set_up_process
 
     set_up_process()
     import deepspeed
+    from transformers import AutoModelForCausalLM
 
     from hynb.plan import zero
     from hynb.train import init_process_group, load_model, load_tokenizer, training_arguments
@@ -100,7 +121,10 @@ def load(folder: str, preset: str, results: str) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     began = time.monotonic()
-    model = load_model(config, Path(folder), tokenizer)
+    if way == "hynb":
+        model = load_model(config, Path(folder), tokenizer)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     seconds = time.monotonic() - began
     ended.set()
     held = sum(weight.ds_tensor.numel() * weight.ds_tensor.element_size() for weight in model.parameters())
@@ -110,11 +134,23 @@ def load(folder: str, preset: str, results: str) -> None:
     deepspeed.comm.barrier()
 
 
+def run_ranks(folder: Path, preset: str, ranks: int, way: str) -> list[dict[str, float]]:
+    """Loads the model on several ranks; what each of them has measured."""
+    with tempfile.TemporaryDirectory() as results:
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+        command += ["--master_port", str(free_port()), __file__, "--load", str(folder), preset, results, way]
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return [json.loads(Path(results, f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
 def main() -> None:
-    """Prints one line per rank."""
+    """Prints one line per round and way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--preset", default="ds_zero3_offload")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -126,28 +162,27 @@ def main() -> None:
             f"checkpoint {total / 1e9:.2f} GB, experts of one layer {block / 1e6:.0f} MB; {args.preset}", flush=True
         )
         for ranks in args.ranks:
-            results = Path(name, f"results-{ranks}")
-            results.mkdir()
-            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-            command += ["--master_port", str(free_port()), __file__, "--load", str(folder), args.preset, str(results)]
-            environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-            found = [json.loads(Path(results, f"{rank}.json").read_text()) for rank in range(ranks)]
-            for rank, row in enumerate(found):
-                print(
-                    f"{ranks} ranks, rank {rank}: own memory {row['own'] / 1e9:.2f} GB at its peak = "
-                    f"{row['own'] / total:.2f} of the checkpoint; its partition {row['held'] / 1e9:.2f} GB; "
-                    f"file pages mapped {row['mapped'] / 1e9:.2f} GB; {row['seconds']:.1f} s"
-                )
-            own = sum(row["own"] for row in found)
-            print(f"{ranks} ranks together: {own / 1e9:.2f} GB = {own / total:.2f} of the checkpoint", flush=True)
+            for round_number in range(args.rounds):
+                cat = read_once(folder)
+                for way in ("hynb", "transformers"):
+                    drop_page_cache(folder)
+                    found = run_ranks(folder, args.preset, ranks, way)
+                    seconds = max(row["seconds"] for row in found)
+                    own = [row["own"] / 1e9 for row in found]
+                    ratio = f"{seconds / cat:.2f} x cat"
+                    print(
+                        f"{ranks} ranks, round {round_number + 1}, {way}: {seconds:.1f} s = {ratio} "
+                        f"({cat:.1f} s, {total / cat / 1e9:.2f} GB/s); own memory of a rank at its peak "
+                        f"{min(own):.2f} to {max(own):.2f} GB, its partition {found[0]['held'] / 1e9:.2f} GB; "
+                        f"all together {sum(own) * 1e9 / total:.2f} of the checkpoint",
+                        flush=True,
+                    )
     print(f"python {sys.version.split()[0]}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
     if "--load" in sys.argv:
         at = sys.argv.index("--load")
-        load(*sys.argv[at + 1 : at + 4])
+        load(*sys.argv[at + 1 : at + 5])
     else:
         main()

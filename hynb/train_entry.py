@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hynb.merge import TensorEntry
-    from hynb.train import DataPlan, Datasets, NodeLocalFolders, RunCallback, RunTrainer
+    from hynb.train import DataPlan, Datasets, NodeLocalFolders, RunCallback, RunTrainer, SavedShard
 
 # Named by hand: as a script this module is called __main__.
 logger = logging.getLogger("hynb.train_entry")
@@ -92,6 +92,8 @@ class RankState:
     arguments: Any = field(init=False)
     model: Any = field(init=False)
     model_type: str = field(init=False)
+    # record
+    shards: Sequence[SavedShard] = ()
     # build_trainer
     callback: RunCallback = field(init=False)
     trainer: RunTrainer = field(init=False)
@@ -293,7 +295,8 @@ def build_model(state: RankState) -> None:
     evaluates = state.datasets.evaluation is not None
     state.arguments = training_arguments(state.config, state.ds_config, evaluates=evaluates)
     set_seed(state.config.seed)
-    model = load_model(state.config, state.base, state.tokenizer)
+    show_progress = state.writer.progress if state.writer else None
+    model = load_model(state.config, state.base, state.tokenizer, show_progress=show_progress)
     model.config.use_cache = False
     state.model_type = model.config.model_type
     save_loss_memory(model)
@@ -307,6 +310,7 @@ def record(state: RankState) -> None:
     """Checks that a checkpoint fits on the disk, and writes the manifest.
 
     Raises:
+        ModelError: full checkpoints of this model cannot be written.
         RunError: too little free space.
     """
     from hynb.train import check_disk, count_parameters, manifest, training_dtype
@@ -315,9 +319,12 @@ def record(state: RankState) -> None:
     logger.info(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
     copied = _tensors_to_copy(state)
     copied_bytes = sum(entry.size_bytes for entry in copied)
+    if not state.config.use_lora:
+        _plan_checkpoints(state, copied)
     if state.rank == 0 or (state.folders and state.folders.is_local_rank_zero):
-        sizes = {"weight_bytes": training_dtype(state.config).itemsize, "copied_bytes": copied_bytes}
-        check_disk(Path(state.config.output_dir), state.model, is_lora=state.config.use_lora, **sizes)
+        saved_bytes = sum(tensor.size_bytes for shard in state.shards for tensor in shard.tensors)
+        saved_bytes = saved_bytes or counts["trainable_parameters"] * training_dtype(state.config).itemsize
+        check_disk(Path(state.config.output_dir), state.model, saved_bytes=saved_bytes)
     if state.writer is None:
         return
     assert state.plan and state.notes
@@ -356,6 +363,7 @@ def build_trainer(state: RankState) -> None:
             routers=RouterWatch(state.model, state.model_type, state.config.router_aux_loss_coef),
             callbacks=[state.callback],
             base=state.base,
+            shards=state.shards,
             tokenizer_folder=state.tokenizer_folder,
             record=state.shape,
             keep_checkpoints=state.config.save_total_limit,
@@ -439,6 +447,16 @@ def _tensors_to_copy(state: RankState) -> list[TensorEntry]:
             "them from the base unchanged"
         )
     return copied
+
+
+def _plan_checkpoints(state: RankState, copied: Sequence[TensorEntry]) -> None:
+    """Decides on the weight files of full checkpoints."""
+    from hynb.merge import INDEX_NAME
+    from hynb.train import base_tensors, plan_shards
+
+    stored = base_tensors(state.base) if state.base else []
+    has_index = state.base is not None and (state.base / INDEX_NAME).is_file()
+    state.shards = plan_shards(state.model, stored, copied, has_index=has_index)
 
 
 def _choose_trained_parameters(state: RankState) -> None:

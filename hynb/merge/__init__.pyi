@@ -1,10 +1,14 @@
 from .receipt import RECEIPT as RECEIPT
 from .receipt import find_merge as find_merge
+from .shards import DTYPE_BYTES as DTYPE_BYTES
 from .shards import INDEX_NAME as INDEX_NAME
 from .shards import SAVE_DTYPES as SAVE_DTYPES
 from .shards import TensorEntry as TensorEntry
-from .shards import copy_tensors as copy_tensors
+from .shards import copy_range as copy_range
+from .shards import file_header as file_header
+from .shards import model_shards as model_shards
 from .shards import read_shard as read_shard
+from .shards import write_at as write_at
 from .tensors import read_tensor as read_tensor
 from .verify import verify_merge as verify_merge
 from .write import merge_lora as merge_lora

@@ -63,6 +63,11 @@ class RunWriter:
         if self._heartbeat:
             self._heartbeat.update(global_step=global_step)
 
+    def progress(self, text: str) -> None:
+        """Records how far the present phase is, such as "312 of 777 GB, 4.1 GB/s"."""
+        if self._heartbeat:
+            self._heartbeat.update(progress=text)
+
     def status(
         self,
         state: State,

@@ -31,11 +31,13 @@ class Beat:
     """The content of a heartbeat file.
 
     Args:
+        progress: how far the phase is, such as "312 of 777 GB, 4.1 GB/s"; empty where nothing is known.
         time: when it was written, in seconds since the epoch, by the clock of the file's disk.
     """
 
     phase: Phase | None
     global_step: int
+    progress: str = ""
     time: float
 
 
@@ -50,12 +52,16 @@ class Heartbeat:
     def __init__(self, path: Path, *, interval_seconds: float = HEARTBEAT_SECONDS) -> None:
         self._path = path
         self._interval_seconds = interval_seconds
-        self._content: dict[str, Any] = {"phase": "starting", "global_step": 0}
+        self._content: dict[str, Any] = {"phase": "starting", "global_step": 0, "progress": ""}
         self._child = self._start()
 
-    def update(self, *, phase: Phase | None = None, global_step: int | None = None) -> None:
-        """Changes what the heartbeat contains; what is not given stays as it was."""
-        given = {"phase": phase, "global_step": global_step}
+    def update(
+        self, *, phase: Phase | None = None, global_step: int | None = None, progress: str | None = None
+    ) -> None:
+        """Changes what the heartbeat contains; what is not given stays, but a new phase begins anew."""
+        if phase is not None and phase != self._content["phase"]:
+            progress = progress or ""
+        given = {"phase": phase, "global_step": global_step, "progress": progress}
         self._content |= {name: value for name, value in given.items() if value is not None}
         if self._child.poll() is not None:
             self._child = self._start()
@@ -96,7 +102,8 @@ def read_heartbeat(path: Path) -> Beat | None:
         written = path.stat().st_mtime
         if isinstance(content, int):
             return Beat(phase=None, global_step=content, time=written)
-        return Beat(phase=content["phase"], global_step=content["global_step"], time=written)
+        progress = str(content.get("progress", ""))
+        return Beat(phase=content["phase"], global_step=content["global_step"], progress=progress, time=written)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -25,6 +25,7 @@ class RunStatus:
 
     Args:
         phase: what rank 0 of a live run does.
+        progress: how far that phase is; empty where nothing is known.
         host: the host where a run failed, by its name in the hostfile, if the failure belongs to one host.
         rank: the rank that failed, if the failure belongs to one rank.
         updated_at: time of the last change of status.json, in seconds since the epoch.
@@ -32,6 +33,7 @@ class RunStatus:
 
     state: State
     phase: Phase | None = None
+    progress: str = ""
     global_step: int = 0
     max_steps: int | None = None
     exit_code: int | None = None
@@ -51,7 +53,7 @@ class RunStatus:
             text += f", step {self.global_step}" + (f" of {self.max_steps}" if self.max_steps else "")
         # A run that is starting in the phase "starting", or running in "training", does what one expects.
         if self.phase and (self.state, self.phase) not in (("starting", "starting"), ("running", "training")):
-            text += f", {self.phase}"
+            text += f", {self.phase}" + (f" ({self.progress})" if self.progress else "")
         return text + (f": {self.reason}" if self.reason else "")
 
 
@@ -93,6 +95,7 @@ def _recorded_status(run_dir: RunDir, record: dict[str, Any], beat: Beat | None)
     return RunStatus(
         state=state,
         phase=phase if state in LIVE_STATES else None,
+        progress=beat.progress if beat and beat.phase == phase and state in LIVE_STATES else "",
         global_step=max(record.get("global_step") or 0, beat.global_step if beat else 0),
         max_steps=record.get("max_steps"),
         exit_code=record.get("exit_code"),
@@ -136,6 +139,7 @@ def _unreported_end(run_dir: RunDir, status: RunStatus, end: dict[str, Any]) -> 
         status,
         state=end.get("state", "failed"),
         phase=None,
+        progress="",
         exit_code=end.get("exit_code"),
         reason=reason if "host" in end else _failure(run_dir) or reason,
         host=end.get("host"),

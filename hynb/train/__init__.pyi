@@ -1,6 +1,7 @@
 from .adapter import add_adapter as add_adapter
 from .adapter import freeze_all_but_attention as freeze_all_but_attention
 from .arguments import training_arguments as training_arguments
+from .checkpoint import base_tensors as base_tensors
 from .checkpoint import mtp_tensors as mtp_tensors
 from .datasets import DataPlan as DataPlan
 from .datasets import Datasets as Datasets
@@ -27,6 +28,8 @@ from .process import show_output_at_once as show_output_at_once
 from .process import start_notes as start_notes
 from .router_statistics import RouterWatch as RouterWatch
 from .router_statistics import routers as routers
+from .saving import SavedShard as SavedShard
+from .saving import plan_shards as plan_shards
 from .trainer import RunCallback as RunCallback
 from .trainer import RunTrainer as RunTrainer
 from .trainer import check_disk as check_disk

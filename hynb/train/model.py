@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import logging
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.generic import ModelOutput
 
@@ -24,6 +27,7 @@ from hynb.config import MODEL_SIZE_NAMES, Config, random_model_config
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
 from hynb.hunyuan_large import HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
+from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import copy_model_files
 
 logger = logging.getLogger(__name__)
@@ -56,10 +60,19 @@ def load_tokenizer(config: Config, base: Path | None) -> tuple[PreTrainedTokeniz
     return tokenizer, folder
 
 
-def load_model(config: Config, base: Path | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(
+    config: Config,
+    base: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    show_progress: Callable[[str], None] | None = None,
+) -> PreTrainedModel:
     """The model that a run begins with: with the base's weights, or random with the sizes of the Config.
 
     Under ZeRO-3 each rank holds its shard of the weights, provided that the TrainingArguments exist already.
+
+    Args:
+        show_progress: takes a text such as "312 of 777 GB, 4.1 GB/s" once per second.
 
     Raises:
         ModelError: the folder cannot be loaded, or lacks a tensor of the model.
@@ -71,10 +84,11 @@ def load_model(config: Config, base: Path | None, tokenizer: PreTrainedTokenizer
     if ignored:
         logger.info(f"ignored, because the model folder decides them: {', '.join(ignored)}")
     try:
-        # A pair only because of output_loading_info, which the annotation does not know.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base, trust_remote_code=config.trust_remote_code, output_loading_info=True, **options
-        )
+        with _loading(base, show_progress):
+            # A pair only because of output_loading_info, which the annotation does not know.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base, trust_remote_code=config.trust_remote_code, output_loading_info=True, **options
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{base}: the model cannot be loaded: {error}") from error
     model, info = loaded
@@ -180,6 +194,17 @@ def _attention(config: Config) -> str:
     missing = "there is no GPU" if not torch.cuda.is_available() else "the package flash_attn is not installed"
     logger.info(f"use_flash_attn: {missing}; PyTorch's sdpa is used instead, with the same result")
     return "sdpa"
+
+
+def _loading(base: Path, show_progress: Callable[[str], None] | None) -> AbstractContextManager[None]:
+    """Within it, from_pretrained reads only this rank's share of the weights where ZeRO-3 shards them."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    # Imports DeepSpeed, which takes seconds.
+    from hynb.train.loading import partitions_from_files
+
+    factor = torch.distributed.get_world_size()
+    return partitions_from_files(base, ByteProgress("loading", factor=factor, show=show_progress))
 
 
 def _random_model(config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,12 @@ from hynb.data import IGNORED, SeededSampler
 from hynb.errors import ModelError, RunError
 from hynb.files import write_json
 from hynb.runs import CHECKPOINT_RECORD, Phase, RunDir, RunWriter
-from hynb.train.checkpoint import (
-    add_tensors,
-    copy_model_files,
-    mtp_tensors,
-    restore_base_tensors,
-    write_base_identity,
-)
+from hynb.train.byte_progress import ByteProgress
+from hynb.train.checkpoint import copy_model_files, write_base_identity
 from hynb.train.model import count_parameters
 from hynb.train.node_local import NodeLocalFolders
 from hynb.train.router_statistics import RouterWatch
+from hynb.train.saving import SavedShard, write_model
 
 
 class RunTrainer(Trainer):
@@ -35,6 +31,7 @@ class RunTrainer(Trainer):
 
     Args:
         base: folder of the base model; None for a random one.
+        shards: the weight files of each full checkpoint; empty for an adapter.
         tokenizer_folder: its files are copied into full checkpoints.
         record: what a resumed run must have in common with this one; written into each checkpoint.
         keep_checkpoints: number of newest checkpoints that are kept; None for all.
@@ -48,6 +45,7 @@ class RunTrainer(Trainer):
         self,
         *,
         base: Path | None,
+        shards: Sequence[SavedShard],
         tokenizer_folder: Path,
         record: dict[str, Any],
         keep_checkpoints: int | None,
@@ -63,6 +61,7 @@ class RunTrainer(Trainer):
         self.run_writer = writer
         self.is_lora = hasattr(self.model, "peft_config")
         self._base = base
+        self._shards = shards
         self._tokenizer_folder = tokenizer_folder
         self._record = record
         self._keep_checkpoints = keep_checkpoints
@@ -240,25 +239,34 @@ class RunTrainer(Trainer):
                 if self._base is None or old.resolve() != self._base.resolve():
                     shutil.rmtree(old)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model: Any = self.model
-        if state_dict and not self.is_lora:
-            # DeepSpeed passes tied weights as copies, which would be written as a second tensor.
-            for name in getattr(model, "all_tied_weights_keys", {}):
-                state_dict.pop(name, None)
-            if self._base is not None:
-                restore_base_tensors(model, self._base, state_dict)
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir) if output_dir else self.run_dir.path
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes an adapter from rank 0, or a full model from all ranks."""
+        folder = Path(output_dir) if output_dir else self.run_dir.path
+        if not self.is_lora:
+            self._save_whole(folder)
+        elif self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3:
+            super().save_model(output_dir, _internal_call)
+        else:
+            assert self.model is not None
+            # The Trainer's own way copies the whole base in each rank's memory.
+            trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+            self._save(output_dir, state_dict={name: weight.detach().cpu() for name, weight in trained.items()})
+        if self.is_lora and self.args.should_save:
             # A pickle of this process's arguments; run.yaml and the manifest hold the same as text.
             (folder / "training_args.bin").unlink(missing_ok=True)
-            if self.is_lora:
-                write_base_identity(self._base, folder)
-            else:
-                copy_model_files(self._base, self._tokenizer_folder, folder)
-                if self._base is not None:
-                    add_tensors(mtp_tensors(self._base), folder)
+            write_base_identity(self._base, folder)
+
+    def _save_whole(self, folder: Path) -> None:
+        model: Any = self.model
+        show = self.run_writer.progress if self.run_writer else None
+        progress = ByteProgress("saving", factor=self.args.world_size if self._folders is None else 1, show=show)
+        write_model(model, self._shards, folder, shared=self._folders is None, progress=progress)
+        if self.args.should_save:
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+            copy_model_files(self._base, self._tokenizer_folder, folder)
 
 
 class RunCallback(TrainerCallback):
@@ -333,23 +341,18 @@ def memory_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def check_disk(
-    output_dir: Path, model: torch.nn.Module, *, is_lora: bool, weight_bytes: int, copied_bytes: int = 0
-) -> None:
+def check_disk(output_dir: Path, model: torch.nn.Module, *, saved_bytes: int) -> None:
     """Checks that one checkpoint fits on the disk.
 
     Args:
-        weight_bytes: bytes of one saved weight.
-        copied_bytes: of tensors that a checkpoint gets from the base unchanged.
+        saved_bytes: of the weights or of the adapter.
 
     Raises:
         RunError: it does not; with the bytes needed and free.
     """
-    counts = count_parameters(model)
-    saved = counts["trainable_parameters"] if is_lora else counts["parameters"]
     # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and
     # DeepSpeed's own checkpoint holds the module's weights a second time.
-    needed = 2 * saved * weight_bytes + counts["trainable_parameters"] * 12 + copied_bytes
+    needed = 2 * saved_bytes + count_parameters(model)["trainable_parameters"] * 12
     free = shutil.disk_usage(output_dir).free
     if needed > free:
         raise RunError(

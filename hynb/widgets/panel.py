@@ -122,7 +122,8 @@ class RunPanel(widgets.VBox):
 def _header(run: Run, status: RunStatus, curve: Curve) -> str:
     state = element("b", status.state, _STATE_KINDS.get(status.state, ""))
     if status.phase and status.phase != status.state:
-        state += f" ({element('span', status.phase)})"
+        progress = f": {status.progress}" if status.progress else ""
+        state += f" ({element('span', status.phase + progress)})"
     parts = [f"{element('code', run.output_dir.name)}: {state}"]
     if status.global_step or status.max_steps:
         of_steps = f" of {status.max_steps}" if status.max_steps else ""

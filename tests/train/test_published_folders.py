@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import tracemalloc
 
 import pytest
 import torch
 from adapters import load_tensors, make_adapter, merge_with_peft
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tiny import PUBLISHED, published_model
 from training_runs import config_of, losses
 from transformers import AutoModelForCausalLM
 
-from hynb.merge import copy_tensors, merge_lora, read_shard, verify_merge
+from hynb.merge import merge_lora, verify_merge
 from hynb.merge.forward_check import first_layers_pass
-from hynb.train.checkpoint import add_tensors, mtp_tensors
 
 # As upstream's ds_zero3_offload.json for Hy3 has it: DeepSpeed's own checkpoints would have no file of the weights.
 WITHOUT_WEIGHTS = {
@@ -152,20 +149,6 @@ def test_what_chooses_experts_stays_float32_in_another_dtype(published, tmp_path
     assert all(torch.equal(before[key], after[key]) for key in kept)
 
 
-@pytest.mark.parametrize("shard_size", ["20KB", "1GB"])
-def test_tensors_of_the_base_are_added_to_a_model_of_one_and_of_several_shards(published, tmp_path, shard_size):
-    base = published["hy_v3"]
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.save_pretrained(tmp_path, max_shard_size=shard_size)
-    assert (tmp_path / "model.safetensors").exists() == (shard_size == "1GB")
-    add_tensors(mtp_tensors(base), tmp_path)
-    assert listing(tmp_path).keys() == listing(base).keys()
-    # Routers were rounded when the model was loaded; the MTP layer's was not.
-    assert all("router.gate" in key and ".layers.4." not in key for key in changed(base, tmp_path))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert all(torch.equal(weight, again.state_dict()[key]) for key, weight in model.state_dict().items())
-
-
 def test_an_adapter_trained_on_an_older_a13b_folder_merges(published, files, ranks, tmp_path):
     base = published["hunyuan-a13b"]
     values = {"use_lora": True, "lora_on_experts": True, "lora_dropout": 0.0, "bf16": True, "max_steps": 2}
@@ -174,16 +157,3 @@ def test_an_adapter_trained_on_an_older_a13b_folder_merges(published, files, ran
     verify_merge(tmp_path / "merged")
     assert_same_but_for_values(base, tmp_path / "merged")
     assert any(".experts.3." in key for key in changed(base, tmp_path / "merged"))
-
-
-def test_copied_tensors_are_not_read_into_memory(tmp_path):
-    weights = {f"tensor{number}": torch.randn(1 << 20) for number in range(4)}
-    save_file(weights, tmp_path / "source.safetensors")
-    entries = read_shard(tmp_path / "source.safetensors").tensors
-    tracemalloc.start()
-    copy_tensors(reversed(entries), tmp_path / "copy.safetensors")
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak_bytes < entries[0].size_bytes / 4
-    with safe_open(tmp_path / "copy.safetensors", "pt") as copy:
-        assert all(torch.equal(copy.get_tensor(key), weight) for key, weight in weights.items())
