@@ -452,11 +452,12 @@ def _tensors_to_copy(state: RankState) -> list[TensorEntry]:
 def _plan_checkpoints(state: RankState, copied: Sequence[TensorEntry]) -> None:
     """Decides on the weight files of full checkpoints."""
     from hynb.merge import INDEX_NAME
-    from hynb.train import base_tensors, plan_shards
+    from hynb.train import base_tensors, plan_shards, training_dtype
 
     stored = base_tensors(state.base) if state.base else []
     has_index = state.base is not None and (state.base / INDEX_NAME).is_file()
-    state.shards = plan_shards(state.model, stored, copied, has_index=has_index)
+    dtype = training_dtype(state.config)
+    state.shards = plan_shards(state.model, stored, copied, dtype=dtype, has_index=has_index)
 
 
 def _choose_trained_parameters(state: RankState) -> None:

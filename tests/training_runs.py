@@ -128,6 +128,36 @@ def print_phases() -> None:
     RunWriter.phase = phase
 
 
+def save_in_both_ways() -> None:
+    """To be called in a rank before it begins: each full model is also saved in transformers' own way, beside it."""
+    from hynb.train import RunTrainer
+
+    plain = RunTrainer.save_model
+
+    def save_model(self: RunTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        plain(self, output_dir, _internal_call)
+        weights = self.accelerator.get_state_dict(self.deepspeed)
+        if self.args.should_save:
+            for name in getattr(self.model, "all_tied_weights_keys", {}):
+                weights.pop(name, None)
+            self.model.save_pretrained(self.run_dir.path / "by_transformers", state_dict=weights)
+
+    RunTrainer.save_model = save_model
+
+
+def fill_disk_of_rank_1() -> None:
+    """To be called in a rank before it begins: rank 1 can write no weights."""
+    import errno
+
+    from hynb.train import saving
+
+    def write_at(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if os.environ["RANK"] == "1":
+        saving.write_at = write_at
+
+
 def _serve() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     import importlib

@@ -1,6 +1,7 @@
 from .adapter import add_adapter as add_adapter
 from .adapter import freeze_all_but_attention as freeze_all_but_attention
 from .arguments import training_arguments as training_arguments
+from .byte_progress import ByteProgress as ByteProgress
 from .checkpoint import base_tensors as base_tensors
 from .checkpoint import mtp_tensors as mtp_tensors
 from .datasets import DataPlan as DataPlan

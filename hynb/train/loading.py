@@ -24,9 +24,9 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from transformers import PreTrainedModel
 
 from hynb.errors import ModelError
-from hynb.merge import DTYPE_BYTES, TensorEntry, model_shards
+from hynb.merge import DTYPE_BYTES, TORCH_DTYPES, TensorEntry, model_shards
 from hynb.train.byte_progress import ByteProgress
-from hynb.train.stored_tensors import TORCH_DTYPES, Part, range_of, stored_parts
+from hynb.train.stored_tensors import Part, range_of, stored_parts
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,10 @@ def load_partitions(
     reads: list[_Read] = []
     problems: list[str] = []
     for name, pieces in parts.items():
+        if unknown := [entries[part.stored] for part in pieces if entries[part.stored].dtype not in TORCH_DTYPES]:
+            found = unknown[0]
+            problems.append(f"{found.shard}: {found.name} has the dtype {found.dtype}, in which nothing is trained")
+            continue
         value = parameters[name] if name in parameters else buffers[name]
         shape = tuple(getattr(value, "ds_shape", value.shape))
         if not _fits(pieces, entries, shape):

@@ -25,10 +25,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from hynb.errors import ModelError, RunError
 from hynb.files import write_json
-from hynb.merge import DTYPE_BYTES, INDEX_NAME, TensorEntry, copy_range, file_header, write_at
+from hynb.merge import DTYPE_BYTES, INDEX_NAME, TORCH_DTYPES, TensorEntry, copy_range, file_header, write_at
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.router_statistics import routers
-from hynb.train.stored_tensors import TORCH_DTYPES, Part, stored_parts
+from hynb.train.stored_tensors import Part, stored_parts
 
 _STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Of a model without a base; transformers' own limit was as high for years.
@@ -76,7 +76,12 @@ class SavedShard:
 
 
 def plan_shards(
-    model: PreTrainedModel, base: Sequence[TensorEntry], copied: Sequence[TensorEntry], *, has_index: bool
+    model: PreTrainedModel,
+    base: Sequence[TensorEntry],
+    copied: Sequence[TensorEntry],
+    *,
+    dtype: torch.dtype,
+    has_index: bool,
 ) -> list[SavedShard]:
     """The weight files of each full checkpoint: names, files and float32 tensors as in the base.
 
@@ -87,6 +92,7 @@ def plan_shards(
     Args:
         base: the tensors of the base; empty for a random model, or a base in other files than safetensors.
         copied: tensors of the base that the model does not have, and which a checkpoint gets unchanged.
+        dtype: of the weights in training, to which DeepSpeed will cast all of them.
         has_index: whether the base has an index beside its weight files.
 
     Raises:
@@ -105,7 +111,7 @@ def plan_shards(
             f"{type(model).__name__}: transformers changes its weights when it loads them, and hynb cannot save them "
             "in their form on the disk. Train an adapter (use_lora) instead"
         )
-    found = _saved_tensors(model, {name: parts[name] for name in names}, shapes, base)
+    found = _saved_tensors(model, {name: parts[name] for name in names}, shapes, base, dtype)
     found |= {entry.name: _copy_of(entry) for entry in copied}
     if not base:
         return _new_layout(found)
@@ -284,6 +290,7 @@ def _saved_tensors(
     parts: Mapping[str, Sequence[Part]],
     shapes: Mapping[str, tuple[int, ...]],
     base: Sequence[TensorEntry],
+    training_dtype: torch.dtype,
 ) -> dict[str, SavedTensor]:
     """The tensors of a checkpoint that the model has, by their names in weight files."""
     entries = {entry.name: entry for entry in base}
@@ -297,7 +304,10 @@ def _saved_tensors(
     found: dict[str, SavedTensor] = {}
     values = dict(_values(model))
     for name, pieces in parts.items():
-        dtype = _STORED_DTYPES[values[name].dtype]
+        is_weight = isinstance(values[name], torch.nn.Parameter)
+        dtype = _STORED_DTYPES.get(training_dtype if is_weight else values[name].dtype)
+        if dtype is None:
+            raise ModelError(f"{name} has the dtype {values[name].dtype}, which cannot be saved")
         for part in pieces:
             entry = entries.get(part.stored)
             if (
