@@ -196,7 +196,6 @@ class _Writer:
         self._done = 0
         self._lock = threading.Lock()
         self._buffers = threading.local()
-        self._pieces = 0
 
     def write(self) -> None:
         with ExitStack() as stack:
@@ -206,7 +205,9 @@ class _Writer:
                     opened = stack.enter_context((self._folder / shard.file).open("r+b", buffering=0))
                     files[shard.file] = opened.fileno()
             pool = stack.enter_context(ThreadPoolExecutor(_WRITERS))
-            for shard in self._shards:
+            # The kernel lets one process at a time write into a file, so that each rank begins with another one.
+            first = self._rank * len(self._shards) // self._world_size if self._shared else 0
+            for shard in [*self._shards[first:], *self._shards[:first]]:
                 file_number = files.get(shard.file)
                 position = len(shard.header)
                 futures = []
@@ -233,9 +234,9 @@ class _Writer:
 
     def _copies(self, entry: TensorEntry, position: int) -> Iterator[tuple[Any, str, int]]:
         for begin in range(entry.begin, entry.end, _PIECE_BYTES):
-            if self._is_mine():
-                end = min(begin + _PIECE_BYTES, entry.end)
-                yield (entry, begin, end), entry.dtype, position + begin - entry.begin
+            offset = position + begin - entry.begin
+            if self._is_mine(offset):
+                yield (entry, begin, min(begin + _PIECE_BYTES, entry.end)), entry.dtype, offset
 
     def _own(self, value: Any, tensor: SavedTensor, position: int) -> Iterator[tuple[Any, str, int]]:
         """The pieces of a tensor that this rank writes: of its partition, or its share of what all ranks have."""
@@ -246,9 +247,9 @@ class _Writer:
         begin, end = max(first, tensor.begin), min(first + flat.numel(), tensor.begin + count)
         step = _PIECE_BYTES // item_bytes
         for at in range(begin, end, step):
-            if partition is not None or self._is_mine():
-                piece = flat[at - first : min(at + step, end) - first]
-                yield piece, tensor.dtype, position + (at - tensor.begin) * item_bytes
+            offset = position + (at - tensor.begin) * item_bytes
+            if partition is not None or self._is_mine(offset):
+                yield flat[at - first : min(at + step, end) - first], tensor.dtype, offset
 
     def _gather_and_write(self, file_number: int | None, value: Any, tensor: SavedTensor, position: int) -> None:
         """Rank 0 writes a tensor of a partitioned parameter that is gathered for it."""
@@ -260,11 +261,9 @@ class _Writer:
                     offset = position + at * DTYPE_BYTES[tensor.dtype]
                     self._run(file_number, flat[at : at + step], tensor.dtype, offset)
 
-    def _is_mine(self) -> bool:
-        """Whether the next piece of what all ranks have is this rank's to write."""
-        turn = self._pieces % self._world_size
-        self._pieces += 1
-        return turn == self._rank or not self._shared
+    def _is_mine(self, offset: int) -> bool:
+        """Whether a piece of what all ranks have, which is to stand there in its file, is this rank's to write."""
+        return offset // _PIECE_BYTES % self._world_size == self._rank or not self._shared
 
     def _bytes(self, piece: torch.Tensor, dtype: str) -> memoryview:
         target = TORCH_DTYPES[dtype]
