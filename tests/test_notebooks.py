@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import subprocess
@@ -18,6 +19,8 @@ from tiny import tiny_data, tiny_model
 
 from hynb.cli import read_config
 from hynb.config import load_yaml, parameters
+from hynb.data import read_conversations
+from hynb.generate import answers, question_of
 from hynb.launch import Run
 from hynb.widgets import parameters_cell
 
@@ -246,7 +249,7 @@ def test_an_unknown_parameter_is_refused_before_anything_happens(tmp_path, name)
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
 
 
-def test_merging_headless_checks_asks_and_is_not_repeated(trained):
+def test_merging_headless_checks_asks_and_is_not_repeated(base, trained):
     values = {"run_dir": "runs/first", "save_dtype": "fp32", "question_count": 2, "max_new_tokens": 8}
     code, errors = run_headless("03_merge_lora", trained, values, "merged.ipynb")
     assert code == 0, errors
@@ -255,6 +258,12 @@ def test_merging_headless_checks_asks_and_is_not_repeated(trained):
     shown = text_of(trained / "merged.ipynb")
     assert "merging: 100%" in shown and "checking: 100%" in shown
     assert "merged and adapter agree on 2 of 2" in shown
+    questions = [question_of(item) for item in itertools.islice(read_conversations(base / "data.jsonl"), 2)]
+    for number, answer in enumerate(answers(merged, questions, max_new_tokens=8), 1):
+        (written,) = re.findall(
+            rf"^merged, question {number}: [\s\S]+?\nanswer: ([\s\S]*?) \[no end", shown, re.MULTILINE
+        )
+        assert written == (answer.text or "(none)")
     assert shown.count("does not serve this model: its architecture, HunYuanForCausalLM") == 2
     written_at = (merged / "model.safetensors").stat().st_mtime_ns
     code, errors = run_headless("03_merge_lora", trained, values | {"question_count": 0}, "again.ipynb")

@@ -89,6 +89,41 @@ def test_a_training_is_started_watched_left_and_stopped(lab, tmp_path):
     assert [path.name for path in run.checkpoints()] == [f"checkpoint-{status.global_step}"]
 
 
+WATCH_ANSWERS = """
+window.seen = [];
+new MutationObserver(() => {
+    for (const card of document.querySelectorAll('.hynb-answer')) window.seen.push(card.innerText);
+}).observe(document.body, {childList: true, subtree: true, characterData: true});
+"""
+
+
+def test_answers_are_shown_while_they_are_written(lab, tmp_path):
+    """The question cell of the notebook on its own, with one model in the place of all three."""
+    model, data = tiny_model(tmp_path / "model"), tiny_data(tmp_path / "data.jsonl", 2)
+    choice = "from hynb.widgets.merge_form import MergeChoice\nchoice = MergeChoice(\n"
+    for name in ("base_model_path", "adapter_model_path", "output_path"):
+        choice += f"    {name}={str(model)!r},\n"
+    choice += f"    save_dtype='keep',\n    train_data_file={str(data)!r},\n)\n"
+    choice += "question_file, question_count, max_new_tokens = 'auto', 1, 200"
+    notebook = nbformat.read(FOLDER / "03_merge_lora.ipynb", as_version=4)
+    (ask,) = (cell for cell in notebook.cells if cell.cell_type == "code" and "ask_all(" in cell.source)
+    notebook.cells = [nbformat.v4.new_code_cell(choice), ask]
+    nbformat.write(notebook, lab.folder / "ask.ipynb")
+    page = lab.open("ask.ipynb")
+    page.evaluate(WATCH_ANSWERS)
+    lab.run_all(page)
+    page.wait_for_selector("text=merged and adapter agree on 1 of 1")
+    lab.wait_idle(page)
+    cards = page.locator(".hynb-answer")
+    assert cards.count() == 3
+    written = cards.last.inner_text()
+    assert written.startswith("base, question 1") and "\nanswer\n" in written and "…" not in written
+    growing = [text for text in page.evaluate("window.seen") if text.startswith("base,") and text.endswith("…")]
+    answers = {text.partition("\nanswer\n")[2].removesuffix("…").strip() for text in growing} - {""}
+    whole = written.partition("\nanswer\n")[2]
+    assert len(answers) > 1 and all(whole.startswith(text) for text in answers)
+
+
 def test_names_of_files_are_not_run_as_scripts(lab):
     """A run folder whose name, reason and log are HTML is shown by a widget, which the page does not sanitise."""
     writer = RunWriter(lab.folder / "forged" / EVIL)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hynb.data.files import Conversation
+from hynb.data.message_forms import THOUGHT_FIELDS
+from hynb.data.records import is_thought_alone
 from hynb.data.template import BREAK, ChatTemplate, Rendered
 from hynb.errors import DataError
 
@@ -227,7 +229,24 @@ def template_arguments(
                 "not learn from it: use a model whose template does, remove it from the data, or set "
                 "allow_ignored_fields: true to train without it"
             )
+        _check_thoughts_alone(conversation, ignored)
     return conversation.replaced(arguments=read), ignored, unknown
+
+
+def _check_thoughts_alone(conversation: Conversation, ignored: Sequence[str]) -> None:
+    """Refuses an answer of which nothing is left without the fields that are ignored.
+
+    Raises:
+        DataError: its thought is ignored, and it has no content.
+    """
+    if not any(f"messages[].{name}" in ignored for name in THOUGHT_FIELDS):
+        return
+    for number, message in enumerate(conversation.messages, 1):
+        if is_thought_alone(message):
+            raise DataError(
+                f"{conversation.source}: message {number}: the assistant's answer is empty but for its thought, "
+                "which the chat template does not render: write the answer, or remove the record"
+            )
 
 
 # Keys of a record that say something about the conversation, whether or not a template reads them.

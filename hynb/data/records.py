@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hynb.data.files import Conversation, Paths, find_files, lines
+from hynb.data.message_forms import THOUGHT_FIELDS
 from hynb.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -147,7 +148,7 @@ def _normalised(message: Any) -> Any:
         kept["role"] = "tool"
     if kept.get("weight") in (0, 1) and "train" not in kept:
         kept["train"] = bool(kept.pop("weight"))
-    if "content" not in kept and kept.get("tool_calls"):
+    if "content" not in kept and (kept.get("tool_calls") or any(kept.get(name) for name in THOUGHT_FIELDS)):
         kept["content"] = None
     return kept
 
@@ -226,15 +227,24 @@ def _message_problem(message: Any, before: dict[str, Any] | None) -> str:
 
 def _content_problem(message: dict[str, Any]) -> str:
     role, content = message["role"], message.get("content")
-    if content is None and message.get("tool_calls"):
+    if content is None and (message.get("tool_calls") or is_thought_alone(message)):
         return ""
     if not isinstance(content, str):
         return f"the content of the {role} must be text, not {type(content).__name__}"
     return "the assistant's answer is empty" if _is_empty_answer(message) else ""
 
 
+def is_thought_alone(message: Mapping[str, Any]) -> bool:
+    """Whether a message is an answer that has a thought in a field of its own and nothing else."""
+    if message["role"] != "assistant" or message.get("tool_calls") or (message.get("content") or "").strip():
+        return False
+    return any(isinstance(thought := message.get(name), str) and thought.strip() for name in THOUGHT_FIELDS)
+
+
 def _is_empty_answer(message: dict[str, Any]) -> bool:
-    return message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
+    if message["role"] != "assistant" or message["content"].strip() or message.get("tool_calls"):
+        return False
+    return not is_thought_alone(message)
 
 
 def _calls_problem(message: dict[str, Any]) -> str:

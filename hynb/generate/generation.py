@@ -12,11 +12,13 @@ from hynb.generate.answer import Answer, AnswerStream, Part, make_answer, opens_
 from hynb.runs import find_base
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from hynb.data import Conversation
 
 Show = Callable[[Part, str], None]
+_LARGEST_CHARACTER_BYTES = 4
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -97,8 +99,6 @@ class AnsweringModel:
         Raises:
             DataError: as `answers`.
         """
-        from transformers import TextStreamer
-
         from hynb.data import ChatTemplate, render_prompt
 
         template = ChatTemplate.of(self.tokenizer, question.arguments.get("tools"))
@@ -106,12 +106,11 @@ class AnsweringModel:
         assert isinstance(prompt, str)
         parts = AnswerStream(template.special, opened=opens_thought(prompt))
 
-        class Streamer(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                for part, piece in parts.feed(text, last=stream_end):
-                    show(part, piece)
+        def show_parts(text: str, last: bool) -> None:
+            for part, piece in parts.feed(text, last=last):
+                show(part, piece)
 
-        streamer = Streamer(self.tokenizer, skip_prompt=True)  # pyright: ignore[reportArgumentType]  annotated too narrowly
+        streamer = _Streamer(self.tokenizer, show_parts)
         return self._batch([question], max_new_tokens, streamer=streamer)[0]
 
     def expected(self, conversation: Conversation) -> Answer:
@@ -155,6 +154,43 @@ class AnsweringModel:
                 make_answer(special.sub("", raw).strip(), ended=end is not None, opened=opens_thought(before))
             )
         return found
+
+
+class _Streamer:
+    """Hands on an output's text with each token, as `generate` of transformers takes a streamer.
+
+    transformers' TextStreamer (5.23) waits for the next space, which some languages and code do not have.
+
+    Args:
+        show: called with a piece of text, and whether it is the last one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str, bool], None]) -> None:
+        self._tokenizer = tokenizer
+        self._show = show
+        self._held: list[int] = []
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt first, and then each token."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._held += value.reshape(-1).tolist()
+        text = self._text()
+        # The end of a character may be missing in a byte-level vocabulary.
+        if not text.endswith("\ufffd") or len(self._held) >= _LARGEST_CHARACTER_BYTES:
+            self._held = []
+            self._show(text, False)
+
+    def end(self) -> None:
+        """Takes the end of the output."""
+        self._show(self._text(), True)
+
+    def _text(self) -> str:
+        text = self._tokenizer.decode(self._held)
+        assert isinstance(text, str)
+        return text
 
 
 def check_question(question: Question, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -52,6 +52,7 @@ def _rows(found: Description) -> list[tuple[str, str]]:
         ("precision", _precision(found)),
         ("context", f"{found.context_tokens:,} tokens" if found.context_tokens else "not in config.json"),
     ]
+    rows += [("tokenizer", found.tokenizer_problem)] if found.tokenizer_problem else []
     rows += _template_rows(found)
     rows += _training_rows(found)
     return rows

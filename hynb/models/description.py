@@ -12,7 +12,7 @@ from hynb.data import ChatTemplate, Features
 from hynb.errors import HynbError, ModelError
 from hynb.families import family_of
 from hynb.files import read_json
-from hynb.models.tokenizer_files import read_tokenizer_files
+from hynb.models.tokenizer_files import missing_files, read_tokenizer_files
 from hynb.models.weights import Weights, read_weights
 from hynb.plan import memory
 from hynb.runs import find_base
@@ -47,7 +47,8 @@ class Description:
         total, active: parameters, and those that one token passes through, embeddings included.
         mtp_layers: layers for multi-token prediction, which are not in `total` and are not trained.
         context_tokens: longest input and output together.
-        template: None if the folder has no chat template.
+        tokenizer_problem: which file of the tokenizer is missing; empty if none is.
+        template: None if there is no chat template, or it cannot be used.
         template_problem: why the template cannot be used; empty if it can.
         gpus, gpu_bytes, host_bytes: of this machine; gpu_bytes of its smallest GPU.
     """
@@ -64,6 +65,7 @@ class Description:
     mtp_layers: int
     weights: Weights
     context_tokens: int | None
+    tokenizer_problem: str
     template: Features | None
     template_problem: str
     lora_targets: tuple[str, ...]
@@ -91,7 +93,8 @@ def describe(folder: str | Path, *, max_seq_length: int = 2048, lora_rank: int =
     assert config is not None
     family = family_of(config.get("model_type"))
     count = memory.count_parameters(config)
-    features, problem = _features(folder if (folder / "tokenizer_config.json").is_file() else base)
+    tokenizer_folder = folder if (folder / "tokenizer_config.json").is_file() else base
+    features, problem = _features(tokenizer_folder)
     machine = this_machine(folder)
     gpu_bytes = min((gpu.memory_bytes for gpu in machine.gpus), default=0)
     return Description(
@@ -107,6 +110,7 @@ def describe(folder: str | Path, *, max_seq_length: int = 2048, lora_rank: int =
         mtp_layers=config.get("num_nextn_predict_layers") or 0,
         weights=read_weights(base),
         context_tokens=config.get("max_position_embeddings"),
+        tokenizer_problem=missing_files(tokenizer_folder),
         template=features,
         template_problem=problem,
         lora_targets=tuple(
@@ -140,8 +144,10 @@ def _adapter(folder: Path) -> dict[str, Any]:
 def _features(folder: Path) -> tuple[Features | None, str]:
     """What the chat template of a folder renders, or why it renders nothing."""
     files = read_tokenizer_files(folder)
+    if files is None and (folder / "chat_template.jinja").is_file():
+        return None, "chat_template.jinja, which needs the special tokens in tokenizer_config.json"
     if files is None:
-        return None, "none in this folder (tokenizer_config.json, chat_template.jinja)"
+        return None, "none: neither a file chat_template.jinja nor a chat_template in tokenizer_config.json"
     try:
         features = ChatTemplate(files, files.template).features()
         if files.tools_template != files.template:

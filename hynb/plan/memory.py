@@ -14,9 +14,8 @@ _OPTIMIZER_BYTES = 12
 _CONTEXT_BYTES = 3 << 30
 # Share of the tensors' size that the caching allocator loses to fragmentation.
 _FRAGMENTATION = 0.08
-# DeepSpeed's default `reduce_bucket_size`, and the one of the preset with the smallest buffers.
+# DeepSpeed's default `reduce_bucket_size`, for presets that leave it to the model's size.
 _BUCKET_ELEMENTS = 500_000_000
-_SMALL_BUCKET_ELEMENTS = 1_000_000
 # Python with its libraries, and a shard of the checkpoint while it is loaded, per process.
 _PROCESS_BYTES = 6 << 30
 
@@ -213,11 +212,12 @@ def _layer(model_config: ModelConfig, family: Family, index: int) -> LayerCount:
 
 def _buffers(preset: Preset, count: ParameterCount, trained: int, workload: Workload) -> dict[str, int]:
     """Bytes of the reduction buckets, and of the layers that ZeRO-3 gathers while it computes."""
-    bucket = min(trained, _SMALL_BUCKET_ELEMENTS if preset.small_buffers else _BUCKET_ELEMENTS)
+    bucket = min(trained, preset.bucket_elements or _BUCKET_ELEMENTS)
     gathered = 0
     if preset.stage == 3:
-        # One layer while it computes and, unless the buffers are at their smallest, the next one prefetched.
-        gathered = _largest_gathered(count, workload.make_moe_param_leaf_module) * (1 if preset.small_buffers else 2)
+        # One layer while it computes and, as far as the buffers allow, the next one prefetched.
+        layer = _largest_gathered(count, workload.make_moe_param_leaf_module)
+        gathered = layer + min(layer, preset.bucket_elements or layer)
     return {"buckets": bucket * workload.weight_bytes, "gathered layers": gathered * workload.weight_bytes}
 
 

@@ -33,13 +33,16 @@ class Preset:
     Args:
         offload_optimizer: gradients and optimizer state are kept in host memory, where CPUs update the weights.
         offload_param: weights are kept in host memory.
+        bucket_elements: size of all communication buffers; None: transformers derives it from the model.
+        loss_scale_window: steps without overflow after which fp16's loss scale is doubled.
     """
 
     name: str
     stage: int
     offload_optimizer: bool = False
     offload_param: bool = False
-    small_buffers: bool = False
+    bucket_elements: int | None = None
+    loss_scale_window: int = 1000
     title: str
     help: str
 
@@ -51,6 +54,8 @@ PRESETS = {
         Preset(
             name="ds_zero2_no_offload",
             stage=2,
+            bucket_elements=100_000_000,
+            loss_scale_window=100,
             title="ZeRO-2",
             help="Gradients and optimizer are partitioned over the GPUs; each holds all weights. Fastest.",
         ),
@@ -58,6 +63,7 @@ PRESETS = {
             name="ds_zero2_offload",
             stage=2,
             offload_optimizer=True,
+            bucket_elements=500_000_000,
             title="ZeRO-2, optimizer in host memory",
             help="Each GPU holds all weights; gradients and optimizer are kept in host memory.",
         ),
@@ -76,6 +82,14 @@ PRESETS = {
             "For full fine-tuning.",
         ),
         Preset(
+            name="ds_zero3_offload_no_auto",
+            stage=3,
+            offload_optimizer=True,
+            bucket_elements=100_000_000,
+            title="ZeRO-3, optimizer in host memory, small buffers",
+            help="As before, with buffers of a fixed size that is small for a large model.",
+        ),
+        Preset(
             name="ds_zero3_param_offload",
             stage=3,
             offload_param=True,
@@ -88,16 +102,7 @@ PRESETS = {
             offload_optimizer=True,
             offload_param=True,
             title="ZeRO-3, host memory",
-            help="Weights and optimizer are kept in host memory. Slower; needs much host memory.",
-        ),
-        Preset(
-            name="ds_zero3_offload_no_auto",
-            stage=3,
-            offload_optimizer=True,
-            offload_param=True,
-            small_buffers=True,
-            title="ZeRO-3, host memory, small buffers",
-            help="As before, with the smallest buffers on the GPU. The last resort.",
+            help="Weights and optimizer are kept in host memory. Slower; needs much host memory. The last resort.",
         ),
     )
 }
@@ -117,7 +122,7 @@ def build(name: str) -> dict[str, Any]:
         "fp16": {
             "enabled": "auto",
             "loss_scale": 0,
-            "loss_scale_window": 1000,
+            "loss_scale_window": preset.loss_scale_window,
             "initial_scale_power": 16,
             "hysteresis": 2,
             # DeepSpeed accepts whole numbers only, unlike the 1e-10 of upstream's files.
@@ -147,8 +152,8 @@ def _zero_section(preset: Preset) -> dict[str, Any]:
         "reduce_bucket_size": "auto",
     }
     if preset.stage == 2:
-        section |= {"allgather_partitions": True, "allgather_bucket_size": 5e8, "reduce_scatter": True}
-        section["reduce_bucket_size"] = 5e8
+        section |= {"allgather_partitions": True, "reduce_scatter": True}
+        section |= dict.fromkeys(("allgather_bucket_size", "reduce_bucket_size"), preset.bucket_elements)
     else:
         section |= {
             "sub_group_size": 1e9,
@@ -163,14 +168,17 @@ def _zero_section(preset: Preset) -> dict[str, Any]:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if preset.offload_param:
         section["offload_param"] = {"device": "cpu", "pin_memory": True}
-    if preset.small_buffers:
-        section |= {
-            "reduce_bucket_size": 1e6,
-            "stage3_prefetch_bucket_size": 0,
-            "stage3_param_persistence_threshold": 1e4,
-            "stage3_max_live_parameters": 0,
-            "stage3_max_reuse_distance": 0,
-        }
+    if preset.stage == 3 and preset.bucket_elements is not None:
+        section |= dict.fromkeys(
+            (
+                "reduce_bucket_size",
+                "stage3_prefetch_bucket_size",
+                "stage3_max_live_parameters",
+                "stage3_max_reuse_distance",
+            ),
+            preset.bucket_elements,
+        )
+        section["stage3_param_persistence_threshold"] = 0
     return section
 
 
@@ -251,13 +259,38 @@ def check(ds_config: dict[str, Any], values: Mapping[str, Any] | None = None, *,
     Raises:
         ConfigError: that process failed.
     """
+    return [f"{source}: {problem}" for problem in _examined(ds_config, values or {}, source)["problems"]]
+
+
+def used(name_or_path: str, values: Mapping[str, Any], *, on_cpu: bool) -> tuple[dict[str, Any], list[str]]:
+    """The DeepSpeed config that a run uses, and one note for each change to its file; without torch in this process.
+
+    Args:
+        name_or_path: a preset, or a JSON file that `check` accepts.
+        values: the run's own values.
+        on_cpu: as `for_machine`.
+
+    Raises:
+        ConfigError: as `load` and `check`.
+    """
+    ds_config, notes = load(name_or_path), []
+    if name_or_path not in PRESETS:
+        found = _examined(ds_config, values, name_or_path)
+        ds_config, notes = found["ds_config"], found["notes"]
+    ds_config, note = saving_whole_weights(ds_config)
+    notes = [f"deepspeed = {name_or_path}: {text}" for text in [*notes, *([note] if note else [])]]
+    return for_machine(ds_config, on_cpu=on_cpu), notes
+
+
+def _examined(ds_config: dict[str, Any], values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What `problems` and `correct` return, from a process of its own."""
     command = [sys.executable, "-m", "hynb.plan.zero"]
-    request = json.dumps([ds_config, dict(values or {})])
+    request = json.dumps([ds_config, dict(values)])
     done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ConfigError(f"{source}: DeepSpeed's schema could not be loaded: {reason}")
-    return [f"{source}: {problem}" for problem in json.loads(done.stdout.splitlines()[-1])]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def problems(ds_config: dict[str, Any], values: Mapping[str, Any] | None = None) -> list[str]:
@@ -402,10 +435,12 @@ def _field_names(model: type[BaseModel], path: Sequence[int | str]) -> list[str]
 
 
 def _main() -> None:
-    """Reads a DeepSpeed config and the run's values from stdin, prints the problems as JSON; `check` starts this."""
+    """Reads a DeepSpeed config and the run's values from stdin, and prints what is found; `_examined` starts this."""
     # DeepSpeed prints to stdout when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
-        found = problems(*json.load(sys.stdin))
+        ds_config, values = json.load(sys.stdin)
+        corrected, notes = correct(ds_config, values)
+        found = {"problems": problems(ds_config, values), "ds_config": corrected, "notes": notes}
     print(json.dumps(found))
 
 

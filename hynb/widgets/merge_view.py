@@ -7,6 +7,7 @@ from pathlib import Path
 from IPython.display import display
 
 from hynb.errors import ConfigError, HynbError
+from hynb.widgets.answer_view import AnswerView
 from hynb.widgets.merge_form import MergeChoice
 from hynb.widgets.progress import ProgressBar
 from hynb.widgets.table import Table, size_text
@@ -14,6 +15,7 @@ from hynb.widgets.tasks import AskedQuestion, MergedModel
 from hynb.widgets.worker import work
 
 _SHOWN_CHARACTERS = 600
+_MODELS = ("base", "base + adapter", "merged")
 
 
 def merge(choice: MergeChoice, *, overwrite: bool = False) -> Table:
@@ -74,7 +76,7 @@ def check(choice: MergeChoice) -> Table:
 
 
 def ask_all(choice: MergeChoice, question_file: str = "auto", *, count: int, max_new_tokens: int) -> Table:
-    """The greedy answers of base, base with adapter, and merged model to the same questions.
+    """Shows the greedy answers of base, base with adapter, and merged model while they are written; returns a table.
 
     Args:
         question_file: JSONL file of conversations; "auto" for the data that the run was trained on.
@@ -88,14 +90,22 @@ def ask_all(choice: MergeChoice, question_file: str = "auto", *, count: int, max
     """
     path = choice.train_data_file if question_file == "auto" else question_file
     questions = _check_questions(path, count, max_new_tokens)
-    columns = ("question", "answer in the data", "base", "base + adapter", "merged", "merged = adapter")
+    columns = ("question", "answer in the data", *_MODELS, "merged = adapter")
     if count == 0:
         return Table(columns=columns, rows=[], title="No questions were asked: question_count is 0")
     folders = [choice.base_model_path, choice.adapter_model_path, choice.output_path]
     bar = ProgressBar("asking")
     display(bar.box)
+    view = AnswerView(_MODELS)
+    shown = display(view, display_id=True)
     arguments = {"folders": folders, "questions": questions, "count": count, "max_new_tokens": max_new_tokens}
-    items = [AskedQuestion(**item) for item in work("ask", bar.show, **arguments)]
+    try:
+        items = [AskedQuestion(**item) for item in work("ask", bar.show, view.show, **arguments)]
+    finally:
+        view.flush()
+        if shown is not None:
+            # The saved output has the plain text of the whole answers.
+            shown.update(view)
     rows, equal = [], 0
     for item in items:
         _, of_adapter, of_merged = item.answers

@@ -15,7 +15,7 @@ from hynb.widgets.markup import Shown, block, element
 
 
 def deepspeed_plan(config: Config) -> Shown:
-    """DeepSpeed's JSON configuration, and the command that starts the same run from a terminal.
+    """DeepSpeed's configuration as the run uses it, and the command that starts the same run from a terminal.
 
     Raises:
         ConfigError: everything that would keep the run from starting, at once.
@@ -23,11 +23,12 @@ def deepspeed_plan(config: Config) -> Shown:
     config = absolute_paths(config)
     if RunReader(config.output_dir).status().state == "absent":
         check_run(config)
-    ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=not gpu_count())
+    ds_config, notes = zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=not gpu_count())
     parts = {
         'DeepSpeed\'s configuration ("auto" is filled in from the other parameters when the run starts)': json.dumps(
             ds_config, indent=2
         ),
+        **({"What differs from the file": "\n".join(notes)} if notes else {}),
         "The same run from a terminal": terminal_command(config),
         "The command that starts the ranks": command_text(config),
     }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hynb.errors import DataError, MergeError
 
@@ -28,7 +28,25 @@ class Progress:
     text: str
 
 
-Report = Callable[[Progress], None]
+Part = Literal["question", "thought", "answer", "end"]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Piece:
+    """A piece of an answer that is being written; an answer begins with its question and closes with its end.
+
+    Args:
+        model, question: their numbers, from 0.
+        part: what the text belongs to; the text of an end is empty, or says why the answer is not complete.
+    """
+
+    model: int
+    question: int
+    part: Part
+    text: str
+
+
+Report = Callable[[Progress | Piece], None]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -167,7 +185,7 @@ def check_data(report: Report, config: dict[str, Any]) -> list[CheckedData]:
 def ask(
     report: Report, folders: Sequence[str], questions: str, count: int, max_new_tokens: int
 ) -> list[AskedQuestion]:
-    """The greedy answers of several models to the same questions.
+    """The greedy answers of several models to the same questions, reported while they are written.
 
     Args:
         folders: of models, or of LoRA adapters, each of which is asked together with its base.
@@ -176,14 +194,27 @@ def ask(
         max_new_tokens: length of the longest answer.
     """
     from hynb.data import read_conversations
-    from hynb.generate import answers, question_of, shown_answer, shown_message
+    from hynb.generate import AnsweringModel, question_of, shown_answer, shown_message
 
     conversations = list(itertools.islice(read_conversations(questions), count))
     asked = [question_of(conversation) for conversation in conversations]
     by_model: list[list[str]] = []
     for number, folder in enumerate(folders):
         report(Progress(done=number, total=len(folders), text=Path(folder).name))
-        by_model.append([shown_answer(item) for item in answers(folder, asked, max_new_tokens=max_new_tokens)])
+        model = AnsweringModel(folder)
+        texts: list[str] = []
+        for index, question in enumerate(asked):
+
+            def show(part: Part, text: str, number: int = number, index: int = index) -> None:
+                report(Piece(model=number, question=index, part=part, text=text))
+
+            show("question", question.messages[-1]["content"] or "")
+            answer = model.stream(question, max_new_tokens=max_new_tokens, show=show)
+            show("end", "" if answer.ended else f"no end token within {max_new_tokens} tokens")
+            texts.append(shown_answer(answer))
+        by_model.append(texts)
+        # The next model is loaded when this one's memory is free.
+        del model
     return [
         AskedQuestion(
             question=question.messages[-1]["content"] or "",
@@ -254,7 +285,7 @@ def _merged_model(values: Mapping[str, Any], *, found: bool) -> MergedModel:
     return MergedModel(found=found, **{name: values[name] for name in names})
 
 
-def _throttled(report: Report) -> Report:
+def _throttled(report: Report) -> Callable[[Progress], None]:
     """Passes on a few reports per second, and in any case the last one."""
     reported_at = 0.0
 

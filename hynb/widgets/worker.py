@@ -1,7 +1,7 @@
 """Runs one heavy task of a notebook in a process of its own: `python -m hynb.widgets.worker TASK '{"argument": …}'`.
 
 The notebook's kernel stays without torch. The process reports in JSON lines on its standard output: any number of
-`progress`, then one `result`, or `problems` for a user's mistake.
+`progress` and `piece`, then one `result`, or `problems` for a user's mistake.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ from typing import Any
 
 from hynb import errors
 from hynb.errors import HynbError
-from hynb.widgets.tasks import TASKS, Progress
+from hynb.widgets.tasks import TASKS, Piece, Progress
 
 _SHOWN_LINES = 15
 # How long a process that has reported its result may take to end.
 _END_SECONDS = 5.0
 
 
-def work(task: str, on_progress: Callable[[Progress], None] | None = None, **arguments: Any) -> Any:
+def work(
+    task: str,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_piece: Callable[[Piece], None] | None = None,
+    **arguments: Any,
+) -> Any:
     """Runs a task in a fresh process and returns its result.
 
     Args:
         task: name of a function in `hynb.widgets.tasks.TASKS`.
-        on_progress: called with each report of the task.
+        on_progress: called with each report of the task's progress.
+        on_piece: called with each piece of an answer that the task's model writes.
         arguments: of the function; plain values.
 
     Returns:
@@ -51,6 +57,8 @@ def work(task: str, on_progress: Callable[[Progress], None] | None = None, **arg
                 message = json.loads(line)
                 if "progress" in message and on_progress is not None:
                     on_progress(Progress(**message["progress"]))
+                if "piece" in message and on_piece is not None:
+                    on_piece(Piece(**message["piece"]))
                 if "problems" in message:
                     raise getattr(errors, message["error"], HynbError)(message["problems"])
                 if "result" in message:
@@ -77,10 +85,13 @@ def main(task: str, arguments: str) -> int:
     def send(key: str, content: Any, **more: Any) -> None:
         print(json.dumps({key: content} | more, default=str), file=reports, flush=True)
 
+    def report(item: Progress | Piece) -> None:
+        send("piece" if isinstance(item, Piece) else "progress", dataclasses.asdict(item))
+
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        result = TASKS[task](lambda progress: send("progress", dataclasses.asdict(progress)), **json.loads(arguments))
+        result = TASKS[task](report, **json.loads(arguments))
         send("result", _plain(result))
     except HynbError as error:
         send("problems", error.problems, error=type(error).__name__)

@@ -138,6 +138,31 @@ def test_thoughts_of_hy3_are_trained_in_every_turn(shared):
         shown(record, tokenizer)
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}], ids=["empty", "null", "absent"])
+def test_an_answer_that_is_a_thought_alone_is_trained_where_the_template_renders_it(shared, name, content):
+    eos = "<｜hy_eos:opensource｜>"
+    thinking = {"role": "assistant", name: "I have nothing to say."} | content
+    record = {"reasoning_effort": "high", "messages": [EXCHANGE[0], thinking, *EXCHANGE]}
+    found = trained_texts(record, tokenizer_of("hy3", shared))
+    assert found == [
+        f"<think:opensource>I have nothing to say.</think:opensource>{eos}",
+        f"<think:opensource></think:opensource>a{eos}",
+    ]
+    record = {"messages": record["messages"]}
+    with pytest.raises(DataError, match=r"does not render messages\[\]\.reasoning"):
+        shown(record, tokenizer_of("hunyuan-7b", shared))
+    with pytest.raises(DataError, match=r"message 2: the assistant's answer is empty but for its thought, which"):
+        shown(record, tokenizer_of("hunyuan-7b", shared), allow_ignored_fields=True)
+
+
+@pytest.mark.parametrize("thought", ["", "  ", None, 5, ["x"]])
+def test_an_answer_without_content_and_thought_is_refused(thought):
+    answer = {"role": "assistant", "reasoning_content": thought, "content": ""}
+    with pytest.raises(DataError, match="message 2: the assistant's answer is empty"):
+        conversation({"messages": [EXCHANGE[0], answer]})
+
+
 def test_thoughts_that_a_template_strips_are_counted_refused_or_split(shared):
     tokenizer = tokenizer_of("hunyuan-7b", shared)
     thought = "<think>\n{}\n</think>\n<answer>\n{}\n</answer>"

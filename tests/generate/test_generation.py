@@ -96,6 +96,7 @@ def test_an_answer_is_streamed_as_it_is_returned(model, questions):
     whole = loaded.stream(questions[0], max_new_tokens=6, show=lambda part, text: pieces.append((part, text)))
     assert [whole] == list(loaded.answers(questions[:1], max_new_tokens=6))
     assert {part for part, _ in pieces} == {"answer"} and "".join(text for _, text in pieces).strip() == whole.text
+    assert len(pieces) > 1, "it is not shown at once"
 
 
 def test_an_argument_that_the_template_does_not_read_is_refused(model, questions):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,30 @@ def test_the_template_of_a_folder_as_upstream_publishes_it(files, shared, tmp_pa
     shutil.copy(files["hunyuan"] / "config.json", tmp_path)
     expected = ChatTemplate.of(AutoTokenizer.from_pretrained(shared / "hunyuan-large")).features()
     assert describe(tmp_path).template == expected and "<|eos|>" in expected.end_tokens
+
+
+@pytest.mark.parametrize(
+    ("removed", "tokenizer", "template"),
+    [
+        ([], "", "renders "),
+        (["tokenizer_config.json"], "MISSING: tokenizer_config.json; copy", "chat_template.jinja, which needs the"),
+        (["tokenizer.json"], "MISSING: tokenizer.json (or hy.tiktoken); copy", "renders "),
+        (["chat_template.jinja"], "", "none: neither a file chat_template.jinja nor"),
+        (
+            ["tokenizer_config.json", "tokenizer.json", "chat_template.jinja"],
+            "MISSING: tokenizer_config.json, tokenizer.json (or hy.tiktoken); copy",
+            "none: neither",
+        ),
+    ],
+)
+def test_a_missing_file_of_the_tokenizer_is_named(files, tmp_path, capsys, removed, tokenizer, template):
+    folder = shutil.copytree(files["hunyuan"], tmp_path / "model")
+    for name in removed:
+        (folder / name).unlink()
+    assert main(["models", str(folder)]) == 0
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows.get("tokenizer", "").startswith(tokenizer) and ("tokenizer" in rows) == bool(tokenizer)
+    assert rows["chat template"].startswith(template)
 
 
 def test_an_adapter_is_described_with_its_base(files, tmp_path, capsys):

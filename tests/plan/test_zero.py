@@ -34,12 +34,12 @@ def test_presets_have_the_names_and_stages_of_upstreams_training_guides():
         "ds_zero2_offload",
         "ds_zero3_no_offload",
         "ds_zero3_optimizer_offload",
+        "ds_zero3_offload_no_auto",
         "ds_zero3_param_offload",
         "ds_zero3_offload",
-        "ds_zero3_offload_no_auto",
     ]
-    last = zero.build("ds_zero3_offload_no_auto")["zero_optimization"]
-    assert not [key for key, value in last.items() if value == "auto"]
+    fixed = zero.build("ds_zero3_offload_no_auto")["zero_optimization"]
+    assert not [key for key, value in fixed.items() if value == "auto"]
     for name, preset in zero.PRESETS.items():
         ds_config = zero.build(name)
         assert ds_config["zero_optimization"]["stage"] == preset.stage
@@ -114,6 +114,43 @@ def test_a_preset_of_upstreams_hy3_folder_has_the_effect_of_its_file(name, share
     assert ("optimizer" in preset) is ("optimizer_offload" in name or name == "ds_zero2_offload")
     preset.pop("optimizer", None)
     assert preset == upstream
+
+
+# Where a preset differs from upstream's files: what the run's own parameters decide, as upstream's scripts pass them;
+# a value that DeepSpeed refuses; and how often DeepSpeed prints its own line.
+DECIDED_BY_THE_RUN = {
+    "bf16.enabled",
+    "fp16.enabled",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+}
+
+
+def leaves(ds_config: dict, path: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in ds_config.items():
+        found |= leaves(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
+
+
+@pytest.mark.parametrize("name", ["ds_zero2_no_offload", "ds_zero3_offload_no_auto"])
+def test_a_preset_equals_upstreams_file_of_hunyuan_large_key_by_key(name, shared):
+    """Hunyuan-7B, A13B and Hy3 have the same files; Hy-MT2's ds_zero2_no_offload differs in fp16, which is off."""
+    preset = zero.build(name)
+    preset.pop("optimizer", None)
+    ours = leaves(preset)
+    theirs = leaves(json.loads((shared / "models" / "hunyuan-large" / f"{name}.json").read_text()))
+    different = {key for key in ours | theirs if ours.get(key, "absent") != theirs.get(key, "absent")}
+    assert {ours[key] for key in different & DECIDED_BY_THE_RUN} == {"auto"}
+    rest = {key: (ours.get(key), theirs.get(key)) for key in different - DECIDED_BY_THE_RUN}
+    assert rest.pop("steps_per_print") == (1e9, 10)
+    if name == "ds_zero2_no_offload":
+        assert rest.pop("fp16.min_loss_scale") == (1, 1e-10)
+    assert rest == {}
+    for folder in ("hunyuan-7b", "hunyuan-a13b", "hy3"):
+        path = shared / "models" / folder / f"{name}.json"
+        assert not path.exists() or leaves(json.loads(path.read_text())) == theirs, path
 
 
 def accepted_by_deepspeed(ds_config: dict, config: Config, folder: Path) -> DeepSpeedConfig:
@@ -191,6 +228,21 @@ def test_invalid_values_without_effect_are_left_out_with_a_note_each():
     assert [note.split(" is left")[0] for note in notes] == ['fp16.hysteresis = "x"', "fp16.min_loss_scale = 0.5"]
     assert zero.correct(ds_config, {}) == (ds_config, []), "the precision is unknown"
     assert zero.correct(ds_config, Config(fp16=True).deepspeed_values()) == (ds_config, [])
+
+
+def test_what_a_run_uses_is_what_its_ranks_make_of_the_file(tmp_path):
+    """As `choose_checkpoint` of the ranks, which have torch."""
+    values = Config(bf16=True).deepspeed_values()
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"fp16": {"min_loss_scale": 0.5}, "zero_optimization": {"stage": 3}}))
+    for name in (str(path), "ds_zero3_offload"):
+        for on_cpu in (True, False):
+            corrected, notes = zero.correct(zero.load(name), values)
+            corrected, note = zero.saving_whole_weights(corrected)
+            expected = zero.for_machine(corrected, on_cpu=on_cpu)
+            notes = [f"deepspeed = {name}: {text}" for text in [*notes, note] if text]
+            assert zero.used(name, values, on_cpu=on_cpu) == (expected, notes)
+            assert len(notes) == (2 if name == str(path) else 0)
 
 
 @pytest.mark.parametrize(

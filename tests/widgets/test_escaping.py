@@ -36,6 +36,7 @@ from hynb.widgets import (
     sample,
 )
 from hynb.widgets.merge_form import MergeChoice
+from hynb.widgets.tasks import Piece
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,12 @@ def model(tmp_path_factory) -> Path:
 def displayed(monkeypatch):
     """What the views display before they return, or before they raise."""
     shown = []
+
+    def show(item, **_):
+        shown.append(item)
+
     for module in (cluster_view, data_view, merge_view):
-        monkeypatch.setattr(module, "display", shown.append)
+        monkeypatch.setattr(module, "display", show)
     return shown
 
 
@@ -159,6 +164,12 @@ def test_questions_and_answers(model, tmp_path, displayed):
     folders = {"base_model_path": str(model), "adapter_model_path": str(model), "output_path": str(model)}
     choice = MergeChoice(**folders, save_dtype="keep", train_data_file=str(data))
     assert_escaped(ask_all(choice, count=1, max_new_tokens=1)._repr_html_())
+    view = displayed[-1]
+    assert_escaped(html_of(view))
+    for part in ("question", "thought", "answer", "end"):
+        view.show(Piece(model=0, question=0, part=part, text=EVIL))
+    assert_escaped(html_of(view))
+    assert text_of(html_of(view)).count(EVIL) == 3 + 4
 
 
 def test_names_and_texts_of_data_files(model, tmp_path, displayed):

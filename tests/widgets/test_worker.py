@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from shown_html import make_config
 from tiny import tiny_data, tiny_model
 
 from hynb.errors import DataError, MergeError
+from hynb.widgets.tasks import Piece
 from hynb.widgets.worker import work
 
 
@@ -58,6 +60,27 @@ def test_models_are_asked_the_same_questions_and_progress_names_each(model, tmp_
     for item in items:
         assert item["answers"][0] == item["answers"][1]
         assert item["question"] and item["expected"]
+
+
+def test_answers_are_reported_while_they_are_written(model, tmp_path):
+    """With a template whose prompt opens a thought that the model never closes, and with one that does not."""
+    thinking = shutil.copytree(model, tmp_path / "thinking")
+    template = thinking / "chat_template.jinja"
+    opening = "{% if add_generation_prompt %}<think>{% endif %}"
+    template.write_text(template.read_text() + opening)
+    data = tiny_data(tmp_path / "data.jsonl")
+    pieces: list[Piece] = []
+    folders = [str(thinking), str(model)]
+    items = work("ask", None, pieces.append, folders=folders, questions=str(data), count=2, max_new_tokens=24)
+    for number, part in enumerate(("thought", "answer")):
+        for index, item in enumerate(items):
+            written = [piece for piece in pieces if (piece.model, piece.question) == (number, index)]
+            assert (written[0].part, written[0].text) == ("question", item["question"])
+            assert written[-1].part == "end" and written[-1].text in ("", "no end token within 24 tokens")
+            texts = [piece.text for piece in written if piece.part == part]
+            assert len(texts) == len(written) - 2 > 1
+            whole = "".join(texts).strip()
+            assert item["answers"][number] == (f"thought: {whole}\nanswer: (none)" if part == "thought" else whole)
 
 
 def test_a_merge_is_done_once_and_other_content_is_kept(model, tmp_path):
