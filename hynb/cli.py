@@ -178,13 +178,17 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from hynb.cluster import gpu_count
     from hynb.config import absolute_paths
+    from hynb.plan import zero
     from hynb.runs import check_run
     from hynb.supervision import command_text, make_plan
 
     config = absolute_paths(read_config(args.config, args.set))
     check_run(config)
     make_plan(config)
+    for note in zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=not gpu_count())[1]:
+        print(f"hynb: {note}")
     print("no problems found; this command would run:")
     print(command_text(config))
     return 0

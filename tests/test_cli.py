@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny import tiny_data, tiny_model
 
 from hynb.cli import main
 from hynb.config import parameters, read_yaml
@@ -114,3 +115,16 @@ def test_attach_prints_each_phase_and_event_once_until_the_run_ends(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_a_check_notes_what_a_run_changes_in_a_deepspeed_file(tmp_path, capsys):
+    model, data = tiny_model(tmp_path / "model"), tiny_data(tmp_path / "data.jsonl", 4)
+    path = tmp_path / "ds.json"
+    path.write_text('{"fp16": {"min_loss_scale": 1e-10}, "zero_optimization": {"stage": 2}}')
+    values = {"model_name_or_path": model, "train_data_file": data, "output_dir": tmp_path / "run", "deepspeed": path}
+    run = tmp_path / "run.yaml"
+    run.write_text("bf16: true\n" + "".join(f"{name}: {value}\n" for name, value in values.items()))
+    assert main(["check", "--config", str(run)]) == 0
+    out = capsys.readouterr().out
+    note = f"hynb: deepspeed = {path}: fp16.min_loss_scale = 1e-10 is left out, because fp16 is off"
+    assert note in out and out.index(note) < out.index("no problems found")
