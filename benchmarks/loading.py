@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ def load(folder: str, preset: str, results: str, way: str) -> None:
     from hynb.plan import zero
     from hynb.train import init_process_group, load_model, load_tokenizer, training_arguments
 
-    init_process_group()
+    init_process_group(timedelta(minutes=30))
     config = Config(model_name_or_path=folder, output_dir=results, deepspeed=preset, bf16=True, max_steps=1)
     ds_config = zero.for_machine(zero.load(preset), on_cpu=True)
     tokenizer, _ = load_tokenizer(config, Path(folder))

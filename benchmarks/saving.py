@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def save(folder: str, results: str) -> None:
     )
     from hynb.train.saving import write_model
 
-    init_process_group()
+    init_process_group(timedelta(minutes=30))
     config = Config(
         model_name_or_path=folder, output_dir=results, deepspeed="ds_zero3_offload", bf16=True, max_steps=1
     )

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,15 @@ class RankState:
     # build_trainer
     callback: RunCallback = field(init=False)
     trainer: RunTrainer = field(init=False)
+    # kept by main
+    step: str = ""
+
+    @property
+    def phase(self) -> str:
+        """What this rank does now, for the report of a failure."""
+        if self.step not in ("train", "finish"):
+            return self.step.replace("_", " ")
+        return f"{self.trainer.phase} at step {self.trainer.state.global_step}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,10 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_code = 1
     try:
         for step in STEPS:
+            state.step = step.__name__
             step(state)
         exit_code = 0
     except Exception as error:
-        exit_code = report_failure(error, state.rank, state.run_dir, beside_rank_0=state.beside_rank_0)
+        whereabouts = {"beside_rank_0": state.beside_rank_0, "phase": state.phase}
+        exit_code = report_failure(error, state.rank, state.run_dir, **whereabouts)
     finally:
         if state.writer:
             state.writer.close()
@@ -222,7 +234,7 @@ def meet(state: RankState) -> None:
         state.writer.phase("meeting")
     if state.membership:
         mark(state.membership, state.rank, "meeting")
-    init_process_group()
+    init_process_group(timedelta(minutes=state.config.collective_timeout_minutes))
     if state.membership:
         mark(state.membership, state.rank, "met")
     state.run_dir = RunDir(state.config.output_dir)
@@ -286,7 +298,7 @@ def build_model(state: RankState) -> None:
     """
     from transformers import set_seed
 
-    from hynb.train import load_model, mark_moe_leaves, save_loss_memory, training_arguments
+    from hynb.train import load_model, mark_moe_leaves, save_loss_memory, training_arguments, uneven_work
 
     set_seed(state.config.seed)
     if state.base is None and state.config.use_lora:
@@ -296,7 +308,8 @@ def build_model(state: RankState) -> None:
     state.arguments = training_arguments(state.config, state.ds_config, evaluates=evaluates)
     set_seed(state.config.seed)
     show_progress = state.writer.progress if state.writer else None
-    model = load_model(state.config, state.base, state.tokenizer, show_progress=show_progress)
+    with uneven_work():
+        model = load_model(state.config, state.base, state.tokenizer, show_progress=show_progress)
     model.config.use_cache = False
     state.model_type = model.config.model_type
     save_loss_memory(model)
@@ -313,30 +326,20 @@ def record(state: RankState) -> None:
         ModelError: full checkpoints of this model cannot be written.
         RunError: too little free space.
     """
-    from hynb.train import check_disk, count_parameters, manifest, training_dtype
+    from hynb.train import check_disk, count_parameters, training_dtype, uneven_work
 
     counts = count_parameters(state.model)
     logger.info(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
     copied = _tensors_to_copy(state)
-    copied_bytes = sum(entry.size_bytes for entry in copied)
     if not state.config.use_lora:
         _plan_checkpoints(state, copied)
     if state.rank == 0 or (state.folders and state.folders.is_local_rank_zero):
         saved_bytes = sum(tensor.size_bytes for shard in state.shards for tensor in shard.tensors)
         saved_bytes = saved_bytes or counts["trainable_parameters"] * training_dtype(state.config).itemsize
         check_disk(Path(state.config.output_dir), state.model, saved_bytes=saved_bytes)
-    if state.writer is None:
-        return
-    assert state.plan and state.notes
-    hosts = [name for name, _ in state.membership.hosts] if state.membership else [socket.gethostname()]
-    facts = counts | state.plan.summary | state.shape
-    facts |= (
-        {"copied_from_base": {"tensors": [entry.name for entry in copied], "bytes": copied_bytes}} if copied else {}
-    )
-    facts |= {"output_dir_shared": state.joined.shared} if state.joined else {}
-    state.writer.manifest(
-        manifest(state.config, state.ds_config, base=state.base, hosts=hosts, notes=state.notes.lines, **facts)
-    )
+    with uneven_work():
+        if state.writer:
+            _write_manifest(state, state.writer, counts, copied)
 
 
 def build_trainer(state: RankState) -> None:
@@ -367,6 +370,7 @@ def build_trainer(state: RankState) -> None:
             tokenizer_folder=state.tokenizer_folder,
             record=state.shape,
             keep_checkpoints=state.config.save_total_limit,
+            save_minutes=state.config.save_timeout_minutes,
             writer=state.writer,
             folders=state.folders,
         )
@@ -458,6 +462,23 @@ def _plan_checkpoints(state: RankState, copied: Sequence[TensorEntry]) -> None:
     has_index = state.base is not None and (state.base / INDEX_NAME).is_file()
     dtype = training_dtype(state.config)
     state.shards = plan_shards(state.model, stored, copied, dtype=dtype, has_index=has_index)
+
+
+def _write_manifest(
+    state: RankState, writer: RunWriter, counts: dict[str, int], copied: Sequence[TensorEntry]
+) -> None:
+    from hynb.train import manifest
+
+    assert state.plan and state.notes
+    hosts = [name for name, _ in state.membership.hosts] if state.membership else [socket.gethostname()]
+    facts: dict[str, Any] = counts | state.plan.summary | state.shape
+    if copied:
+        size_bytes = sum(entry.size_bytes for entry in copied)
+        facts |= {"copied_from_base": {"tensors": [entry.name for entry in copied], "bytes": size_bytes}}
+    facts |= {"output_dir_shared": state.joined.shared} if state.joined else {}
+    writer.manifest(
+        manifest(state.config, state.ds_config, base=state.base, hosts=hosts, notes=state.notes.lines, **facts)
+    )
 
 
 def _choose_trained_parameters(state: RankState) -> None:

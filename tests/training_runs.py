@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tiny import OF_FAMILY, tiny_data, tiny_model, with_code
 
@@ -156,6 +157,42 @@ def fill_disk_of_rank_1() -> None:
 
     if os.environ["RANK"] == "1":
         saving.write_at = write_at
+
+
+def slow_work_of_one_rank() -> None:
+    """To be called in a rank before it begins: rank 0 checks data, and rank 1 loads, for longer than others wait."""
+    import hynb.train
+
+    for rank, name in (("0", "check_datasets"), ("1", "load_model")):
+        if os.environ["RANK"] == rank:
+            _delay(hynb.train, name)
+
+
+def slow_step_of_rank_1() -> None:
+    """To be called in a rank before it begins: rank 1 does not end its first step for long."""
+    from hynb.train import RunTrainer
+
+    if os.environ["RANK"] == "1":
+        _delay(RunTrainer, "training_step")
+
+
+def slow_save_of_rank_1() -> None:
+    """To be called in a rank before it begins: rank 1 writes its first tensor for long."""
+    from hynb.train import saving
+
+    if os.environ["RANK"] == "1":
+        _delay(saving, "write_at")
+
+
+def _delay(owner: Any, name: str) -> None:
+    plain = getattr(owner, name)
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        setattr(owner, name, plain)
+        time.sleep(float(os.environ["DELAY_SECONDS"]))
+        return plain(*args, **kwargs)
+
+    setattr(owner, name, late)
 
 
 def _serve() -> None:

@@ -42,6 +42,11 @@ def _training_contradictions(config: Config) -> list[str]:
             f"min_lr = {config.min_lr:g} is above learning_rate = {config.learning_rate:g}: "
             "min_lr is the absolute final rate; lower it or leave it on auto"
         )
+    if (seconds := config.training_args.get("ddp_timeout")) is not None:
+        problems.append(
+            f"ddp_timeout = {seconds}: DeepSpeed does not read it; set "
+            f"collective_timeout_minutes to {float(seconds) / 60:g} instead"
+        )
     if not config.do_train:
         problems.append("do_train is off: there is nothing to do; leave it out or set it to true")
     return problems

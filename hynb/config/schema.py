@@ -296,6 +296,22 @@ class Config:
         maximum=86400,
         unit="seconds",
     )
+    collective_timeout_minutes: float = _parameter(
+        60.0,
+        "launch",
+        "How long a rank waits for the others in a collective operation. A dead or stopped rank is noticed within "
+        "seconds whatever this is; it ends ranks that would wait for each other without end.",
+        minimum=0.01,
+        unit="minutes",
+    )
+    save_timeout_minutes: float | None = _parameter(
+        None,
+        "launch",
+        "The same while a checkpoint is written. Automatic: its size at 100 MB/s, and no less than "
+        "collective_timeout_minutes.",
+        minimum=0.01,
+        unit="minutes",
+    )
     master_port: int | None = _parameter(
         None,
         "launch",

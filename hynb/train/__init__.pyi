@@ -31,6 +31,7 @@ from .router_statistics import RouterWatch as RouterWatch
 from .router_statistics import routers as routers
 from .saving import SavedShard as SavedShard
 from .saving import plan_shards as plan_shards
+from .timeouts import uneven_work as uneven_work
 from .trainer import RunCallback as RunCallback
 from .trainer import RunTrainer as RunTrainer
 from .trainer import check_disk as check_disk

@@ -39,29 +39,36 @@ class Failure:
     lost_connection: bool = False
 
 
-def describe(error: Exception) -> Failure:
-    """A user's mistake as its message alone, any other error with its traceback and, where there is one, a hint."""
+def describe(error: Exception, phase: str = "") -> Failure:
+    """A user's mistake as its message alone, any other error with its traceback and, where there is one, a hint.
+
+    Args:
+        phase: what the rank was doing, such as "saving at step 40".
+    """
     if isinstance(error, HynbError):
         lines = [f"hynb: {problem}" for problem in error.problems]
         return Failure(reason=str(error), lines=lines, exit_code=error.exit_code)
-    hint = _hint(error)
+    hint = _late(error, phase) or _hint(error)
     lines = "".join(traceback.format_exception(error)).splitlines()
     return Failure(
         reason=hint or f"{type(error).__name__}: {error}",
         lines=[*lines, f"hynb: {hint}"] if hint else lines,
         exit_code=1,
-        lost_connection=any(text in str(error) for text in _LOST_CONNECTION),
+        lost_connection=not hint and any(text in str(error) for text in _LOST_CONNECTION),
     )
 
 
-def report_failure(error: Exception, rank: int, run_dir: RunDir | None, *, beside_rank_0: bool) -> int:
+def report_failure(
+    error: Exception, rank: int, run_dir: RunDir | None, *, beside_rank_0: bool, phase: str = ""
+) -> int:
     """Prints what went wrong and records it in the run folder; returns the exit code.
 
     Args:
         run_dir: None while the folder is not known to be this run's own: nothing is written then.
+        phase: what the rank was doing, such as "saving at step 40".
         beside_rank_0: the rank is on rank 0's host, where rank 0 finds the same mistakes and reports them.
     """
-    failure = describe(error)
+    failure = describe(error, phase)
     if rank != 0 and beside_rank_0 and failure.exit_code == _MISTAKE_CODE:
         time.sleep(_GRACE_SECONDS)
         return failure.exit_code
@@ -80,6 +87,20 @@ def _record(failure: Failure, rank: int, run_dir: RunDir) -> None:
         known = RunReader(run_dir.path).status()
         steps = {"global_step": known.global_step, "max_steps": known.max_steps}
         RunWriter(run_dir.path).status("failed", exit_code=failure.exit_code, reason=failure.reason, **steps)
+
+
+def _late(error: Exception, phase: str) -> str:
+    """For which ranks this one has waited in vain; empty for any other error."""
+    if "torch" not in sys.modules:
+        return ""
+    from hynb.train.timeouts import is_timeout, late_ranks
+
+    if not is_timeout(error):
+        return ""
+    late = late_ranks()
+    who = f"rank {', '.join(map(str, late))}" if late else "another rank"
+    parameter = "save_timeout_minutes" if phase.startswith("saving") else "collective_timeout_minutes"
+    return f"{who} did not come in time ({parameter}) to where this rank waited for it, {phase or 'in a run'}"
 
 
 def _hint(error: Exception) -> str:

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+from datetime import timedelta
 
 from hynb.cluster import free_port
 
@@ -63,15 +64,24 @@ def set_up_process() -> None:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
-def init_process_group() -> None:
-    """Meets the other ranks: nccl with one GPU per rank, gloo without GPUs. Needs `set_up_process` before."""
+def init_process_group(limit: timedelta) -> None:
+    """Meets the other ranks: nccl with one GPU per rank, gloo without GPUs. Needs `set_up_process` before.
+
+    Args:
+        limit: how long a rank waits for the others in a collective operation.
+    """
     import deepspeed
     import torch
 
+    from hynb.train.timeouts import create_process_group
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed()
-        return
-    # Compiling this op takes half a minute, and a run killed meanwhile leaves a lock; training does not need it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo")
+        backend = "nccl"
+    else:
+        # Compiling this op takes half a minute, and a run killed meanwhile leaves a lock; training does not need it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "gloo"
+    create_process_group(backend, limit)
+    # DeepSpeed takes the group that is there.
+    deepspeed.init_distributed(dist_backend=backend)

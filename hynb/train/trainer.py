@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hynb.train.model import count_parameters
 from hynb.train.node_local import NodeLocalFolders
 from hynb.train.router_statistics import RouterWatch
 from hynb.train.saving import SavedShard, write_model
+from hynb.train.timeouts import collective_limit, limited, save_limit
 
 
 class RunTrainer(Trainer):
@@ -35,10 +37,14 @@ class RunTrainer(Trainer):
         tokenizer_folder: its files are copied into full checkpoints.
         record: what a resumed run must have in common with this one; written into each checkpoint.
         keep_checkpoints: number of newest checkpoints that are kept; None for all.
+        save_minutes: how long ranks wait for each other while a checkpoint is written; None: by its size.
         writer: of the run folder; None on other ranks than 0.
         sampler: the sampling order of the training set.
         routers: the statistics of the model's routers, and their balancing loss.
         folders: the run folders of hosts that share none; None where there is one folder.
+
+    Attributes:
+        phase: what this rank does now.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class RunTrainer(Trainer):
         tokenizer_folder: Path,
         record: dict[str, Any],
         keep_checkpoints: int | None,
+        save_minutes: float | None,
         writer: RunWriter | None,
         sampler: SeededSampler,
         routers: RouterWatch,
@@ -65,6 +72,8 @@ class RunTrainer(Trainer):
         self._tokenizer_folder = tokenizer_folder
         self._record = record
         self._keep_checkpoints = keep_checkpoints
+        self._save_minutes = save_minutes
+        self.phase: Phase = "training"
         self._sampler = sampler
         self._routers = routers
         self._folders = folders
@@ -187,12 +196,15 @@ class RunTrainer(Trainer):
     def _phase(self, phase: Phase) -> Iterator[float]:
         """Shows a phase in the run's status and leaves its time out of the training speed; yields its start."""
         started = time.monotonic()
-        if self.run_writer:
-            self.run_writer.phase(phase)
+        self._set_phase(phase)
         yield started
         self._last_log_time += time.monotonic() - started
+        self._set_phase("training")
+
+    def _set_phase(self, phase: Phase) -> None:
+        self.phase = phase
         if self.run_writer:
-            self.run_writer.phase("training")
+            self.run_writer.phase(phase)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         return self._sampler
@@ -203,7 +215,7 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         target = self.run_dir.checkpoint(self.state.global_step)
-        with self._phase("saving") as started:
+        with self._phase("saving") as started, limited(self._save_limit()):
             self._write_unfinished(model, trial, target)
             self.accelerator.wait_for_everyone()
             unfinished = self.run_dir.saving / target.name
@@ -215,6 +227,12 @@ class RunTrainer(Trainer):
                 seconds = round(time.monotonic() - started, 2)
                 self.run_writer.event("save", self.state.global_step, path=target.name, seconds=seconds)
             self.accelerator.wait_for_everyone()
+
+    def _save_limit(self) -> timedelta:
+        assert self.model is not None
+        saved = sum(tensor.size_bytes for shard in self._shards for tensor in shard.tensors)
+        size_bytes = checkpoint_bytes(self.model, saved_bytes=saved)
+        return save_limit(size_bytes, self._save_minutes, collective_limit())
 
     def _write_unfinished(self, model: torch.nn.Module, trial: Any, target: Path) -> None:
         self._saving = True
@@ -341,6 +359,17 @@ def memory_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def checkpoint_bytes(model: torch.nn.Module, *, saved_bytes: int) -> int:
+    """About the size of a checkpoint.
+
+    Args:
+        saved_bytes: of the weights or of the adapter.
+    """
+    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and
+    # DeepSpeed's own checkpoint holds the module's weights a second time.
+    return 2 * saved_bytes + count_parameters(model)["trainable_parameters"] * 12
+
+
 def check_disk(output_dir: Path, model: torch.nn.Module, *, saved_bytes: int) -> None:
     """Checks that one checkpoint fits on the disk.
 
@@ -350,9 +379,7 @@ def check_disk(output_dir: Path, model: torch.nn.Module, *, saved_bytes: int) ->
     Raises:
         RunError: it does not; with the bytes needed and free.
     """
-    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and
-    # DeepSpeed's own checkpoint holds the module's weights a second time.
-    needed = 2 * saved_bytes + count_parameters(model)["trainable_parameters"] * 12
+    needed = checkpoint_bytes(model, saved_bytes=saved_bytes)
     free = shutil.disk_usage(output_dir).free
     if needed > free:
         raise RunError(
