@@ -19,7 +19,7 @@ BLOCK = 20_000
 
 def write_file(path: Path, size_mb: float) -> None:
     """Writes numbered conversations like the demo's until the file has the given size."""
-    from hynb.demo.texts import car_samples
+    from hynb.demo import car_samples
 
     rng = random.Random(0)
     samples = car_samples(4000, 1, seed=1)[0]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import hynb.hunyuan_large  # noqa: F401  registers the model
 from hynb.cluster import free_port
 from hynb.config import Config
-from hynb.demo.pretrain import write_tokenizer
+from hynb.demo import write_tokenizer
 
 EXPERTS, HIDDEN, INTERMEDIATE = 16, 1024, 2048
 

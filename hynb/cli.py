@@ -6,11 +6,11 @@ import argparse
 import importlib
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hynb.config import GROUPS, Config, parameters
-from hynb.errors import HynbError, RunFailedError
+from hynb.errors import HynbError, RunFailedError, nearest
 from hynb.runs import RunStatus, evaluation_line, progress_line
 
 if TYPE_CHECKING:
@@ -29,11 +29,52 @@ _MODULES = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports each mistake under the name of the command that was called, and says what to do."""
+
+    def __init__(self, *args: Any, delegates: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # A command's own module knows its flags.
+        self._delegates = delegates
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # typeshed's overloads
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Refuses unknown flags first: what argparse says of missing arguments often is a consequence of them."""
+        words = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is not None or self._delegates:
+            return super().parse_known_args(words, namespace)
+        self._refuse_unknown_flags(words)
+        parsed, rest = super().parse_known_args(words, namespace)
+        if rest:
+            self.error(f"unexpected argument {rest[0]}")
+        return parsed, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage, the mistake and where to look, and exits."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+    def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for word in words[: words.index("--")] if "--" in words else words:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and not any(name.startswith(flag) for name in known):
+                self.error(f"unknown flag {flag}{self._hint(flag, known)}")
+
+    def _hint(self, flag: str, known: Sequence[str]) -> str:
+        name = flag.removeprefix("--").replace("-", "_")
+        if "--set" in known and any(item.name == name for item in parameters()):
+            return f": a parameter of the run is given as --set {name}=VALUE, or in the file of --config"
+        return nearest(flag, known)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; a user's mistake ends in its message and an exit code, never in a traceback."""
-    args, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
     if rest and args.run is not _delegate:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unexpected argument {rest[0]} before the command")
     args.rest = rest
     try:
         return args.run(args)
@@ -83,7 +124,7 @@ def parameter_tables() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hynb", description="Fine-tune Tencent's Hunyuan models.")
+    parser = _Parser(prog="hynb", description="Fine-tune Tencent's Hunyuan models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     launch = commands.add_parser("launch", help="start training in the background")
@@ -114,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_parameters)
 
     for name, module, help_text in _MODULES:
-        command = commands.add_parser(name, help=help_text, add_help=False)
+        command = commands.add_parser(name, help=help_text, add_help=False, delegates=True)
         command.set_defaults(run=_delegate, command=name, module=module)
     return parser
 
@@ -209,7 +250,7 @@ def _parameters(args: argparse.Namespace) -> int:
 
 def _delegate(args: argparse.Namespace) -> int:
     module = importlib.import_module(args.module)
-    parser = argparse.ArgumentParser(prog=f"hynb {args.command}")
+    parser = _Parser(prog=f"hynb {args.command}")
     module.add_arguments(parser)
     return module.run(parser.parse_args(args.rest))
 

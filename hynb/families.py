@@ -32,6 +32,22 @@ class MlpSize:
 
 
 @dataclass(kw_only=True, frozen=True)
+class RandomModel:
+    """How a random model of a family gets its config.json.
+
+    Args:
+        fields: what the family adds to the sizes that all have, from the values of a run's parameters.
+        chosen_by: parameters that only this family has: a random model is of this family where one of them is given.
+            Empty for the family of all other random models.
+        note: what a user has to know of it.
+    """
+
+    fields: Callable[[Mapping[str, Any]], dict[str, Any]]
+    chosen_by: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(kw_only=True, frozen=True)
 class Family:
     """A model family whose code is part of hynb or transformers; code inside a model folder is never needed.
 
@@ -49,6 +65,7 @@ class Family:
             which are stored after the others. transformers does not load them; None for a family without.
         stored_names: parts of parameter names that transformers changes when it loads a model, as pairs of the part
             in the model and the part in weight files.
+        random_model: how a random model gets its config.json; None where a run cannot train one.
     """
 
     model_type: str
@@ -60,6 +77,7 @@ class Family:
     mlp_size: Callable[[ModelConfig, int], MlpSize]
     mtp_layers: str | None = None
     stored_names: tuple[tuple[str, str], ...] = ()
+    random_model: RandomModel | None = None
 
     def moe_block_class(self) -> type | None:
         """The class of the MoE block; imports torch and the model's module."""
@@ -167,6 +185,25 @@ def _hy_v3_mlp(model_config: ModelConfig, index: int) -> MlpSize:
     )
 
 
+def _random_hunyuan(values: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("moe_topk", "use_cla", "cla_share_factor", "use_mixed_mlp_moe", "num_shared_expert", "use_qk_norm")
+    rope_scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    return {name: values[name] for name in names} | {"rope_scaling": rope_scaling}
+
+
+def _random_hy_v3(values: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers' own number of dense layers is 1.
+    dense = 1 if values["moe_layer_num_skipped"] is None else values["moe_layer_num_skipped"]
+    return {
+        # Of every published Hy3 model, and transformers' default; upstream's script has no flag for it.
+        "head_dim": 128,
+        "moe_intermediate_size": values["moe_intermediate_size"] or values["intermediate_size"],
+        "num_experts_per_tok": values["moe_topk"],
+        "num_shared_experts": values["num_shared_expert"] if values["use_mixed_mlp_moe"] else 0,
+        "mlp_layer_types": ["dense"] * dense + ["sparse"] * (values["num_layers"] - dense),
+    }
+
+
 _V1_MOE = "transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe"
 _HY_V3 = "transformers.models.hy_v3.modeling_hy_v3"
 _ENTRIES = (
@@ -178,6 +215,7 @@ _ENTRIES = (
         cross_layer_attention=True,
         qk_norm=False,
         mlp_size=_hunyuan_mlp,
+        random_model=RandomModel(fields=_random_hunyuan),
     ),
     Family(
         model_type="hunyuan_v1_moe",
@@ -197,6 +235,11 @@ _ENTRIES = (
             ("mlp.gate", "mlp.router.gate"),
             ("mlp.e_score_correction_bias", "mlp.expert_bias"),
             ("mlp.shared_experts", "mlp.shared_mlp"),
+        ),
+        random_model=RandomModel(
+            fields=_random_hy_v3,
+            chosen_by=("moe_intermediate_size", "moe_layer_num_skipped"),
+            note="its queries and keys are normalised whatever use_qk_norm is",
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Text and JSON files that are replaced atomically, and the hash of a file's content."""
+"""Files of all packages: JSON and text that is replaced atomically, a content's hash, a model's index of shards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hynb.errors import RunError
+from hynb.errors import ModelError, RunError
+
+# Which shard of a model folder holds each tensor, as transformers writes it.
+INDEX_NAME = "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -41,6 +44,15 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def size_text(size_bytes: float) -> str:
+    """A size in bytes with a decimal prefix, such as 12.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size_bytes) < 999.5:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} TB"
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -51,3 +63,22 @@ def files_hash(paths: Sequence[Path]) -> str:
     """SHA-256 of the content of one file, or of several files' hashes in the given order."""
     hashes = [file_hash(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def read_weight_map(folder: Path) -> dict[str, str] | None:
+    """The file name of each tensor's shard, from the index of a model folder; None if it has no index.
+
+    Raises:
+        ModelError: the index cannot be read, or does not name a file for each tensor.
+    """
+    path = folder / INDEX_NAME
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("its weight_map names no files")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: is not a valid index ({error}). Download or copy the file again") from None
+    return weight_map

@@ -21,8 +21,8 @@ import psutil
 from hynb.cluster import gpu_count
 from hynb.config import Config, absolute_paths, check_config, to_yaml
 from hynb.errors import ConfigError, RunError, RunFailedError
-from hynb.files import read_json, replace_text, write_json
-from hynb.runs import ProcessId, RunDir, RunReader, RunStatus, check_run, clear_run_folder
+from hynb.files import replace_text, write_json
+from hynb.runs import ProcessId, RunDir, RunReader, RunStatus, check_run, clear_run_folder, read_record
 from hynb.supervision import (
     LAUNCH_VARIABLE,
     Start,
@@ -127,7 +127,7 @@ class Run:
     def kill(self) -> RunStatus:
         """Ends every process of the run at once; what came after the last checkpoint is lost."""
         launcher = self._launcher()
-        launch = read_json(self.dir.launch)
+        launch = read_record(self.dir.launch)
         if launch is None or launcher is None:
             raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
         live = self.status().live
@@ -154,8 +154,8 @@ class Run:
         return paste_lines(self.dir)
 
     def _launcher(self) -> ProcessId | None:
-        launch = read_json(self.dir.launch)
-        return ProcessId(**launch["process"]) if launch else None
+        launch = read_record(self.dir.launch)
+        return ProcessId.from_record(launch["process"]) if launch else None
 
 
 def launch(config: Config) -> Run:

@@ -26,7 +26,7 @@ if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).re
 
 from hynb.config import Config, Reading, read_flags, read_yaml, to_yaml, use_upstream_defaults
 from hynb.errors import ConfigError
-from hynb.files import read_json, replace_text, write_json
+from hynb.files import read_json, replace_text, size_text, write_json
 from hynb.plan import zero
 from hynb.runs import (
     RunDir,
@@ -41,7 +41,8 @@ from hynb.supervision import RANK_VARIABLES, Joined, Membership, join, leave, ma
 from hynb.train import Notes, report_failure, set_up_process, show_output_at_once, start_notes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from hynb.merge import TensorEntry
     from hynb.train import DataPlan, Datasets, NodeLocalFolders, RunCallback, RunTrainer, SavedShard
@@ -90,8 +91,8 @@ class RankState:
     tokenizer_folder: Path = field(init=False)
     datasets: Datasets = field(init=False)
     # build_model
-    arguments: Any = field(init=False)
-    model: Any = field(init=False)
+    arguments: TrainingArguments = field(init=False)
+    model: PreTrainedModel | PeftModel = field(init=False)
     model_type: str = field(init=False)
     # record
     shards: Sequence[SavedShard] = ()
@@ -315,8 +316,7 @@ def build_model(state: RankState) -> None:
     save_loss_memory(model)
     if state.config.make_moe_param_leaf_module:
         mark_moe_leaves(model)
-    state.model = model
-    _choose_trained_parameters(state)
+    state.model = _with_trained_parameters(state.config, model, state.base)
 
 
 def record(state: RankState) -> None:
@@ -447,7 +447,7 @@ def _tensors_to_copy(state: RankState) -> list[TensorEntry]:
     if copied:
         size_bytes = sum(entry.size_bytes for entry in copied)
         logger.info(
-            f"{len(copied)} tensors of MTP layers ({size_bytes / 1e9:.3g} GB) are not trained; each checkpoint gets "
+            f"{len(copied)} tensors of MTP layers ({size_text(size_bytes)}) are not trained; each checkpoint gets "
             "them from the base unchanged"
         )
     return copied
@@ -455,9 +455,12 @@ def _tensors_to_copy(state: RankState) -> list[TensorEntry]:
 
 def _plan_checkpoints(state: RankState, copied: Sequence[TensorEntry]) -> None:
     """Decides on the weight files of full checkpoints."""
-    from hynb.merge import INDEX_NAME
+    from transformers import PreTrainedModel
+
+    from hynb.files import INDEX_NAME
     from hynb.train import base_tensors, plan_shards, training_dtype
 
+    assert isinstance(state.model, PreTrainedModel)
     stored = base_tensors(state.base) if state.base else []
     has_index = state.base is not None and (state.base / INDEX_NAME).is_file()
     dtype = training_dtype(state.config)
@@ -481,16 +484,19 @@ def _write_manifest(
     )
 
 
-def _choose_trained_parameters(state: RankState) -> None:
+def _with_trained_parameters(
+    config: Config, model: PreTrainedModel, base: Path | None
+) -> PreTrainedModel | PeftModel:
     from hynb.train import add_adapter, freeze_all_but_attention
 
-    if state.config.use_lora:
+    if config.use_lora:
         # A frozen embedding's output needs a gradient, or checkpointed layers would have none to pass back.
-        if state.config.gradient_checkpointing:
-            state.model.enable_input_require_grads()
-        state.model = add_adapter(state.model, state.config, state.base)
-    elif state.config.train_attention_params_only:
-        freeze_all_but_attention(state.model)
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        return add_adapter(model, config, base)
+    if config.train_attention_params_only:
+        freeze_all_but_attention(model)
+    return model
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

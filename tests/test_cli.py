@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -16,43 +17,77 @@ STEP = {"loss": 1.0, "learning_rate": 1e-4, "tokens_per_second": 9.0, "step_seco
 EVALUATION = {"eval_loss": 0.5, "eval_tokens": 100, "eval_perplexity": 1.65, "eval_seconds": 2.0}
 
 
+# Every command, with arguments that satisfy it.
+COMMANDS = {
+    "launch": [],
+    "status": ["runs/x"],
+    "attach": ["runs/x"],
+    "stop": ["runs/x"],
+    "check": ["--config", "x.yaml"],
+    "parameters": [],
+    "merge": ["--base_model_path", "b", "--adapter_model_path", "a", "--output_path", "o"],
+    "check-data": ["data.jsonl"],
+    "preflight": ["--config", "x.yaml"],
+    "hosts": ["show"],
+    "models": ["folder"],
+    "ask": ["folder", "question"],
+    "demo": [],
+}
+
+
+def usage_error(argv, capsys) -> str:
+    """What a command prints when it refuses its arguments."""
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err
+
+
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
-    for command in (
-        "launch",
-        "status",
-        "attach",
-        "stop",
-        "check",
-        "parameters",
-        "merge",
-        "check-data",
-        "models",
-        "ask",
-        "demo",
-    ):
-        assert f"\n    {command}" in text
+    listed = re.findall(r"^    ([a-z-]+)(?:  |$)", capsys.readouterr().out, re.MULTILINE)
+    assert listed == list(COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["merge", "check-data", "preflight", "hosts", "models", "ask", "demo"])
-def test_commands_with_a_module_of_their_own_have_help_and_name_unknown_flags(command, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_names_itself_where_it_refuses_a_flag(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0 and f"usage: hynb {command}" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        main([command, "--no_such_flag"])
-    assert end.value.code == 2
+    name = "hynb hosts show" if command == "hosts" else f"hynb {command}"
+    for argv in ([command, *COMMANDS[command], "--bogus"], [command, *COMMANDS[command], "--bogus=3"]):
+        text = usage_error(argv, capsys)
+        assert text.startswith(f"usage: {name} [-h]"), text
+        assert text.endswith(f"\n{name}: unknown flag --bogus; see `{name} --help`\n"), text
+    if command != "hosts":
+        # Also where something else is missing, which may be what the unknown flag meant.
+        assert f"{name}: unknown flag --bogus; see" in usage_error([command, "--bogus"], capsys)
+    text = usage_error([command, *COMMANDS[command], "-Z"], capsys)
+    assert text.startswith(f"usage: {name} [-h]") and text.endswith(f"argument -Z; see `{name} --help`\n"), text
 
 
-def test_an_unknown_flag_and_a_missing_command_are_refused(capsys):
-    for argv in (["status", "runs/x", "--no_such_flag"], []):
-        with pytest.raises(SystemExit) as end:
-            main(argv)
-        assert end.value.code == 2
-    assert "unrecognized arguments: --no_such_flag" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["status", "attach", "stop", "check", "merge"])
+def test_a_missing_argument_is_named_by_the_command(command, capsys):
+    text = usage_error([command], capsys)
+    assert text.startswith(f"usage: hynb {command} ") and f"\nhynb {command}: the following arguments are" in text
+
+
+def test_the_nearest_flag_and_the_way_to_give_a_parameter_are_named(capsys):
+    assert "unknown flag --folow (did you mean --follow?)" in usage_error(["launch", "--folow"], capsys)
+    assert "unknown flag --overwite (did you mean --overwrite?)" in usage_error(["merge", "--overwite"], capsys)
+    text = usage_error(["launch", "--learning_rate", "1e-4"], capsys)
+    assert "--set learning_rate=VALUE, or in the file of --config" in text
+
+
+def test_without_a_command_and_with_an_unknown_one_the_commands_are_named(capsys):
+    assert "hynb: the following arguments are required: COMMAND; see `hynb --help`" in usage_error([], capsys)
+    assert "hynb: unexpected argument --bogus before the command" in usage_error(["--bogus", "status", "x"], capsys)
+    text = usage_error(["lunch"], capsys)
+    assert "hynb: argument COMMAND: invalid choice: 'lunch'" in text and "launch" in text
 
 
 def test_a_mistake_ends_in_its_message_alone(tmp_path, capsys):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,6 +12,7 @@ from tiny import OF_FAMILY, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hynb.hunyuan_large  # noqa: F401  registers the model with the Auto classes
+from hynb.config import Config, random_model_config
 from hynb.errors import ModelError
 from hynb.families import FAMILIES, family_of
 
@@ -123,3 +127,27 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         family_of("llama")
     with pytest.raises(ModelError, match="model_type = None"):
         family_of(None)
+
+
+def test_no_module_but_the_table_compares_with_a_familys_name():
+    """What differs between families is a field of their entry."""
+    package = Path(__file__).resolve().parents[1] / "hynb"
+    found = [
+        f"{path.relative_to(package)}:{node.lineno}: {node.value}"
+        for path in package.rglob("*.py")
+        if path.name != "families.py" and path.parent.name != "hunyuan_large"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in FAMILIES
+    ]
+    assert found == []
+
+
+def test_a_random_model_is_of_the_family_whose_own_parameters_are_given():
+    families = [family for family in FAMILIES.values() if family.random_model]
+    assert [family.random_model.chosen_by for family in families].count(()) == 1
+    for family in families:
+        for name in family.random_model.chosen_by or [None]:
+            sizes = random_model_config(Config(num_layers=4, **({name: 2} if name else {})))
+            assert sizes["model_type"] == family.model_type
+            config = AutoConfig.for_model(vocab_size=90, **sizes)
+            assert all(getattr(config, key) == value for key, value in sizes.items() if key != "rope_scaling")

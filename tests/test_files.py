@@ -7,8 +7,17 @@ import json
 
 import pytest
 
-from hynb.errors import RunError
-from hynb.files import file_hash, files_hash, read_json, replace_text, write_json
+from hynb.errors import ModelError, RunError
+from hynb.files import (
+    INDEX_NAME,
+    file_hash,
+    files_hash,
+    read_json,
+    read_weight_map,
+    replace_text,
+    size_text,
+    write_json,
+)
 
 
 def test_json_is_read_back_and_leaves_no_other_file(tmp_path):
@@ -46,3 +55,23 @@ def test_hashes_depend_on_content_and_order(tmp_path):
     before = file_hash(two)
     two.rename(tmp_path / "three")
     assert file_hash(tmp_path / "three") == before
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_of_a_model_is_named(tmp_path, content):
+    assert read_weight_map(tmp_path) is None
+    (tmp_path / INDEX_NAME).write_text(content)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: is not a valid index .*Download"):
+        read_weight_map(tmp_path)
+
+
+def test_the_index_of_a_model_names_a_shard_for_each_tensor(tmp_path):
+    (tmp_path / INDEX_NAME).write_text('{"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    assert read_weight_map(tmp_path) == {"a": "1.safetensors", "b": "2.safetensors"}
+
+
+def test_a_size_has_the_prefix_that_a_person_would_choose():
+    texts = [size_text(value) for value in (0, 999, 1500, 12_345_678, 80e9, 999.6e9, 2.5e12)]
+    assert texts == ["0 B", "999 B", "1.5 kB", "12.3 MB", "80 GB", "1 TB", "2.5 TB"]

@@ -1,8 +1,10 @@
-"""The wheel, installed where neither the source tree nor Jupyter is: contents, commands, a training, the guard."""
+"""The wheel, installed where neither the source tree nor Jupyter is: contents, commands, a launched training."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,15 +130,22 @@ def test_what_needs_jupyter_names_the_extra_in_one_line(python, tmp_path):
     assert "pip install 'hynb[notebook]'" in line and "ipywidgets" in line
 
 
-def test_a_training_runs_and_a_guard_starts_without_jupyter(python, tmp_path):
+def test_a_launched_training_and_its_guard_run_without_jupyter(python, tmp_path):
     files = write_demo(tmp_path / "demo", train=8, held_out=2)
-    config = demo_config(files, tmp_path / "run")
-    config = config.replace(max_steps=2, save_steps=2, per_device_train_batch_size=1, num_processes=None)
+    # A name that a shell would run, in the commands that are printed too.
+    folder = tmp_path / "a run $(touch x)"
+    config = demo_config(files, folder)
+    config = config.replace(max_steps=2, save_steps=2, per_device_train_batch_size=1, num_processes=1)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
-    done = run(python, python, "-m", "hynb.train_entry", "run.yaml", cwd=tmp_path)
+    done = run(python, "hynb", "launch", "--config", "run.yaml", "--follow", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").is_file()
-    status = run(python, "hynb", "status", "run", cwd=tmp_path)
-    assert status.returncode == 0 and "finished" in status.stdout
-    done = run(python, python, "-c", "import hynb.supervision.node_guard, hynb.supervision.supervisor", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    for verb in ("attach", "stop"):
+        assert f" hynb {verb} {shlex.quote(str(folder))}\n" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("finished, step 2 of 2")
+    assert (folder / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    # Only the word of its guard makes a host "done".
+    (host,) = json.loads((folder / "hosts.json").read_text())["hosts"]
+    assert host["state"] == "done", host
+    status = run(python, "hynb", "status", folder, cwd=tmp_path)
+    assert status.returncode == 0 and status.stdout.startswith("finished")
+    assert not (tmp_path / "x").exists()

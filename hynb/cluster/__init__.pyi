@@ -3,7 +3,6 @@ from . import hostfile as hostfile
 from . import ssh_key as ssh_key
 from . import ssh_setup as ssh_setup
 from .host_facts import UNREADABLE as UNREADABLE
-from .host_facts import DiskFacts as DiskFacts
 from .host_facts import FactsRequest as FactsRequest
 from .host_facts import HostFacts as HostFacts
 from .hostfile import ClusterDir as ClusterDir

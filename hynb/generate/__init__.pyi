@@ -1,5 +1,4 @@
-from .answer import Answer as Answer
-from .answer import make_answer as make_answer
+from .answer import Answer as Answer  # for users
 from .answer import shown_answer as shown_answer
 from .answer import shown_message as shown_message
 from .generation import AnsweringModel as AnsweringModel

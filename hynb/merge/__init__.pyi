@@ -1,7 +1,5 @@
-from .receipt import RECEIPT as RECEIPT
 from .receipt import find_merge as find_merge
 from .shards import DTYPE_BYTES as DTYPE_BYTES
-from .shards import INDEX_NAME as INDEX_NAME
 from .shards import SAVE_DTYPES as SAVE_DTYPES
 from .shards import TensorEntry as TensorEntry
 from .shards import copy_range as copy_range

@@ -7,11 +7,11 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hynb.hunyuan_large  # noqa: F401  registers the model with the Auto classes
 from hynb.errors import HynbError, MergeError
-from hynb.files import read_json
+from hynb.files import read_json, size_text
 from hynb.plan import memory
 
 _LAYERS = 2
@@ -37,8 +37,8 @@ def first_layers_pass(folder: Path) -> str:
     needed_bytes, available_bytes = parameters * _FLOAT32_BYTES, psutil.virtual_memory().available
     if needed_bytes > available_bytes // 2:
         return (
-            f"no forward pass: {layers} layers need {needed_bytes / 1e9:.3g} GB of memory, more than half of the "
-            f"{available_bytes / 1e9:.3g} GB that are free"
+            f"no forward pass: {layers} layers need {size_text(needed_bytes)} of memory, more than half of the "
+            f"{size_text(available_bytes)} that are free"
         )
     model = _load(folder, layers)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def first_layers_pass(folder: Path) -> str:
     return f"forward pass: the first {layers} layers load and give finite logits"
 
 
-def _load(folder: Path, layers: int) -> Any:
+def _load(folder: Path, layers: int) -> PreTrainedModel:
     """The model of a folder with its first layers alone, in float32."""
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = layers

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from hynb.errors import MergeError
-from hynb.files import read_json, write_json
-from hynb.merge.shards import INDEX_NAME, is_weight_file
+from hynb.files import INDEX_NAME, read_json, size_text, write_json
+from hynb.merge.shards import is_weight_file
 from hynb.runs import base_identity
 
 
@@ -43,8 +43,8 @@ def as_safetensors(base: Path, output: Path) -> Iterator[Path]:
         needed_bytes, free_bytes = identity["weight_bytes"], shutil.disk_usage(output.parent).free
         if needed_bytes > free_bytes:
             raise MergeError(
-                f"{base}: its .bin files are first converted to safetensors, which needs {needed_bytes / 1e9:.3g} GB "
-                f"beside {output}, and the disk has {free_bytes / 1e9:.3g} GB free. Free some space, or choose "
+                f"{base}: its .bin files are first converted to safetensors, which needs {size_text(needed_bytes)} "
+                f"beside {output}, and the disk has {size_text(free_bytes)} free. Free some space, or choose "
                 "another disk"
             )
         copy.mkdir(parents=True)

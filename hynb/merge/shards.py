@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hynb.errors import ModelError
+from hynb.files import INDEX_NAME, read_weight_map
 
-INDEX_NAME = "model.safetensors.index.json"
 DTYPE_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1},
@@ -92,8 +92,8 @@ def model_shards(folder: Path) -> list[Shard]:
         ModelError: the folder has no safetensors file, a shard is missing or corrupt, or a tensor is not in the
             shard that the index names.
     """
-    index_path = folder / INDEX_NAME
-    if not index_path.is_file():
+    weight_map = read_weight_map(folder)
+    if weight_map is None:
         single = sorted(folder.glob("*.safetensors"))
         if not single and any(folder.glob("pytorch_model*.bin")):
             raise ModelError(f"{folder}: its weights are .bin files; save the model as safetensors first")
@@ -101,17 +101,13 @@ def model_shards(folder: Path) -> list[Shard]:
             found = f"{len(single)} safetensors files and no {INDEX_NAME}" if single else "no safetensors file"
             raise ModelError(f"{folder}: has {found}, so the model folder is incomplete")
         return [read_shard(single[0])]
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index_path}: not a valid index ({error}). Download the file again") from None
-    shards = [read_shard(folder / name) for name in names]
+    shards = [read_shard(folder / name) for name in sorted(set(weight_map.values()))]
     present = {entry.name: shard.path.name for shard in shards for entry in shard.tensors}
     wrong = [name for name, shard in weight_map.items() if present.get(name) != shard]
     if wrong:
         raise ModelError(
-            f"{index_path}: {len(wrong)} tensors are not in the shards that it names for them, such as {wrong[0]}"
+            f"{folder / INDEX_NAME}: {len(wrong)} tensors are not in the shards that it names for them, such as "
+            f"{wrong[0]}"
         )
     return shards
 
@@ -175,26 +171,6 @@ def copy_range(source: int, target: int, begin: int, end: int, *, at: int, advan
             raise ModelError("a weight file became shorter while it was being copied")
         begin, at = begin + count, at + count
         advance(count)
-
-
-def copy_tensors(tensors: Iterable[TensorEntry], path: Path) -> None:
-    """Writes a safetensors file with unchanged tensors of other files; none of them is read into memory.
-
-    Raises:
-        ModelError: a source has become shorter since its header was read.
-        OSError: the file cannot be written.
-    """
-    tensors = list(tensors)
-    header = file_header([(entry.name, entry.dtype, entry.shape) for entry in tensors], {"format": "pt"})
-    with path.open("wb") as target:
-        target.write(header)
-        target.flush()
-        position = len(header)
-        for entry in tensors:
-            with entry.shard.open("rb") as source:
-                files = source.fileno(), target.fileno()
-                copy_range(*files, entry.begin, entry.end, at=position, advance=lambda _: None)
-            position += entry.size_bytes
 
 
 def file_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hynb.errors import HynbError, MergeError
-from hynb.files import read_json, write_json
+from hynb.files import INDEX_NAME, read_json, size_text, write_json
 from hynb.merge import shards
 from hynb.merge.pickled_base import as_safetensors
 from hynb.merge.plan import MergePlan, plan_merge
@@ -143,8 +143,8 @@ def _check_space(output: Path, partial: Path, needed_bytes: int) -> None:
     if not any(partial.glob("*.safetensors")):
         shutil.rmtree(partial)
     raise MergeError(
-        f"output_path = {output}: the merged model needs {needed_bytes / 1e9:.3g} GB and the disk has "
-        f"{free_bytes / 1e9:.3g} GB free. Free some space, or choose another disk"
+        f"output_path = {output}: the merged model needs {size_text(needed_bytes)} and the disk has "
+        f"{size_text(free_bytes)} free. Free some space, or choose another disk"
     )
 
 
@@ -157,7 +157,7 @@ def _write_other_files(plan: MergePlan, partial: Path, writer: ShardWriter, save
             shutil.copyfile(item, partial / item.name)
     if weight_map := writer.weight_map():
         index = {"metadata": {"total_size": writer.total_bytes}, "weight_map": weight_map}
-        write_json(partial / shards.INDEX_NAME, index)
+        write_json(partial / INDEX_NAME, index)
     model_config = read_json(plan.base / "config.json") or {}
     changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.untied else {}
     if dtype := SAVE_DTYPES[save_dtype]:

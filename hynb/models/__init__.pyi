@@ -1,2 +1,2 @@
-from .description import describe as describe
+from .description import describe as describe  # for users
 from .serving import serving_text as serving_text

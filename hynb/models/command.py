@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 
 from hynb.errors import ConfigError
+from hynb.files import size_text
 from hynb.models.description import Description, Fit, describe
 
 
@@ -132,4 +133,4 @@ def _count(number: int) -> str:
 
 
 def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.3g} GB"
+    return size_text(size_bytes)

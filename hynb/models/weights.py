@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hynb.errors import ModelError
+from hynb.files import read_weight_map
 
-_INDEX = "model.safetensors.index.json"
 # The limit of the safetensors library.
 _MAX_HEADER_BYTES = 100 << 20
 
@@ -71,11 +71,5 @@ def _header(shard: Path) -> list[tuple[str, list[int]]]:
 
 
 def _missing(folder: Path) -> tuple[str, ...]:
-    path = folder / _INDEX
-    if not path.is_file():
-        return ()
-    try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{path}: cannot be read. Download or copy the file again") from None
+    names = set((read_weight_map(folder) or {}).values())
     return tuple(sorted(name for name in names if not (folder / name).is_file()))

@@ -17,4 +17,5 @@ from .events import progress_line as progress_line
 from .folder import ProcessId as ProcessId
 from .folder import RunDir as RunDir
 from .heartbeat import Phase as Phase
+from .records import read_record as read_record
 from .status import RunStatus as RunStatus

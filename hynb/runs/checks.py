@@ -13,6 +13,7 @@ from hynb.config import Config
 from hynb.data import find_files
 from hynb.errors import ConfigError, HynbError
 from hynb.families import FAMILIES
+from hynb.files import read_weight_map
 from hynb.plan import zero
 from hynb.runs.checkpoint import check_checkpoint, resume_checkpoint
 from hynb.runs.events import RunReader
@@ -23,7 +24,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "hy.tiktoken", "tokenizer.model", "vocab.j
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool) -> list[str]:
-    """Why a new run must not start in this folder, one message per reason; empty when it may."""
+    """Why a new run must not start in this folder, one message per reason; empty when it may.
+
+    Every host of a run checks the folder that it has of its own by the same rules.
+
+    Raises:
+        RunError: a record in the folder is damaged.
+    """
     if problem := _location_problem(str(output_dir)):
         return [f"output_dir = {output_dir}: {problem}"]
     run_dir = RunDir(output_dir)
@@ -34,15 +41,20 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool)
             f"output_dir = {output_dir}: has a live run ({status}). Watch it with `hynb attach {quoted}`, "
             f"end it with `hynb stop {quoted}`, or choose another output_dir"
         ]
-    if status.state == "absent" and (foreign := _foreign_files(run_dir)):
+    earlier = f"an earlier run ({status.state})"
+    if status.state == "absent":
+        foreign = _foreign_files(run_dir)
+        if foreign and not run_dir.led_from.exists():
+            return [
+                f"output_dir = {output_dir}: holds no run, but {', '.join(foreign)}, which a run would replace: "
+                "choose another folder"
+            ]
+        # What a failed start leaves (parameters, logs) is no loss.
+        earlier = "this host's part of an earlier run" if foreign else ""
+    if earlier and not overwrite and not resuming:
         return [
-            f"output_dir = {output_dir}: holds no run, but {', '.join(foreign)}, which a run would replace: choose "
-            "another folder"
-        ]
-    if status.state != "absent" and not overwrite and not resuming:
-        return [
-            f"output_dir = {output_dir}: holds an earlier run ({status.state}). Resume it with "
-            "resume_from_checkpoint: last, remove it with overwrite_output_dir, or choose another output_dir"
+            f"output_dir = {output_dir}: holds {earlier}. Resume it with resume_from_checkpoint: last, remove it "
+            "with overwrite_output_dir, or choose another output_dir"
         ]
     return []
 
@@ -55,7 +67,8 @@ def _location_problem(output_dir: str) -> str:
     if path.resolve() in (Path("/"), Path.home()):
         return "is not a folder for a run; name a new folder in it"
     existing = path
-    while not existing.exists() and not existing.is_symlink():
+    # os.path answers where a folder above may not be entered; Path.exists would raise.
+    while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
         return f"{existing} is a file; name a folder" if existing != path else "is a file; name a folder"
@@ -204,13 +217,10 @@ def _adapter_hint(folder: Path) -> str:
 
 
 def _missing_shards(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
     try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        return [f"{index}: is not a valid index ({error}). Download the file again"]
+        named = set((read_weight_map(folder) or {}).values())
+    except HynbError as error:
+        return error.problems
     missing = sorted(name for name in named if not (folder / name).is_file())
     if missing:
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")

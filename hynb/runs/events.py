@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hynb.files import read_json, write_json
+from hynb.files import write_json
 from hynb.runs.folder import ProcessId, RunDir
 from hynb.runs.heartbeat import Heartbeat, Phase
-from hynb.runs.status import LIVE_STATES, RunStatus, State, read_status
+from hynb.runs.records import State, read_record
+from hynb.runs.status import LIVE_STATES, RunStatus, read_status
 
 EVENT_VERSION = 1
 
@@ -103,7 +104,7 @@ class RunReader:
 
     def manifest(self) -> dict[str, Any]:
         """The content of manifest.json; empty before rank 0 has written it."""
-        return read_json(self.dir.manifest) or {}
+        return read_record(self.dir.manifest) or {}
 
     def new_events(self) -> list[dict[str, Any]]:
         """Events appended since the last call; an incomplete last line is left for the next call."""
@@ -182,6 +183,10 @@ def evaluation_line(event: dict[str, Any]) -> str:
     )
 
 
+def _is_whole(event: dict[str, Any]) -> bool:
+    return isinstance(event.get("kind"), str) and isinstance(event.get("global_step"), int)
+
+
 def _before(old: dict[str, Any], resume: dict[str, Any]) -> bool:
     return old["global_step"] <= resume["global_step"] and old["kind"] not in ("stop", "end")
 
@@ -197,5 +202,5 @@ def _parse_events(data: bytes) -> Iterator[dict[str, Any]]:
         # A writer that died within a line left it incomplete; its successor began a new one.
         with contextlib.suppress(ValueError):
             event = json.loads(line)
-            if isinstance(event, dict) and event.get("v") == EVENT_VERSION:
+            if isinstance(event, dict) and event.get("v") == EVENT_VERSION and _is_whole(event):
                 yield event

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from hynb.files import read_json
+from hynb.runs.records import read_failure
 
 
 class RunDir:
@@ -77,7 +78,7 @@ class RunDir:
 
     def failures(self) -> list[dict[str, Any]]:
         """The records of failed ranks, by the time of their failure."""
-        records = [read_json(path) for path in self.log.glob("failure_rank*.json")]
+        records = [read_failure(path) for path in self.log.glob("failure_rank*.json")]
         return sorted((record for record in records if record), key=lambda record: record["time"])
 
     def run_files(self) -> list[Path]:
@@ -103,6 +104,11 @@ class ProcessId:
     def of(cls, pid: int) -> ProcessId:
         """The identity of a running process of this host."""
         return cls(host=socket.gethostname(), pid=pid, create_time=psutil.Process(pid).create_time())
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> ProcessId:
+        """The identity in a record of a run folder; other keys are those of another version."""
+        return cls(host=record["host"], pid=record["pid"], create_time=record["create_time"])
 
     def alive(self) -> bool | None:
         """Whether the process runs; None when it is on another host, where its pid says nothing here."""

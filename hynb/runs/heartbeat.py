@@ -102,8 +102,8 @@ def read_heartbeat(path: Path) -> Beat | None:
         written = path.stat().st_mtime
         if isinstance(content, int):
             return Beat(phase=None, global_step=content, time=written)
-        progress = str(content.get("progress", ""))
-        return Beat(phase=content["phase"], global_step=content["global_step"], progress=progress, time=written)
+        phase, global_step = content["phase"], content["global_step"]
+        return Beat(phase=phase, global_step=global_step, progress=str(content.get("progress", "")), time=written)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -6,15 +6,14 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from hynb.files import read_json
 from hynb.runs.folder import ProcessId, RunDir
 from hynb.runs.heartbeat import Beat, Phase, disk_time, read_heartbeat
+from hynb.runs.records import State, read_record
 
 # A process on another host is considered dead when the heartbeat is this old: network disks cache for up to a minute.
 STALE_HEARTBEAT_SECONDS = 90.0
-State = Literal["absent", "starting", "running", "stopping", "finished", "stopped", "failed"]
 LIVE_STATES = ("starting", "running", "stopping")
 _NO_RECORD = "its processes are gone and recorded no reason: killed, or out of memory"
 
@@ -58,10 +57,14 @@ class RunStatus:
 
 
 def read_status(run_dir: RunDir) -> RunStatus:
-    """The run's state, from the records of the ranks and of the supervisor and from the processes that are alive."""
+    """The run's state, from the records of the ranks and of the supervisor and from the processes that are alive.
+
+    Raises:
+        RunError: a record cannot be read or is damaged; the message names the file and the field.
+    """
     if not run_dir.path.is_dir():
         return RunStatus(state="absent", reason=f"there is no folder {run_dir.path}")
-    record, launch = read_json(run_dir.status), read_json(run_dir.launch)
+    record, launch = read_record(run_dir.status), read_record(run_dir.launch)
     if record is None and launch is None:
         return RunStatus(state="absent", reason=_absent_reason(run_dir))
     record = record or {"state": "starting"}
@@ -69,7 +72,7 @@ def read_status(run_dir: RunDir) -> RunStatus:
     status = _recorded_status(run_dir, record, beat)
     if not status.live:
         return status
-    end = read_json(run_dir.exit)
+    end = read_record(run_dir.exit)
     if _is_alive(run_dir.path, record, launch if end is None else None, beat):
         stopping = run_dir.stop_request.exists() and status.state != "starting"
         return dataclasses.replace(status, state="stopping") if stopping else status
@@ -111,7 +114,7 @@ def _is_alive(folder: Path, record: dict[str, Any], launch: dict[str, Any] | Non
     for item in (record, launch):
         if item is None or "process" not in item:
             continue
-        alive = ProcessId(**item["process"]).alive()
+        alive = ProcessId.from_record(item["process"]).alive()
         if alive is None and beat is not None:
             alive = disk_time(folder) - beat.time < STALE_HEARTBEAT_SECONDS
         elif alive is None and item is launch:
@@ -155,7 +158,7 @@ def _failure(run_dir: RunDir) -> str:
         return f"rank {causes[0]['rank']} on {causes[0]['host']}: {causes[0]['reason']}"
     if not failures:
         return ""
-    world_size = (read_json(run_dir.manifest) or {}).get("world_size", 0)
+    world_size = (read_record(run_dir.manifest) or {}).get("world_size", 0)
     silent = sorted(set(range(world_size)) - {failure["rank"] for failure in failures})
     who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
     return f"{who} ended and reported no reason (killed, or out of memory), and the other ranks lost its connection"
@@ -163,7 +166,7 @@ def _failure(run_dir: RunDir) -> str:
 
 def _joining(run_dir: RunDir) -> str:
     """Which of several hosts have not joined yet, or that all have; empty for a run on one host."""
-    record = read_json(run_dir.hosts) or {}
+    record = read_record(run_dir.hosts) or {}
     if len(record.get("hosts", [])) < 2:
         return ""
     if folder := record.get("output_dir"):

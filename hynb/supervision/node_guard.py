@@ -18,12 +18,14 @@ from typing import Any
 import psutil
 
 from hynb.config import read_yaml
+from hynb.errors import HynbError, RunError
 from hynb.files import read_json, replace_text, write_json
-from hynb.runs import ProcessId, RunDir, clear_run_folder
+from hynb.runs import ProcessId, RunDir, check_output_dir, clear_run_folder
 from hynb.supervision import link as links
 from hynb.supervision.link import Link
 from hynb.supervision.membership import PING_SECONDS, RANK_VARIABLES, Membership
 from hynb.supervision.processes import kill_processes, processes_of
+from hynb.supervision.registries import hold_registry, remove_abandoned_registries
 
 _WATCH_SECONDS = 0.1
 _FETCH_SECONDS = 0.5
@@ -44,6 +46,7 @@ class Guard:
         self._dismissed = threading.Event()
         self._go: dict[str, Any] | None = None
         self._offsets: dict[Path, int] = {}
+        self._old_failures: dict[Path, int] = {}
 
     def run(self) -> None:
         """Guards the ranks of this host until they have ended, or must end."""
@@ -110,6 +113,8 @@ class Guard:
         if not go["shared"] and not self.shared:
             try:
                 self._prepare_own_folder(go)
+            except HynbError as error:
+                problem = f"{self._name}: {'; '.join(error.problems)}"
             except OSError as error:
                 folder = self._membership.run_folder
                 problem = f"output_dir = {folder} on {self._name}: cannot be written: {error.strerror}"
@@ -118,15 +123,27 @@ class Guard:
         write_json(self._ranks.registry / "ready.json", ready | {"interface": self._interface()})
 
     def _prepare_own_folder(self, go: dict[str, Any]) -> None:
-        run_dir = RunDir(self._membership.run_folder)
+        """Prepares a folder that only this host sees.
+
+        Raises:
+            HynbError: the folder holds something else, as where a run is launched.
+        """
+        received = self._ranks.registry / "run.yaml"
+        replace_text(received, go["config"])
+        run_dir, overwrite = RunDir(self._membership.run_folder), bool(go["overwrite"])
+        self._old_failures = {path: path.stat().st_mtime_ns for path in self._failures()}
+        config = read_yaml(received).config(str(received))
+        resuming = config.resume_from_checkpoint is not None
+        if problems := check_output_dir(run_dir.path, overwrite=overwrite, resuming=resuming):
+            raise RunError(problems)
         run_dir.log.mkdir(parents=True, exist_ok=True)
+        # The log folder is already in use.
+        for item in run_dir.run_files() if overwrite else ():
+            if item != run_dir.log:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        clear_run_folder(config)
         replace_text(run_dir.config, go["config"])
         replace_text(run_dir.led_from, f"{self._membership.supervisor_host}\n")
-        # The log folder is already in use.
-        for item in run_dir.run_files() if go["overwrite"] else ():
-            if item not in (run_dir.log, run_dir.config):
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
-        clear_run_folder(read_yaml(run_dir.config).config(str(run_dir.config)))
 
     def _report_ranks(self) -> None:
         for rank, stage in self._ranks.new_stages():
@@ -148,8 +165,13 @@ class Guard:
             return
         for path in self._ranks.logs():
             self._send_new(path)
-        for path in RunDir(self._membership.run_folder).log.glob("failure_rank*.json"):
-            self._send_new(path)
+        for path in self._failures():
+            # A folder that was refused keeps the records of an earlier run.
+            if path.stat().st_mtime_ns != self._old_failures.get(path):
+                self._send_new(path)
+
+    def _failures(self) -> list[Path]:
+        return list(RunDir(self._membership.run_folder).log.glob("failure_rank*.json"))
 
     def _send_new(self, path: Path) -> None:
         try:
@@ -252,8 +274,8 @@ class Ranks:
     def _register(self) -> None:
         for rank in self._numbers:
             if rank not in self._processes and (record := read_json(self.registry / f"rank{rank}.json")):
-                self._logs[rank] = Path(record.pop("log"))
-                self._processes[rank] = ProcessId(**record)
+                self._logs[rank] = Path(record["log"])
+                self._processes[rank] = ProcessId.from_record(record)
 
 
 def main(node: int) -> None:
@@ -264,6 +286,8 @@ def main(node: int) -> None:
         os._exit(0)
     os.chdir("/")
     registry = membership.registry(node)
+    hold_registry(registry)
+    remove_abandoned_registries(registry)
     link, problem = _find_supervisor(membership)
     if link is None:
         name = membership.hosts[node][0]

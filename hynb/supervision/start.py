@@ -131,7 +131,7 @@ def kill(run_dir: RunDir, launch: dict[str, Any], *, supervisor_alive: bool, sec
         time.sleep(0.05)
     ssh = _ssh_of(launch)
     if ssh is not None and not run_dir.exit.exists():
-        others = [name for name, _ in launch["membership"]["hosts"] if not is_local(name)]
+        others = [name for name, _ in launch.get("membership", {}).get("hosts", ()) if not is_local(name)]
         kill_over_ssh(ssh, others, launch["id"], seconds=seconds)
 
 
@@ -227,7 +227,8 @@ def _write_private(path: Path, text: str) -> None:
 
 def _ssh_of(launch: dict[str, Any]) -> Ssh | None:
     """The ssh of a launch's record."""
-    return None if launch["ssh"] is None else Ssh(config=Path(launch["ssh"]) if launch["ssh"] else None)
+    path = launch.get("ssh")
+    return None if path is None else Ssh(config=Path(path) if path else None)
 
 
 def _launcher_environment(plan: Plan, run_dir: RunDir) -> dict[str, str]:

@@ -28,7 +28,6 @@ from .process import set_up_process as set_up_process
 from .process import show_output_at_once as show_output_at_once
 from .process import start_notes as start_notes
 from .router_statistics import RouterWatch as RouterWatch
-from .router_statistics import routers as routers
 from .saving import SavedShard as SavedShard
 from .saving import plan_shards as plan_shards
 from .timeouts import uneven_work as uneven_work

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hynb.families import FAMILIES
-from hynb.files import read_json, write_json
-from hynb.merge import INDEX_NAME, TensorEntry, read_shard
+from hynb.files import read_json, read_weight_map, write_json
+from hynb.merge import TensorEntry, read_shard
 from hynb.runs import BASE_IDENTITY, CHECKPOINT_RECORD, base_identity
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,8 @@ _TRAINING_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py", CHECKPOINT
 
 def base_tensors(base: Path) -> list[TensorEntry]:
     """The tensors of a base; empty if its weights are not in safetensors files."""
-    index = read_json(base / INDEX_NAME)
-    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    weight_map = read_weight_map(base)
+    names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
     return [entry for name in names if (base / name).is_file() for entry in read_shard(base / name).tensors]
 
 

@@ -213,10 +213,11 @@ def _random_model(config: Config, tokenizer: PreTrainedTokenizerBase, options: d
         "To fine-tune, set model_name_or_path"
     )
     sizes = random_model_config(config)
-    if sizes["model_type"] == "hy_v3":
+    random_model = FAMILIES[sizes["model_type"]].random_model
+    if random_model and random_model.chosen_by:
         logger.info(
-            "the random model is a Hy3 (hy_v3), because moe_intermediate_size or moe_layer_num_skipped is given; "
-            "its queries and keys are normalised whatever use_qk_norm is"
+            f"the random model is a {sizes['model_type']}, because {' or '.join(random_model.chosen_by)} is given; "
+            f"{random_model.note}"
         )
     model_config = AutoConfig.for_model(
         **sizes,

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from hynb.errors import ModelError, RunError
-from hynb.files import write_json
-from hynb.merge import DTYPE_BYTES, INDEX_NAME, TORCH_DTYPES, TensorEntry, copy_range, file_header, write_at
+from hynb.files import INDEX_NAME, write_json
+from hynb.merge import DTYPE_BYTES, TORCH_DTYPES, TensorEntry, copy_range, file_header, write_at
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.router_statistics import routers
 from hynb.train.stored_tensors import Part, stored_parts

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hynb.data import IGNORED, SeededSampler
 from hynb.errors import ModelError, RunError
-from hynb.files import write_json
+from hynb.files import size_text, write_json
 from hynb.runs import CHECKPOINT_RECORD, Phase, RunDir, RunWriter
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import copy_model_files, write_base_identity
@@ -383,6 +383,6 @@ def check_disk(output_dir: Path, model: torch.nn.Module, *, saved_bytes: int) ->
     free = shutil.disk_usage(output_dir).free
     if needed > free:
         raise RunError(
-            f"output_dir = {output_dir}: a checkpoint takes about {needed / 1e9:.3g} GB and the disk has "
-            f"{free / 1e9:.3g} GB free. Free some space, or choose another output_dir"
+            f"output_dir = {output_dir}: a checkpoint takes about {size_text(needed)} and the disk has "
+            f"{size_text(free)} free. Free some space, or choose another output_dir"
         )

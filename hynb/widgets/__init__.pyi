@@ -11,7 +11,7 @@ from .merge_form import MergeForm as MergeForm
 from .merge_view import ask_all as ask_all
 from .merge_view import check as check
 from .merge_view import merge as merge
-from .panel import RunPanel as RunPanel
+from .panel import RunPanel as RunPanel  # for users
 from .parameters import check_names as check_names
 from .parameters import parameters_cell as parameters_cell
 from .parameters import read_parameters as read_parameters

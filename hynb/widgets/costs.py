@@ -10,10 +10,10 @@ from typing import Any
 from hynb.cluster import Gpu, hostfile, this_machine
 from hynb.config import Config, random_model_config
 from hynb.errors import ConfigError, HynbError
-from hynb.files import read_json
+from hynb.files import read_json, size_text
 from hynb.plan import memory, zero
 from hynb.runs import find_base
-from hynb.widgets.table import Table, size_text
+from hynb.widgets.table import Table
 
 # Hunyuan's special tokens, which the tiktoken file does not contain.
 _SPECIAL_TOKENS = 209

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from hynb.files import size_text
 from hynb.runs import RunStatus, duration_text
-from hynb.widgets.table import size_text
 
 # The smoothed loss averages over a tenth of the run, and over this many log steps at most.
 _MAX_SPAN = 50

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hynb.cluster import hostfile, this_machine
 from hynb.errors import ClusterError, ConfigError
-from hynb.widgets.table import Table, size_text
+from hynb.files import size_text
+from hynb.widgets.table import Table
 
 
 def machine_table(folder: str | Path = ".") -> Table:

@@ -7,10 +7,11 @@ from pathlib import Path
 from IPython.display import display
 
 from hynb.errors import ConfigError, HynbError
+from hynb.files import size_text
 from hynb.widgets.answer_view import AnswerView
 from hynb.widgets.merge_form import MergeChoice
 from hynb.widgets.progress import ProgressBar
-from hynb.widgets.table import Table, size_text
+from hynb.widgets.table import Table
 from hynb.widgets.tasks import AskedQuestion, MergedModel
 from hynb.widgets.worker import work
 

@@ -58,7 +58,7 @@ class RunPanel(widgets.VBox):
         self._drawn: tuple[int, str, int | None] | None = None
         self._stopped_watching = threading.Event()
         # Once in the caller's thread, so that the output of the cell is complete even if the run has ended.
-        self._update()
+        self._show_news()
         self._thread = threading.Thread(target=self._watch, name=f"panel {run.output_dir.name}", daemon=True)
         self._thread.start()
 
@@ -77,14 +77,18 @@ class RunPanel(widgets.VBox):
         pause = _POLL_SECONDS
         while not self._stopped_watching.wait(pause):
             started = time.thread_time()
-            try:
-                live = self._update()
-            except RunError as error:
-                self._end_note.value = note(error, "bad")
-                return
-            if not live:
+            if not self._show_news():
                 return
             pause = max(_POLL_SECONDS, (time.thread_time() - started) / _DRAWING_SHARE)
+
+    def _show_news(self) -> bool:
+        """Shows what is new, or which record is damaged; returns whether there may be more."""
+        try:
+            return self._update()
+        except RunError as error:
+            self._end_note.value = note(error, "bad")
+            self.stop_button.disabled = True
+            return False
 
     def _update(self) -> bool:
         """Shows what is new; returns whether the run is still live."""
@@ -113,7 +117,7 @@ class RunPanel(widgets.VBox):
         self.stop_button.disabled = True
         try:
             self.run.stop(wait=False)
-        except OSError as error:
+        except (OSError, RunError) as error:
             self._stop_note.value = note(error, "bad")
             return
         self._stop_note.value = note("Requested: a checkpoint is saved after this step, then the run ends.")

@@ -7,10 +7,11 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from hynb.errors import RunError
 from hynb.launch import attach
 from hynb.runs import RunReader
 from hynb.widgets.kernel import acknowledge_edit
-from hynb.widgets.markup import STYLE
+from hynb.widgets.markup import STYLE, note
 from hynb.widgets.session import watch
 from hynb.widgets.table import Table
 
@@ -27,8 +28,15 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 def runs_table(folder: str | Path) -> Table:
     """Every run in a folder, with its state."""
-    rows = [(str(path), str(RunReader(path).status())) for path in find_runs(folder)]
+    rows = [(str(path), _state_text(path)) for path in find_runs(folder)]
     return Table(columns=("run folder", "state"), rows=rows, title=f"Runs in {Path(folder).absolute()}")
+
+
+def _state_text(path: Path) -> str:
+    try:
+        return str(RunReader(path).status())
+    except RunError as error:
+        return f"unknown: {error}"
 
 
 class RunChooser(widgets.VBox):
@@ -59,4 +67,7 @@ class RunChooser(widgets.VBox):
         self._table.value = f'<div class="hynb">{runs_table(self._folder).html()}</div>'
 
     def _show(self, _: Any) -> None:
-        self._place.children = (watch(attach(str(self.runs.value))),)
+        try:
+            self._place.children = (watch(attach(str(self.runs.value))),)
+        except RunError as error:
+            self._place.children = (widgets.HTML(note(error, "bad")),)

@@ -59,15 +59,6 @@ def path_text(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def size_text(size_bytes: float) -> str:
-    """A size in bytes with a decimal prefix, such as 12.3 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size_bytes) < 999.5:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.3g} TB"
-
-
 def _width(text: str) -> int:
     """The number of terminal columns of a text, in which a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

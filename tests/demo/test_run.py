@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from hynb.config import check_config
 from hynb.data import check_data
-from hynb.demo import demo_config, write_demo, write_jsonl
+from hynb.demo import demo_config, write_demo
 from hynb.demo.run import MAX_BASE_EXACT_MATCH, evaluate, run_notebook, summary_problems
-from hynb.demo.texts import pretraining_conversation
+from hynb.demo.texts import pretraining_conversation, write_jsonl
 from hynb.errors import RunFailedError
 
 

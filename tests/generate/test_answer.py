@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from hynb.generate import make_answer, shown_answer, shown_message
-from hynb.generate.answer import AnswerStream, opens_thought, split_thought
+from hynb.generate import shown_answer, shown_message
+from hynb.generate.answer import AnswerStream, make_answer, opens_thought, split_thought
 
 # Output, whether the prompt opened the thought, thought, answer.
 OUTPUTS = [

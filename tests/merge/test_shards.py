@@ -156,5 +156,5 @@ def test_an_incomplete_model_folder_is_refused(saved, tmp_path):
         with pytest.raises(ModelError, match=message):
             shards.model_shards(folder)
     index.write_text("{")
-    with pytest.raises(ModelError, match="not a valid index"):
+    with pytest.raises(ModelError, match="is not a valid index"):
         shards.model_shards(folder)

@@ -20,7 +20,8 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from hynb.errors import MergeError, ModelError
-from hynb.merge import RECEIPT, SAVE_DTYPES, merge_lora, verify_merge
+from hynb.merge import SAVE_DTYPES, merge_lora, verify_merge
+from hynb.merge.receipt import RECEIPT
 from hynb.runs import BASE_IDENTITY, base_identity
 
 TORCH_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -178,7 +178,7 @@ def empty(folder: Path) -> None:
         (break_family, "model_type = llama: not supported"),
         (break_sizes, "config.json of hunyuan: a size is missing or invalid"),
         (break_shard, "model.safetensors: is truncated or not a safetensors file"),
-        (break_index, "model.safetensors.index.json: cannot be read"),
+        (break_index, "model.safetensors.index.json: is not a valid index"),
         (break_tokenizer, "tokenizer_config.json: must be a JSON object"),
     ],
 )

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from hynb.cluster import DiskFacts, Host, HostFacts, Ssh, hostfile
+from hynb.cluster import Host, HostFacts, Ssh, hostfile
+from hynb.cluster.host_facts import DiskFacts
 from hynb.config import Config
 from hynb.preflight.checks import compare
 from hynb.preflight.report import Cell

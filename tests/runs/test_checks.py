@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +39,82 @@ def test_an_empty_folder_and_a_file(tmp_path):
     assert "is a file" in check_output_dir(tmp_path / "file", overwrite=True, resuming=False)[0]
 
 
+@pytest.mark.parametrize(
+    ("output_dir", "message"),
+    [
+        ("", "is empty; name a folder"),
+        ("  ", "is empty; name a folder"),
+        ("/", "is not a folder for a run; name a new folder in it"),
+        ("~", "is not a folder for a run; name a new folder in it"),
+        ("home", "is not a folder for a run; name a new folder in it"),
+        ("file", "is a file; name a folder"),
+        ("file/run", "file is a file; name a folder"),
+        ("broken", "is a file; name a folder"),
+        ("new/deeper/run", None),
+        ("link", None),
+    ],
+)
+def test_where_a_run_folder_cannot_be(tmp_path, monkeypatch, output_dir, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "home").symlink_to(Path.home())
+    (tmp_path / "broken").symlink_to("nothing")
+    found = check_output_dir(output_dir, overwrite=True, resuming=False)
+    assert (found == []) if message is None else (message in found[0] and found[0].startswith("output_dir = "))
+
+
+def test_a_folder_that_is_not_writable_is_refused(tmp_path):
+    """Asked as a user who is not root, to whom every folder is writable."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    # Imported before the change of user: root's environment may be closed to others.
+    ask = (
+        "import os, sys; from hynb.runs import check_output_dir; os.getuid() or os.setuid(65534); "
+        "print(check_output_dir(sys.argv[1], overwrite=False, resuming=False))"
+    )
+    for parent in [tmp_path, *tmp_path.parents][:4]:
+        parent.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", ask, folder / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"cannot be created or written: {folder} is not writable for this user" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "checkpoint-3", "tensorboard", "ds_config.json", "random_base"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_files_of_somebody_else_are_kept_even_on_overwrite(tmp_path, name, overwrite):
+    item = tmp_path / name
+    item.write_text("theirs") if item.suffix else item.mkdir()
+    for mine in ("run.yaml", "notes.txt"):
+        (tmp_path / mine).write_text("")
+    (tmp_path / "log").mkdir()
+    (found,) = check_output_dir(tmp_path, overwrite=overwrite, resuming=False)
+    assert f"holds no run, but {name}, which a run would replace: choose another folder" in found
+    config = Config(output_dir=str(tmp_path), overwrite_output_dir=overwrite)
+    with pytest.raises(ConfigError, match="which a run would replace"):
+        check_run(config)
+    assert item.exists()
+
+
+def test_parameters_logs_and_other_names_are_in_nobodys_way(tmp_path):
+    for name in ("run.yaml", "notes.txt", "checkpoint-best"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "log").mkdir()
+    assert check_output_dir(tmp_path, overwrite=False, resuming=False) == []
+
+
+def test_a_hosts_own_part_of_an_earlier_run_is_resumed_or_overwritten_only_on_request(tmp_path):
+    (tmp_path / "led_from").write_text("alpha\n")
+    (tmp_path / "log").mkdir()
+    assert check_output_dir(tmp_path, overwrite=False, resuming=False) == [], "a failed start left nothing of value"
+    (tmp_path / "checkpoint-3").mkdir()
+    (found,) = check_output_dir(tmp_path, overwrite=False, resuming=False)
+    assert "holds this host's part of an earlier run. Resume it with" in found
+    assert check_output_dir(tmp_path, overwrite=True, resuming=False) == []
+    assert check_output_dir(tmp_path, overwrite=False, resuming=True) == []
+
+
 @pytest.mark.parametrize("phase", ["loading", "saving"])
 def test_a_live_run_of_another_host_is_refused_and_names_its_phase(tmp_path, phase):
     process = {"host": "elsewhere", "pid": 1, "create_time": 1.0}
@@ -44,6 +125,16 @@ def test_a_live_run_of_another_host_is_refused_and_names_its_phase(tmp_path, pha
     config = Config(output_dir=str(tmp_path), overwrite_output_dir=True)
     with pytest.raises(ConfigError, match="hynb stop"):
         check_run(config)
+
+
+@pytest.mark.parametrize("name", ["two words", "$(touch x)", "it's"])
+def test_commands_in_messages_are_quoted(tmp_path, name):
+    folder = tmp_path / name
+    RunWriter(folder).status("running")
+    (found,) = check_output_dir(folder, overwrite=False, resuming=False)
+    for verb in ("attach", "stop"):
+        (command,) = re.findall(rf"`(hynb {verb} .*?)`", found)
+        assert shlex.split(command) == ["hynb", verb, str(folder)]
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
-from hynb.runs import RunReader, RunWriter, effective_events
+import pytest
+
+from hynb.runs import RunReader, RunWriter, effective_events, progress_line
 
 # A writer in a process of its own, which then waits until it is killed.
 WRITER = """
@@ -100,3 +102,13 @@ def test_events_of_steps_that_a_resume_repeated_are_left_out():
         ("end", 3),
     ]
     assert kept[4]["loss"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "left"), [(1.0, "40 s"), (4.0, "2 min 40 s"), (300.0, "3 h 20 min"), (9000.0, "4.2 days")]
+)
+def test_the_progress_line_names_the_time_that_is_left_as_a_person_would(step_seconds, left):
+    event = {"global_step": 10, "loss": 1.0, "learning_rate": 1e-4, "tokens_per_second": 9.4}
+    event |= {"step_seconds": step_seconds}
+    assert progress_line(event, 50) == f"step 10/50  loss 1.0000  lr 0.0001  9 tokens/s  left {left}"
+    assert progress_line(event, None) == "step 10  loss 1.0000  lr 0.0001  9 tokens/s"

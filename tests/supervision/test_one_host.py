@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -22,8 +26,8 @@ from tiny import tiny_data, tiny_model
 from hynb.config import Config
 from hynb.errors import ClusterError, RunFailedError
 from hynb.launch import Run, launch
-from hynb.runs import RunDir
-from hynb.supervision import Membership, make_plan, processes_of
+from hynb.runs import ProcessId, RunDir
+from hynb.supervision import LAUNCH_VARIABLE, Membership, make_plan, processes_of
 from hynb.supervision.commands import launch_command
 
 HOST = socket.gethostname()
@@ -229,6 +233,60 @@ def test_a_registry_that_somebody_else_made_is_refused(made, tmp_path):
     assert membership.make_registry(0).stat().st_mode & 0o777 == 0o700
     assert membership.make_registry(0) == folder, "the ranks of one host share it"
     folder.rmdir()
+
+
+def test_registries_of_killed_guards_are_removed_at_the_next_start_and_no_others(files, tmp_path, monkeypatch):
+    # Short, as a socket's path must be.
+    temporary = Path(tempfile.mkdtemp(prefix="t"))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    ours, gone = asdict(ProcessId.of(os.getpid())), {"host": HOST, "pid": os.getpid(), "create_time": 1.0}
+    marked = uuid.uuid4().hex
+    carries_id = subprocess.Popen(["sleep", "600"], env={**os.environ, LAUNCH_VARIABLE: marked})
+
+    def registry(record: dict | None = None, launch_id: str = "", mode: int = 0o700) -> Path:
+        folder = temporary / f"hynb-{launch_id or uuid.uuid4().hex}-0"
+        folder.mkdir()
+        (folder / "guard").touch()
+        (folder / "guard.log").touch()
+        if record is not None:
+            (folder / "rank0.json").write_text(json.dumps(record | {"log": "x"}))
+        folder.chmod(mode)
+        return folder
+
+    abandoned = [registry(gone), registry(gone)]
+    old = registry()
+    os.utime(old, (1, 1))
+    abandoned.append(old)
+    kept = {
+        "a living rank": registry(ours),
+        "a rank of another host": registry(gone | {"host": "elsewhere"}),
+        "a process that carries the id": registry(gone, marked),
+        "just made": registry(),
+        "open to others": registry(gone, mode=0o755),
+        "a damaged note": registry({"pid": "x"}),
+        "a guard in another container": registry(gone),
+        "another name": temporary / "hynb-notes-0",
+        "a link": temporary / f"hynb-{uuid.uuid4().hex}-0",
+    }
+    kept["another name"].mkdir(mode=0o700)
+    kept["a link"].symlink_to(registry(gone).rename(tmp_path / "linked"))
+    if os.geteuid() == 0:
+        kept["somebody else's"] = registry(gone)
+        os.chown(kept["somebody else's"], 65534, 65534)
+    try:
+        with (kept["a guard in another container"] / "guard").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            run = launch(config_of(files, tmp_path / "run", num_processes=1, max_steps=1))
+            assert run.wait(timeout_seconds=180, check=True).state == "finished"
+            until(lambda: not processes(run), run)
+        assert [path for path in abandoned if path.exists()] == []
+        assert [name for name, path in kept.items() if not path.exists()] == []
+        assert (tmp_path / "linked" / "rank0.json").exists()
+        assert not (temporary / f"hynb-{launch_record(run)['id']}-0").exists(), "the run's own"
+    finally:
+        carries_id.kill()
+        carries_id.wait()
+        shutil.rmtree(temporary)
 
 
 def test_membership_travels_through_the_environment_unchanged(tmp_path, monkeypatch):

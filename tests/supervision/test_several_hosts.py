@@ -67,7 +67,8 @@ class Job:
     def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess:
         """The `hynb` command on alpha."""
         command = [sys.executable, "-m", "hynb.cli", *map(str, words)]
-        return self.hosts.alpha.run(command, check=check, timeout=300)
+        # This checkout, also where another one is installed.
+        return self.hosts.alpha.run(command, check=check, timeout=300, env={"PYTHONPATH": str(CODE)})
 
     def launch(self, *words: str, check: bool = True, **values) -> subprocess.CompletedProcess:
         file = self.hosts.alpha.disk / f"{self.name}.yaml"
@@ -328,6 +329,24 @@ def test_hosts_that_cannot_take_part_are_named(apart, start_timeout):
     status = job.status()
     assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
     assert "there is no such folder" in status["reason"]
+
+    # Files of somebody else, or a run of beta's own, in the folder that beta has at the same path.
+    job = Job(apart, "occupied")
+    theirs = beta.path(job.folder)
+    (theirs / "checkpoint-7").mkdir(parents=True)
+    for overwrite in (False, True):
+        job.launch(overwrite_output_dir=overwrite)
+        job.until_ended(END_SECONDS)
+        status = job.status()
+        assert (status["state"], status["host"]) == ("failed", "beta"), status
+        assert "beta: output_dir = " in status["reason"]
+        assert "holds no run, but checkpoint-7, which a run would replace: choose another folder" in status["reason"]
+    assert (theirs / "checkpoint-7").is_dir() and not (theirs / "led_from").exists()
+    (theirs / "status.json").write_text('{"state": "finished"}')
+    shutil.rmtree(job.dir.path)
+    job.launch()
+    job.until_ended(END_SECONDS)
+    assert "holds an earlier run (finished). Resume it with" in job.status()["reason"]
 
     # Alpha only launches, and does not see what beta writes.
     job = Job(apart, "elsewhere")

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
-from hynb.train import RouterWatch, routers
+from hynb.train import RouterWatch
+from hynb.train.router_statistics import routers
 
 MOE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.router)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shown_html import html_of, text_of
+from shown_html import EVIL, assert_escaped, html_of, text_of
 
 from hynb.widgets.progress import ProgressBar
 from hynb.widgets.tasks import Progress
@@ -32,3 +32,19 @@ def test_a_task_without_anything_to_do_is_complete(capsys):
     bar = ProgressBar("checking")
     bar.show(Progress(done=0, total=0, text="nothing"))
     assert bar.bar.value == 1.0 and "100%" in capsys.readouterr().out
+
+
+def test_names_in_the_text_and_in_the_result_are_escaped(capsys):
+    """A shard's or a folder's name is part of the text, and may hold any character but a slash."""
+    bar = ProgressBar("merging")
+    bar.show(Progress(done=50, total=100, text=f"{EVIL}.safetensors"))
+    assert_escaped(html_of(bar.box))
+    bar.show(Progress(done=100, total=100, text=f"{EVIL}.safetensors"))
+    assert_escaped(html_of(bar.box))
+    assert EVIL in capsys.readouterr().out, "the printed line is plain text"
+    for good in (True, False):
+        bar.end(good, f"the model is in {EVIL}")
+        assert_escaped(html_of(bar.box))
+    bar = ProgressBar(EVIL)
+    bar.show(Progress(done=1, total=4, text="shard-1"))
+    assert_escaped(html_of(bar.box))

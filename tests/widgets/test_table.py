@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from hynb.files import size_text
 from hynb.runs import duration_text
-from hynb.widgets.table import Table, size_text
+from hynb.widgets.table import Table
 
 
 def test_sizes_and_durations_are_rounded_with_their_unit():

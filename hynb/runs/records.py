@@ -1,0 +1,133 @@
+"""Reads the JSON records in a run folder, and refuses those whose fields have wrong types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hynb.errors import RunError
+from hynb.files import read_json
+
+State = Literal["absent", "starting", "running", "stopping", "finished", "stopped", "failed"]
+# What is wrong with a value, behind "must be"; empty when nothing is.
+_Check = Callable[[Any], str]
+
+
+def _is_a(words: str, *types: type) -> _Check:
+    # A bool is an int in Python, and not a number in a record.
+    return lambda value: "" if isinstance(value, types) and not isinstance(value, bool) else words
+
+
+def _or_null(check: _Check) -> _Check:
+    def checked(value: Any) -> str:
+        problem = "" if value is None else check(value)
+        return problem and f"{problem} or null"
+
+    return checked
+
+
+def _object(fields: Mapping[str, _Check], needed: tuple[str, ...]) -> _Check:
+    def checked(value: Any) -> str:
+        if not isinstance(value, dict):
+            return "an object"
+        if missing := [name for name in needed if name not in value]:
+            return f"an object with {', '.join(missing)}"
+        wrong = [
+            f"{name}: {text}" for name, check in fields.items() if name in value and (text := check(value[name]))
+        ]
+        return f"an object with {wrong[0]}" if wrong else ""
+
+    return checked
+
+
+def _objects(fields: Mapping[str, _Check]) -> _Check:
+    one = _object(fields, tuple(fields))
+
+    def checked(value: Any) -> str:
+        if not isinstance(value, list):
+            return "a list"
+        wrong = [text for item in value if (text := one(item))]
+        return f"a list, each item {wrong[0]}" if wrong else ""
+
+    return checked
+
+
+def _pairs(value: Any) -> str:
+    is_good = isinstance(value, list) and all(
+        isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in value
+    )
+    return "" if is_good else "a list of pairs of a host's name and its number of ranks"
+
+
+def _pid(value: Any) -> str:
+    # psutil raises other errors than NoSuchProcess for numbers that no pid can have.
+    is_pid = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    return "" if is_pid else "a process id"
+
+
+_TEXT, _NUMBER = _is_a("a string", str), _is_a("a number", int, float)
+_COUNT = _is_a("an integer", int)
+_PROCESS_FIELDS = {"host": _TEXT, "pid": _pid, "create_time": _NUMBER}
+_PROCESS = _object(_PROCESS_FIELDS, tuple(_PROCESS_FIELDS))
+_MEMBERSHIP = _object({"start_seconds": _NUMBER, "hosts": _pairs}, ())
+_HOSTS = _objects({"name": _TEXT, "state": _TEXT})
+
+
+def _state(value: Any) -> str:
+    return "" if value in get_args(State) else f"one of {', '.join(get_args(State))}"
+
+
+_END = {"state": _state, "exit_code": _or_null(_COUNT), "reason": _TEXT, "host": _or_null(_TEXT)}
+_END["rank"] = _or_null(_COUNT)
+# By file name; fields that are not listed are not looked at.
+_FIELDS: dict[str, Mapping[str, _Check]] = {
+    "status.json": _END
+    | {"phase": _or_null(_TEXT), "global_step": _or_null(_COUNT), "max_steps": _or_null(_COUNT)}
+    | {"updated_at": _or_null(_NUMBER), "process": _PROCESS},
+    "exit.json": _END,
+    "launch.json": {"id": _TEXT, "process": _PROCESS, "started_at": _NUMBER, "membership": _MEMBERSHIP}
+    | {"ssh": _or_null(_TEXT)},
+    "hosts.json": {"hosts": _HOSTS, "output_dir": _TEXT},
+    "manifest.json": {"world_size": _COUNT},
+}
+_FAILURE = {"rank": _COUNT, "host": _TEXT, "time": _NUMBER, "reason": _TEXT}
+_NEEDED = {
+    "status.json": ("state",),
+    "exit.json": ("state",),
+    "launch.json": ("id", "process"),
+    "hosts.json": ("hosts",),
+}
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file of a run folder; None if there is no such file.
+
+    Raises:
+        RunError: the file cannot be read, has no JSON object, or a field is missing or has the wrong type.
+    """
+    return _checked(path, _FIELDS[path.name], _NEEDED.get(path.name, ()))
+
+
+def read_failure(path: Path) -> dict[str, Any] | None:
+    """The record of a failed rank; None if there is no such file.
+
+    Raises:
+        RunError: as `read_record`.
+    """
+    return _checked(path, _FAILURE, tuple(_FAILURE))
+
+
+def _checked(path: Path, fields: Mapping[str, _Check], needed: tuple[str, ...]) -> dict[str, Any] | None:
+    record = read_json(path)
+    if record is None:
+        return None
+    problems = [f"has no {name}" for name in needed if name not in record]
+    problems += [
+        f"{name} = {record[name]!r}: must be {text}"
+        for name, check in fields.items()
+        if name in record and (text := check(record[name]))
+    ]
+    if problems:
+        raise RunError([f"{path}: {problem}; the file is damaged: remove it or restore it" for problem in problems])
+    return record
