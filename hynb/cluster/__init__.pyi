@@ -2,6 +2,7 @@ from . import host_facts as host_facts
 from . import hostfile as hostfile
 from . import ssh_key as ssh_key
 from . import ssh_setup as ssh_setup
+from .devices import peak_flops as peak_flops
 from .host_facts import UNREADABLE as UNREADABLE
 from .host_facts import FactsRequest as FactsRequest
 from .host_facts import HostFacts as HostFacts

@@ -104,7 +104,7 @@ def describe(folder: str | Path, *, max_seq_length: int = 2048, lora_rank: int =
         family=family.model_type,
         architectures=tuple(config.get("architectures") or ()),
         total=count.total,
-        active=_active(count, config["hidden_size"]),
+        active=count.active,
         layers=len(count.layers),
         experts=_largest(config.get("num_experts")) if family.moe_block else 0,
         mtp_layers=config.get("num_nextn_predict_layers") or 0,
@@ -121,14 +121,6 @@ def describe(folder: str | Path, *, max_seq_length: int = 2048, lora_rank: int =
         gpu_bytes=gpu_bytes,
         host_bytes=machine.memory_bytes,
     )
-
-
-def _active(count: memory.ParameterCount, hidden_size: int) -> int:
-    """Parameters that each token passes through: of the experts, those that are chosen."""
-    layers = sum(
-        layer.attention + layer.router + layer.norms + 3 * hidden_size * layer.active_width for layer in count.layers
-    )
-    return layers + count.embeddings + count.lm_head + count.final_norm
 
 
 def _largest(value: Any) -> int:

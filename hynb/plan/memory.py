@@ -43,6 +43,12 @@ class LayerCount:
         return self.attention + self.router + self.experts + self.shared + self.norms
 
     @property
+    def active(self) -> int:
+        """Parameters that each token passes through: of the experts, those that are chosen."""
+        hidden_size = self.projections["q_proj"][1]
+        return self.attention + self.router + self.norms + 3 * hidden_size * self.active_width
+
+    @property
     def moe_block(self) -> int:
         """Router, experts and shared MLP: what ZeRO-3 gathers at once if the block is a leaf."""
         return self.router + self.experts + self.shared
@@ -61,6 +67,16 @@ class ParameterCount:
     def total(self) -> int:
         """All parameters of the model; a tied output layer counts once."""
         return sum(layer.total for layer in self.layers) + self.embeddings + self.lm_head + self.final_norm
+
+    @property
+    def active(self) -> int:
+        """Parameters that each token passes through, embeddings included."""
+        return sum(layer.active for layer in self.layers) + self.embeddings + self.lm_head + self.final_norm
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters by which each token's vectors are multiplied: without the embeddings that are only looked up."""
+        return self.active - (self.embeddings if self.lm_head else 0)
 
     @property
     def attention(self) -> int:

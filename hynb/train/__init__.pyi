@@ -22,6 +22,8 @@ from .model import save_loss_memory as save_loss_memory
 from .model import training_dtype as training_dtype
 from .model import write_random_base as write_random_base
 from .node_local import NodeLocalFolders as NodeLocalFolders
+from .pace import Pace as Pace
+from .pace import memory_bytes as memory_bytes
 from .process import Notes as Notes
 from .process import init_process_group as init_process_group
 from .process import set_up_process as set_up_process
@@ -34,4 +36,3 @@ from .timeouts import uneven_work as uneven_work
 from .trainer import RunCallback as RunCallback
 from .trainer import RunTrainer as RunTrainer
 from .trainer import check_disk as check_disk
-from .trainer import memory_bytes as memory_bytes

@@ -79,23 +79,26 @@ class RouterWatch:
             )
         return self._coefficient * torch.stack(losses).mean()
 
-    def summary(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, list[float]] | None:
-        """What was counted since the last reset, one entry per layer; None for a model without routers.
+    def counts(self) -> torch.Tensor | None:
+        """What this rank has counted since the last reset, to be summed over all ranks; None without routers."""
+        sums = [item for item in self._sums if item is not None]
+        if not sums:
+            return None
+        scalars = torch.stack([item.entropy for item in sums] + [item.tokens for item in sums])
+        return torch.cat([*(item.slots for item in sums), scalars])
+
+    def summary(self, packed: torch.Tensor) -> dict[str, list[float]]:
+        """What was counted since the last reset, one entry per layer; counts from zero again.
 
         Args:
-            reduce: sums a tensor over all ranks; called once, on every rank.
+            packed: the sum of all ranks' `counts`.
 
         Returns:
             layer; max_share and min_share, the fractions of tokens of the most and the least used expert (top_k /
             experts for uniform routing); dead, the number of experts without a token; entropy of the router's
             probabilities, from 0 (one expert) to 1 (uniform).
         """
-        sums = [item for item in self._sums if item is not None]
-        if not sums:
-            return None
-        widths = [len(item.slots) for item in sums]
-        scalars = torch.stack([item.entropy for item in sums] + [item.tokens for item in sums])
-        packed = reduce(torch.cat([*(item.slots for item in sums), scalars])).cpu()
+        widths = [len(item.slots) for item in self._sums if item is not None]
         counts = packed[: sum(widths)].split(widths)
         entropy, tokens = packed[sum(widths) :].chunk(2)
         totals = tokens.clamp(min=1).tolist()

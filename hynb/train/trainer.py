@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -23,8 +22,10 @@ from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import copy_model_files, write_base_identity
 from hynb.train.model import count_parameters
 from hynb.train.node_local import NodeLocalFolders
+from hynb.train.pace import Pace
 from hynb.train.router_statistics import RouterWatch
 from hynb.train.saving import SavedShard, write_model
+from hynb.train.stop_flag import StopFlag
 from hynb.train.timeouts import collective_limit, limited, save_limit
 
 
@@ -41,6 +42,7 @@ class RunTrainer(Trainer):
         writer: of the run folder; None on other ranks than 0.
         sampler: the sampling order of the training set.
         routers: the statistics of the model's routers, and their balancing loss.
+        pace: measures the steps.
         folders: the run folders of hosts that share none; None where there is one folder.
 
     Attributes:
@@ -59,6 +61,7 @@ class RunTrainer(Trainer):
         writer: RunWriter | None,
         sampler: SeededSampler,
         routers: RouterWatch,
+        pace: Pace,
         folders: NodeLocalFolders | None,
         **kwargs: Any,
     ) -> None:
@@ -78,19 +81,29 @@ class RunTrainer(Trainer):
         self._routers = routers
         self._folders = folders
         self._saving = False
-        self._tokens: torch.Tensor | int = 0
-        self._tokens_total = 0
-        self._last_log_time = time.monotonic()
-        self._last_log_step = 0
+        self._pace = pace
+        self._times_optimizer = False
+        self._save_seconds: dict[str, float] = {}
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One micro batch; counts its tokens without padding."""
+        if not self._times_optimizer:
+            self._times_optimizer = True
+            # DeepSpeed's engine, which steps inside of the backward pass; without it nothing is known.
+            engine: Any = self.deepspeed
+            if engine is not None:
+                engine.step = self._pace.timed(engine.step)
         mask = inputs.get("attention_mask")
-        self._tokens += mask.sum() if mask is not None else inputs["input_ids"].numel()
+        self._pace.add_tokens(mask.sum() if mask is not None else inputs["input_ids"].numel())
         self._routers.mask = mask
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The next batches, for which the rank may wait."""
+        with self._pace.waiting_for_data():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(
         self,
@@ -128,10 +141,11 @@ class RunTrainer(Trainer):
         """Writes a log step to events.jsonl too, with tokens, speed and memory over all ranks."""
         step, max_steps = self.state.global_step, self.state.max_steps
         if "loss" in logs:
-            logs |= self._speed()
-            statistics = self._routers.summary(self._sum_over_ranks)
+            pace, counts = self._pace.report(step, self.args.device, self._routers.counts())
+            logs |= {name: value for name, value in pace.items() if isinstance(value, (int, float))}
+            statistics = self._routers.summary(counts) if counts is not None else None
             if self.run_writer:
-                self.run_writer.event("log", step, epoch=self.state.epoch, **logs)
+                self.run_writer.event("log", step, epoch=self.state.epoch, **(logs | pace))
                 self.run_writer.status("running", global_step=step, max_steps=max_steps)
                 if statistics:
                     self.run_writer.event("moe", step, **statistics)
@@ -147,22 +161,6 @@ class RunTrainer(Trainer):
             assert self.model is not None
             self._save_checkpoint(self.model, None)
         return target
-
-    def _speed(self) -> dict[str, float]:
-        """Tokens, time and memory since the last log step, over all ranks."""
-        tokens = int(self._sum_over_ranks(torch.as_tensor(self._tokens, device=self.args.device).long()))
-        self._tokens = 0
-        self._tokens_total += tokens
-        now = time.monotonic()
-        steps = max(1, self.state.global_step - self._last_log_step)
-        seconds = now - self._last_log_time
-        self._last_log_time, self._last_log_step = now, self.state.global_step
-        return {
-            "tokens": self._tokens_total,
-            "tokens_per_second": round(tokens / seconds, 2),
-            "step_seconds": round(seconds / steps, 4),
-            "memory_bytes": memory_bytes(),
-        }
 
     def _evaluation_sums(self, dataset: Any) -> tuple[float, int]:
         """Sum of the losses of all supervised tokens of a data set, and their number."""
@@ -198,7 +196,7 @@ class RunTrainer(Trainer):
         started = time.monotonic()
         self._set_phase(phase)
         yield started
-        self._last_log_time += time.monotonic() - started
+        self._pace.pause(time.monotonic() - started)
         self._set_phase("training")
 
     def _set_phase(self, phase: Phase) -> None:
@@ -225,7 +223,8 @@ class RunTrainer(Trainer):
                 self._finish_checkpoint(unfinished, target)
             if self.run_writer:
                 seconds = round(time.monotonic() - started, 2)
-                self.run_writer.event("save", self.state.global_step, path=target.name, seconds=seconds)
+                parts = {"seconds_by_part": self._save_seconds, "bytes_by_part": _sizes(target)}
+                self.run_writer.event("save", self.state.global_step, path=target.name, seconds=seconds, **parts)
             self.accelerator.wait_for_everyone()
 
     def _save_limit(self) -> timedelta:
@@ -260,6 +259,7 @@ class RunTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes an adapter from rank 0, or a full model from all ranks."""
         folder = Path(output_dir) if output_dir else self.run_dir.path
+        started = time.monotonic()
         if not self.is_lora:
             self._save_whole(folder)
         elif self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3:
@@ -273,6 +273,12 @@ class RunTrainer(Trainer):
             # A pickle of this process's arguments; run.yaml and the manifest hold the same as text.
             (folder / "training_args.bin").unlink(missing_ok=True)
             write_base_identity(self._base, folder)
+        self._save_seconds = {"weights": round(time.monotonic() - started, 2)}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        started = time.monotonic()
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._save_seconds["optimizer"] = round(time.monotonic() - started, 2)
 
     def _save_whole(self, folder: Path) -> None:
         model: Any = self.model
@@ -304,9 +310,11 @@ class RunCallback(TrainerCallback):
         self._model = model
         self._without_gradient: set[str] = set()
         self._hooks: list[Any] = []
+        self._stop_flag: StopFlag | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Shows that training begins, and watches which adapter weights get a gradient in the first step."""
+        self._stop_flag = StopFlag(self._run_dir.stop_request)
         if self._writer:
             self._writer.step(state.global_step)
             self._writer.phase("training")
@@ -316,20 +324,22 @@ class RunCallback(TrainerCallback):
                 self._without_gradient.add(name)
                 self._hooks.append(weight.register_hook(lambda _, name=name: self._without_gradient.discard(name)))
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leaves no message between the ranks under way."""
+        if self._stop_flag:
+            self._stop_flag.finish()
+
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Sets the sampler's epoch: accelerate does not reach a sampler behind the batches that a resume skips."""
         self._sampler.set_epoch(math.floor(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Looks for a stop request on rank 0, which all ranks follow at the same step."""
+        """Looks for a stop request, which all ranks follow at the same step."""
         self._check_adapter_gradients()
         if self._writer:
             self._writer.step(state.global_step)
-        requested = torch.tensor(float(args.process_index == 0 and self._run_dir.stop_request.exists()))
-        if args.world_size > 1:
-            requested = requested.to(args.device)
-            torch.distributed.all_reduce(requested)
-        if requested.item() and state.global_step < state.max_steps:
+        assert self._stop_flag is not None
+        if self._stop_flag.is_set() and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
@@ -352,11 +362,13 @@ class RunCallback(TrainerCallback):
             )
 
 
-def memory_bytes() -> int:
-    """The peak of this rank's GPU memory so far, or without a GPU the current memory of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of a checkpoint's weights, and of what only a resume needs."""
+    sizes = {"weights": 0, "optimizer": 0}
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            sizes["weights" if path.suffix == ".safetensors" else "optimizer"] += path.stat().st_size
+    return sizes
 
 
 def checkpoint_bytes(model: torch.nn.Module, *, saved_bytes: int) -> int:

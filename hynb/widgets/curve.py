@@ -22,7 +22,7 @@ class Curve:
     """What the log events of a run contain, one list entry per event; a missing number is NaN.
 
     Args:
-        memory_bytes: of the newest event.
+        newest: the newest log event.
         tokens: number of tokens trained on so far.
         saves: steps of the checkpoints.
         eval_steps, eval_loss: one entry per evaluation.
@@ -33,7 +33,7 @@ class Curve:
     learning_rate: list[float] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    memory_bytes: float = math.nan
+    newest: dict[str, Any] = field(default_factory=dict)
     tokens: float = 0
     saves: list[int] = field(default_factory=list)
     eval_steps: list[int] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Curve:
                 curve.learning_rate.append(_number(event.get("learning_rate")))
                 curve.tokens_per_second.append(_number(event.get("tokens_per_second")))
                 curve.step_seconds.append(_number(event.get("step_seconds")))
-                curve.memory_bytes = _number(event.get("memory_bytes"))
+                curve.newest = event
                 tokens = _number(event.get("tokens"))
                 curve.tokens = tokens if tokens > 0 else curve.tokens
         return curve
@@ -95,9 +95,10 @@ class Curve:
         found = [
             ("loss", f"{self.loss[-1]:.4f} (first {self.loss[0]:.4f}, smoothed {self.smoothed()[-1]:.4f})"),
             ("learning rate", f"{self.learning_rate[-1]:.3g}"),
-            ("speed", f"{self.tokens_per_second[-1]:,.0f} tokens/s, {self.step_seconds[-1]:.3g} s per step"),
+            ("speed", f"{self.tokens_per_second[-1]:,.0f} tokens/s{self._share_text()}"),
+            ("step", f"{self.step_seconds[-1]:.3g} s{self._parts_text()}"),
             ("tokens so far", f"{self.tokens:,.0f}"),
-            ("memory", size_text(self.memory_bytes)),
+            ("memory", size_text(_number(self.newest.get("memory_bytes"))) + self._rank_text()),
         ]
         if self.eval_steps:
             found.insert(1, ("evaluation loss", self._evaluation_text()))
@@ -115,6 +116,28 @@ class Curve:
             f"{self.loss[-1]:.4f} at step {self.steps[-1]}{evaluation}; the run is {status}{left}. "
             "Below it the learning rate and the tokens per second."
         )
+
+    def _share_text(self) -> str:
+        """The speed of each rank, and the share of its device's peak."""
+        per_rank, mfu = _number(self.newest.get("tokens_per_second_per_rank")), _number(self.newest.get("mfu"))
+        text = f" ({per_rank:,.0f} per rank)" if per_rank < self.tokens_per_second[-1] else ""
+        return text + (f", {mfu:.0%} of the GPU's peak (MFU)" if math.isfinite(mfu) else "")
+
+    def _parts_text(self) -> str:
+        """The parts of a step that take a hundredth of it or more."""
+        parts = self.newest.get("seconds_by_part")
+        shares = {
+            name: _number(value) / self.step_seconds[-1]
+            for name, value in (parts.items() if isinstance(parts, dict) else ())
+            if self.step_seconds[-1] > 0
+        }
+        text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.01)
+        return f" ({text})" if text else ""
+
+    def _rank_text(self) -> str:
+        """The rank with the most memory, where there are several."""
+        several = len(self.newest.get("memory_bytes_per_rank") or ()) > 1
+        return f" on rank {self.newest.get('memory_rank')}, the most" if several else ""
 
     def _evaluation_text(self) -> str:
         lowest, step = min(zip(self.eval_loss, self.eval_steps, strict=True))

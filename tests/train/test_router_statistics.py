@@ -70,7 +70,7 @@ def test_counts_are_those_of_a_plain_count(family, checkpointing):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for _ in range(2):
         model(**batch()).loss.backward()
-    found = watch.summary(lambda tensor: tensor)
+    found = watch.summary(watch.counts())
     tokens = int(mask.sum())
     assert len(found["layer"]) == len(expected) >= 3
     for place, (counts, entropy) in enumerate(expected):
@@ -78,7 +78,7 @@ def test_counts_are_those_of_a_plain_count(family, checkpointing):
         assert found["min_share"][place] == pytest.approx(min(counts) / tokens, abs=1e-4)
         assert found["dead"][place] == counts.count(0)
         assert found["entropy"][place] == pytest.approx(entropy / math.log(len(counts)), abs=1e-3)
-    assert watch.summary(lambda tensor: tensor) is None, "each log step counts from zero"
+    assert watch.counts() is None, "each log step counts from zero"
     assert watch.take_loss() is None
 
 
@@ -86,7 +86,7 @@ def test_a_dense_model_has_no_statistics():
     model = model_of("hunyuan_v1_dense")
     watch = RouterWatch(model, "hunyuan_v1_dense", 0.1)
     model(**batch())
-    assert watch.summary(lambda tensor: tensor) is None and watch.take_loss() is None
+    assert watch.counts() is None and watch.take_loss() is None
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
@@ -133,7 +133,7 @@ def test_the_balancing_loss_spreads_tokens():
             (loss if balancing is None else loss + balancing).backward()
             optimizer.step()
             optimizer.zero_grad()
-        spread[coefficient] = sum(watch.summary(lambda tensor: tensor)["max_share"])
+        spread[coefficient] = sum(watch.summary(watch.counts())["max_share"])
     assert spread[1.0] < 0.8 * spread[0.0]
 
 

@@ -1,0 +1,148 @@
+"""Tokens, time by part, and memory of the steps since the last log event, over all ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+
+class Pace:
+    """Measures one rank's steps, without making it wait for its GPU; `report` compares all ranks.
+
+    Args:
+        flops_per_token: of a forward and a backward pass; None where nothing is known.
+        peak_flops: operations per second of each rank's device; None where nothing is known.
+    """
+
+    def __init__(self, *, flops_per_token: float | None = None, peak_flops: float | None = None) -> None:
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._tokens_total = 0
+        self._started = time.monotonic()
+        self._step = 0
+        self._reset()
+
+    def add_tokens(self, count: torch.Tensor | int) -> None:
+        """Takes note of the tokens of a micro batch, padding left out; a tensor stays on its device."""
+        self._tokens = self._tokens + count
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time out that was no training, such as that of a checkpoint."""
+        self._started += seconds
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Within it, the rank waits for its next batch."""
+        started = time.monotonic()
+        yield
+        self._data_seconds += time.monotonic() - started
+
+    def timed(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The optimizer's step, whose time is counted from now on."""
+
+        def timed_step(*args: Any, **kwargs: Any) -> Any:
+            begin = _now()
+            result = step(*args, **kwargs)
+            self._optimizer_spans.append((begin, _now()))
+            return result
+
+        return timed_step
+
+    def report(
+        self, global_step: int, device: torch.device, counts: torch.Tensor | None
+    ) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """What is logged of the steps since the last report; every rank calls it, and one message is exchanged.
+
+        Args:
+            counts: further numbers of this rank, as many on each rank.
+
+        Returns:
+            the entries of the log event, and the sums of `counts` over all ranks. `seconds_by_part` are per step and
+            of the slowest rank; `memory_bytes` those of the rank with the most, which is `memory_rank`.
+        """
+        optimizer = sum(_seconds(begin, end) for begin, end in self._optimizer_spans)
+        local = torch.tensor([self._data_seconds, optimizer, memory_bytes(), _utilisation()], dtype=torch.float64)
+        tokens = torch.as_tensor(self._tokens).to(device, torch.float64).reshape(1)
+        parts = [tokens, local.to(device), *([counts.to(device, torch.float64)] if counts is not None else [])]
+        rows = _gathered(torch.cat(parts)).cpu()
+        self._tokens_total += int(rows[:, 0].sum())
+        now = time.monotonic()
+        seconds, steps = max(now - self._started, 1e-9), max(1, global_step - self._step)
+        rate = float(rows[:, 0].sum()) / seconds
+        step_seconds = seconds / steps
+        data, optimizer = (float(rows[:, column].max()) / steps for column in (1, 2))
+        memory = rows[:, 3]
+        found: dict[str, Any] = {
+            "tokens": self._tokens_total,
+            "tokens_per_second": round(rate, 2),
+            "tokens_per_second_per_rank": round(rate / len(rows), 2),
+            "step_seconds": round(step_seconds, 4),
+            "seconds_by_part": {
+                "data": round(data, 4),
+                "forward and backward": round(max(0.0, step_seconds - data - optimizer), 4),
+                "optimizer": round(optimizer, 4),
+            },
+            "memory_bytes": int(memory.max()),
+            "memory_rank": int(memory.argmax()),
+            "memory_bytes_per_rank": [int(value) for value in memory],
+        }
+        if self._flops_per_token and self._peak_flops:
+            found["mfu"] = round(rate / len(rows) * self._flops_per_token / self._peak_flops, 4)
+        if not torch.isnan(rows[:, 4]).any():
+            found["gpu_utilisation_per_rank"] = [int(value) for value in rows[:, 4]]
+        self._started, self._step = now, global_step
+        self._reset()
+        return found, rows[:, 5:].sum(0) if counts is not None else None
+
+    def _reset(self) -> None:
+        self._tokens: torch.Tensor | int = 0
+        self._data_seconds = 0.0
+        self._optimizer_spans: list[tuple[Any, Any]] = []
+
+
+def memory_bytes() -> int:
+    """The peak of this rank's GPU memory so far, or without a GPU the current memory of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def _gathered(row: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks (ranks × entries)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return row[None]
+    rows = torch.empty(dist.get_world_size() * len(row), dtype=row.dtype, device=row.device)
+    dist.all_gather_into_tensor(rows, row)
+    return rows.view(-1, len(row))
+
+
+def _now() -> Any:
+    """A moment; on a GPU one of its stream, since this process runs ahead of it."""
+    if not torch.cuda.is_available():
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _utilisation() -> float:
+    """Percent of the last moments in which this rank's GPU computed; nan where nobody tells."""
+    if not torch.cuda.is_available():
+        return math.nan
+    try:
+        return float(torch.cuda.utilization())
+    except (ImportError, RuntimeError, OSError):
+        return math.nan

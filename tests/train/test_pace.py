@@ -1,0 +1,96 @@
+"""Tokens, time by part and memory of each rank; the stop request that reaches all ranks at the same step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import config_of
+
+from hynb.cluster import peak_flops
+from hynb.plan import memory
+from hynb.train import Pace
+from hynb.train.stop_flag import StopFlag
+
+
+def test_what_a_report_holds():
+    pace = Pace(flops_per_token=6e9, peak_flops=1e12)
+    step = pace.timed(lambda: time.sleep(0.05))
+    for _ in range(2):
+        with pace.waiting_for_data():
+            time.sleep(0.1)
+        pace.add_tokens(torch.tensor(300))
+        pace.add_tokens(200)
+        step()
+    found, counts = pace.report(2, torch.device("cpu"), torch.tensor([1.0, 2.0]))
+    assert counts.tolist() == [1.0, 2.0]
+    assert found["tokens"] == 1000
+    assert found["tokens_per_second"] == pytest.approx(1000 / (2 * found["step_seconds"]), rel=1e-2)
+    assert found["tokens_per_second_per_rank"] == found["tokens_per_second"]
+    parts = found["seconds_by_part"]
+    assert parts["data"] >= 0.1 and parts["optimizer"] >= 0.05
+    assert sum(parts.values()) == pytest.approx(found["step_seconds"], abs=1e-3)
+    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * 6e9 / 1e12, abs=1e-3)
+    assert found["memory_rank"] == 0 and found["memory_bytes_per_rank"] == [found["memory_bytes"]]
+    pace.add_tokens(10)
+    again, _ = pace.report(3, torch.device("cpu"), None)
+    assert again["tokens"] == 1010 and again["seconds_by_part"]["data"] == 0.0, "each report starts anew"
+
+
+def test_time_without_training_is_left_out():
+    pace = Pace()
+    pace.add_tokens(100)
+    time.sleep(0.2)
+    pace.pause(0.19)
+    found, _ = pace.report(1, torch.device("cpu"), None)
+    assert found["step_seconds"] < 0.19 and "mfu" not in found
+
+
+def test_events_of_two_ranks(files, ranks, tmp_path):
+    values = {"deepspeed": "ds_zero3_offload", "max_steps": 4, "save_steps": 2}
+    run = ranks.train(config_of(files, "hunyuan_v1_moe", tmp_path / "run", **values))
+    logs = [event for event in run.events() if event["kind"] == "log"]
+    assert len(logs) == 4
+    for event in logs:
+        assert event["tokens_per_second_per_rank"] == pytest.approx(event["tokens_per_second"] / 2, abs=0.02)
+        assert len(event["memory_bytes_per_rank"]) == 2
+        assert event["memory_bytes"] == event["memory_bytes_per_rank"][event["memory_rank"]] > 1e8
+        parts = event["seconds_by_part"]
+        assert 0 < parts["optimizer"] < event["step_seconds"] and parts["forward and backward"] > 0
+    assert logs[-1]["tokens"] > logs[0]["tokens"] > 0
+    for event in [event for event in run.events() if event["kind"] == "save"]:
+        checkpoint = Path(run.output_dir, event["path"])
+        assert event["bytes_by_part"]["weights"] == (checkpoint / "model.safetensors").stat().st_size
+        assert event["bytes_by_part"]["optimizer"] > event["bytes_by_part"]["weights"]
+        assert event["seconds_by_part"].keys() == {"weights", "optimizer"}
+
+
+def test_peaks_of_gpus_as_the_driver_names_them():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H20") == 148e12 and peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert peak_flops("Tesla K80") is None
+
+
+def test_parameters_that_a_token_is_multiplied_by(shared):
+    """Published: 52 of 389 billion, 13 of 80 billion."""
+    import json
+
+    for model, file, billions in (
+        ("hunyuan-large", "config_reconstructed.json", 52),
+        ("hunyuan-a13b", "config.json", 13),
+    ):
+        count = memory.count_parameters(json.loads((shared / "models" / model / file).read_text()))
+        assert count.active / 1e9 == pytest.approx(billions, abs=1)
+        assert count.multiplied <= count.active
+
+
+def test_one_process_stops_at_once(tmp_path):
+    flag = StopFlag(tmp_path / "stop")
+    assert not flag.is_set() and not flag.finish()
+    (tmp_path / "stop").touch()
+    time.sleep(0.6)
+    assert flag.is_set()
