@@ -23,6 +23,25 @@ def need(present: bool, reason: str) -> None:
 
 
 @pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """A tiny model per family, and data."""
+    # Imports torch, which not every test needs.
+    from training_runs import make_files
+
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """A process that forks ranks, which have the libraries imported already."""
+    from training_runs import RankServer
+
+    server = RankServer(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of upstream's files and golden values; it exists only beside a developer's checkout."""
     if not SHARED.is_dir():
