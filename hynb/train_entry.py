@@ -507,15 +507,31 @@ def _write_manifest(
 def _with_trained_parameters(
     config: Config, model: PreTrainedModel, base: Path | None
 ) -> PreTrainedModel | PeftModel:
-    from hynb.train import add_adapter, freeze_all_but_attention
+    import torch
 
+    from hynb.train import (
+        add_adapter,
+        base_tensors,
+        compute_routers_in_float32,
+        freeze_all_but_attention,
+        keep_frozen_routers,
+        training_dtype,
+    )
+
+    compute_routers_in_float32(model)
+    if config.use_lora:
+        model.requires_grad_(False)
+    elif config.train_attention_params_only:
+        freeze_all_but_attention(model)
+    adapted = config.lora_target_modules if config.use_lora else ()
+    stored = base_tensors(base) if base is not None and training_dtype(config) != torch.float32 else []
+    if kept := keep_frozen_routers(model, stored, adapted=adapted):
+        logger.info(f"{len(kept)} routers, which are not trained, keep the base's float32 weights")
     if config.use_lora:
         # A frozen embedding's output needs a gradient, or checkpointed layers would have none to pass back.
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
         return add_adapter(model, config, base)
-    if config.train_attention_params_only:
-        freeze_all_but_attention(model)
     return model
 
 

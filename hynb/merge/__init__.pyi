@@ -8,5 +8,6 @@ from .shards import model_shards as model_shards
 from .shards import read_shard as read_shard
 from .shards import write_at as write_at
 from .tensors import TORCH_DTYPES as TORCH_DTYPES
+from .tensors import read_tensor as read_tensor
 from .verify import verify_merge as verify_merge
 from .write import merge_lora as merge_lora

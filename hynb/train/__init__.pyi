@@ -29,6 +29,8 @@ from .process import init_process_group as init_process_group
 from .process import set_up_process as set_up_process
 from .process import show_output_at_once as show_output_at_once
 from .process import start_notes as start_notes
+from .router_precision import compute_routers_in_float32 as compute_routers_in_float32
+from .router_precision import keep_frozen_routers as keep_frozen_routers
 from .router_statistics import RouterWatch as RouterWatch
 from .saving import SavedShard as SavedShard
 from .saving import plan_shards as plan_shards

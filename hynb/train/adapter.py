@@ -15,6 +15,9 @@ from hynb.errors import ModelError
 def add_adapter(model: PreTrainedModel, config: Config, base: Path | None) -> PeftModel:
     """The model with a new LoRA adapter on `lora_target_modules`, everything else frozen (arXiv 2106.09685).
 
+    Under every preset the adapter has the dtype of the weights beside it, and DeepSpeed's optimizer a float32 copy of
+    it, which the steps change. PEFT's own default is float32, which DeepSpeed undoes under ZeRO-2 and not under ZeRO-3.
+
     Args:
         base: the folder that the adapter's settings name as its base.
 
@@ -34,7 +37,7 @@ def add_adapter(model: PreTrainedModel, config: Config, base: Path | None) -> Pe
         target_parameters=parameters,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, settings)
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)
     if base is not None:
         adapted.peft_config["default"].base_model_name_or_path = str(base)

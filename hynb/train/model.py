@@ -182,6 +182,8 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
         count = getattr(weight, "ds_numel", None) or weight.numel()
         counts["parameters"] += count
         counts["trainable_parameters"] += count if weight.requires_grad else 0
+    # Routers that are kept in float32.
+    counts["parameters"] += sum(value.numel() for name, value in model.named_buffers() if name.endswith(".weight"))
     return counts
 
 

@@ -1,0 +1,89 @@
+"""bf16 beside float32: adapters, routers, and the same losses under ZeRO-2 and ZeRO-3."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from adapters import load_tensors
+from safetensors.torch import save_file
+from training_runs import config_of, losses
+from transformers import AutoModelForCausalLM
+
+from hynb.train import compute_routers_in_float32, keep_frozen_routers
+from hynb.train.checkpoint import base_tensors
+from hynb.train.router_statistics import routers
+
+MOE = ("hunyuan", "hunyuan_v1_moe", "hy_v3")
+# The distance of two neighbouring numbers in bf16, relative to them.
+BF16_STEP = 2**-8
+
+
+@pytest.fixture
+def released(files, tmp_path):
+    """Folders as models are released: bf16, with float32 routers."""
+
+    def make(family):
+        folder = shutil.copytree(files[family], tmp_path / family)
+        weights = {
+            name: weight if re.search(r"gate\.(wg\.)?weight|expert_bias", name) else weight.bfloat16()
+            for name, weight in load_tensors(folder).items()
+        }
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_routers_compute_from_float32_weights(family, released):
+    base = released(family)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    names = [name for name, _ in routers(model, family)]
+    compute_routers_in_float32(model)
+    model.requires_grad_(False)
+    # A router whose weight is float32 by its class is as DeepSpeed would make it.
+    for name, _ in routers(model, family):
+        model.get_submodule(name).bfloat16()
+    kept = keep_frozen_routers(model, base_tensors(base))
+    assert [re.sub(r"(\.wg)?\.weight$", "", name) for name in kept] == names
+    seen = []
+    for _, router in routers(model, family):
+        router.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output[0])))
+    with torch.no_grad():
+        model(torch.arange(10, 30)[None])
+    stored = load_tensors(base)
+    weights = [weight for name, weight in sorted(stored.items()) if re.search(r"gate\.(wg\.)?weight", name)]
+    assert len(seen) == len(weights) > 1
+    for (hidden, logits), weight in zip(seen, weights, strict=True):
+        assert logits.dtype == torch.float32
+        expected = hidden.float().reshape(-1, hidden.shape[-1]) @ weight.T
+        torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+        rounded = hidden.float().reshape(-1, hidden.shape[-1]) @ weight.bfloat16().float().T
+        assert not torch.allclose(logits, rounded, rtol=1e-6, atol=1e-6)
+
+
+def test_a_router_with_an_adapter_stays_a_parameter(released):
+    base = released("hunyuan")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).bfloat16().requires_grad_(False)
+    assert not keep_frozen_routers(model, base_tensors(base), adapted=["wg"])
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_losses_of_zero2_and_zero3_agree_in_bf16(family, released, files, ranks, tmp_path):
+    base = released(family)
+    found = {}
+    for preset in ("ds_zero2_no_offload", "ds_zero3_no_offload"):
+        values = {"deepspeed": preset, "bf16": True, "use_lora": True, "lora_dropout": 0.0, "max_steps": 20}
+        values |= {"save_steps": 20, "model_name_or_path": str(base)}
+        run = ranks.train(config_of(files, family, tmp_path / preset, **values))
+        found[preset] = list(losses(run).values())
+        adapter = load_tensors(run.checkpoints()[-1])
+        assert {weight.dtype for weight in adapter.values()} == {torch.bfloat16}, "the dtype of the weights beside it"
+        notes = run.reader.manifest()["notes"]
+        assert any("routers, which are not trained, keep the base's float32 weights" in note for note in notes)
+    two, three = found.values()
+    assert two == pytest.approx(three, rel=BF16_STEP)
+    assert two[-1] < two[0] - 0.1
