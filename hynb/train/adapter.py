@@ -16,7 +16,7 @@ def add_adapter(model: PreTrainedModel, config: Config, base: Path | None) -> Pe
     """The model with a new LoRA adapter on `lora_target_modules`, everything else frozen (arXiv 2106.09685).
 
     Under every preset the adapter has the dtype of the weights beside it, and DeepSpeed's optimizer a float32 copy of
-    it, which the steps change. PEFT's own default is float32, which DeepSpeed undoes under ZeRO-2 and not under ZeRO-3.
+    it, which the steps change. PEFT's own default is float32, which DeepSpeed undoes under ZeRO-2 alone.
 
     Args:
         base: the folder that the adapter's settings name as its base.
