@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -38,6 +39,8 @@ from hynb.supervision import (
 
 _START_SECONDS = 30.0
 _KILL_SECONDS = 5.0
+# A network disk may show another machine's new file after a minute (NFS: acdirmax).
+_DISTANT_SECONDS = 90.0
 
 
 class Run:
@@ -124,12 +127,21 @@ class Run:
         replace_text(self.dir.stop_request, f"{time.time()}\n")
         return self.wait(timeout_seconds=timeout_seconds) if wait else self.status()
 
-    def kill(self) -> RunStatus:
-        """Ends every process of the run at once; what came after the last checkpoint is lost."""
+    def kill(self, *, wait_seconds: float = _DISTANT_SECONDS) -> RunStatus:
+        """Ends every process of the run at once; what came after the last checkpoint is lost.
+
+        Args:
+            wait_seconds: on another machine than the launching one, the longest wait for the supervisor there.
+
+        Raises:
+            RunError: the run was started in another way, or its supervisor is on another machine and does not answer.
+        """
         launcher = self._launcher()
         launch = read_record(self.dir.launch)
         if launch is None or launcher is None:
             raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
+        if launcher.alive() is None:
+            return self._ask_to_kill(launcher.host, wait_seconds)
         live = self.status().live
         kill(self.dir, launch, supervisor_alive=launcher.alive() is not False, seconds=_KILL_SECONDS)
         if launcher.alive():
@@ -148,6 +160,30 @@ class Run:
         while self.status().live and time.monotonic() < deadline:
             time.sleep(0.02)
         return self.status()
+
+    def _ask_to_kill(self, host: str, seconds: float) -> RunStatus:
+        """Asks the supervisor on another machine, which sees the same folder, to end the run.
+
+        Raises:
+            RunError: it does not answer.
+        """
+        if not self.status().live:
+            return self.status()
+        replace_text(self.dir.kill_request, f"{time.time()}\n")
+        deadline = time.monotonic() + seconds
+        while not self.dir.exit.exists():
+            if time.monotonic() > deadline:
+                self.dir.kill_request.unlink(missing_ok=True)
+                raise RunError(
+                    f"{self.output_dir}: was launched on {host}, whose supervisor has not answered within "
+                    f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {self.output_dir}` on {host}"
+                )
+            time.sleep(0.2)
+        end = read_record(self.dir.exit) or {}
+        # Rank 0's heartbeat, by which another machine judges, is still fresh.
+        shown = {name: end.get(name) for name in ("exit_code", "host", "rank")}
+        state, reason = end.get("state", "stopped"), end.get("reason", "")
+        return dataclasses.replace(self.status(), state=state, reason=reason, phase=None, **shown)
 
     def paste_lines(self) -> str:
         """What a person pastes on the other hosts, where launcher is no_ssh and they have not joined; else empty."""

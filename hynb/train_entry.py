@@ -9,6 +9,7 @@ Heavy imports stay inside the steps, so that a wrong parameter is refused within
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -126,11 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             step(state)
         exit_code = 0
     except Exception as error:
-        whereabouts = {"beside_rank_0": state.beside_rank_0, "phase": state.phase}
-        exit_code = report_failure(error, state.rank, state.run_dir, **whereabouts)
+        registry = state.membership.registry_of(state.rank) if state.membership and state.joined else None
+        where = {"beside_rank_0": state.beside_rank_0, "phase": state.phase, "registry": registry}
+        exit_code = report_failure(error, state.rank, state.run_dir, **where)
     finally:
-        if state.writer:
-            state.writer.close()
+        with contextlib.suppress(OSError):
+            if state.writer:
+                state.writer.close()
         if state.membership:
             leave(state.membership, state.rank, exit_code)
     return exit_code

@@ -1,4 +1,4 @@
-"""Two hosts on this machine, for tests: Linux namespaces that are joined by a virtual cable, each with a real sshd.
+"""Two or more hosts on this machine, for tests: Linux namespaces joined by virtual cables, each with a real sshd.
 
 Each host has its own network, processes, host name, home, /etc/hosts, /etc/passwd, /dev/shm and host key, and a
 folder `disk` at the same path on both, which is either one shared folder or a separate one per host. They use this
@@ -84,6 +84,7 @@ class TestHost:
 
     Args:
         home, disk: paths as the host sees them; `path` translates them for this process.
+        peers: the addresses of the other hosts by name.
     """
 
     __test__ = False
@@ -95,6 +96,7 @@ class TestHost:
     disk: Path
     pid: int
     shared: bool
+    peers: Mapping[str, str]
     _holder: subprocess.Popen
     _sshd: subprocess.Popen | None = None
 
@@ -267,10 +269,10 @@ class TestHost:
                 os.kill(process.pid, signal.SIGCONT)
 
     def link(self, *, up: bool) -> None:
-        """Pulls the cable, or plugs it in and waits until both hosts reach each other."""
+        """Pulls the cable, or plugs it in and waits until this host reaches another one."""
         self.run(["ip", "link", "set", "cable", "up" if up else "down"])
         if up:
-            (peer,) = (address for name, address in ADDRESSES.items() if name != self.name)
+            peer = next(iter(self.peers.values()))
             deadline = time.monotonic() + _START_SECONDS
             # For seconds the kernel goes on refusing an address that did not resolve while the cable was pulled.
             while self.run([sys.executable, "-c", _REACH, peer], check=False).returncode:
@@ -306,7 +308,7 @@ def need_two_hosts() -> None:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m") -> Iterator[TestHosts]:
+def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "1g") -> Iterator[TestHosts]:
     """Starts two hosts, alpha and beta, and ends them afterwards.
 
     Args:
@@ -322,7 +324,7 @@ def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m
     made: list[TestHost] = []
     try:
         for name in ADDRESSES:
-            made.append(_start(name, folder / name, home, disk, shared, shm))
+            made.append(_start(name, ADDRESSES, folder / name, home, disk, shared, shm))
         alpha, beta = made
         # Both ends of the cable are created inside the hosts; this machine's own network is not changed.
         inside = ["nsenter", "--target", str(alpha.pid), "--net"]
@@ -335,21 +337,64 @@ def two_hosts(folder: Path, *, shared: bool, sshd: bool = True, shm: str = "256m
                 host.start_sshd()
         yield TestHosts(alpha=alpha, beta=beta)
     finally:
-        for host in made:
-            # When the first process of a PID namespace ends, the kernel kills all others in it.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(host.pid, signal.SIGKILL)
-            host._holder.kill()
-            host._holder.wait()
+        _end(made)
 
 
-def trusting(hosts: TestHosts) -> Path:
-    """Writes keys, known_hosts and ssh_config so that each host can log in on the other one.
+@contextlib.contextmanager
+def many_hosts(folder: Path, count: int, *, shared: bool, shm: str = "1g") -> Iterator[list[TestHost]]:
+    """Starts hosts host0, host1, … on one switch, each with an sshd, and ends them; otherwise as `two_hosts`.
+
+    Args:
+        count: at most 200.
+    """
+    need_two_hosts()
+    home, disk = folder / "home", folder / "disk"
+    for path in (home, disk):
+        path.mkdir(parents=True)
+    addresses = {f"host{number}": f"10.78.0.{number + 1}" for number in range(count)}
+    made: list[TestHost] = []
+    # A namespace of its own for the switch: the machine's network is not changed.
+    switch = subprocess.Popen(
+        ["unshare", "--net", "--fork", "--kill-child", "sleep", "infinity"], preexec_fn=_die_with_parent
+    )
+    try:
+        inside = ["nsenter", "--target", str(_child(switch)), "--net"]
+        subprocess.run([*inside, "ip", "link", "add", "switch", "type", "bridge"], check=True)
+        subprocess.run([*inside, "ip", "link", "set", "switch", "up"], check=True)
+        for name in addresses:
+            made.append(_start(name, addresses, folder / name, home, disk, shared, shm))
+        for number, host in enumerate(made):
+            port = f"port{number}"
+            peer = ["peer", "name", "cable", "netns", str(host.pid)]
+            subprocess.run([*inside, "ip", "link", "add", port, "type", "veth", *peer], check=True)
+            subprocess.run([*inside, "ip", "link", "set", port, "master", "switch", "up"], check=True)
+            host.run(["ip", "addr", "add", f"{host.address}/24", "dev", "cable"])
+            host.run(["ip", "link", "set", "cable", "up"])
+            host.start_sshd()
+        yield made
+    finally:
+        _end(made)
+        switch.kill()
+        switch.wait()
+
+
+def _end(hosts: Sequence[TestHost]) -> None:
+    for host in hosts:
+        # When the first process of a PID namespace ends, the kernel kills all others in it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(host.pid, signal.SIGKILL)
+        host._holder.kill()
+        host._holder.wait()
+
+
+def trusting(hosts: TestHosts | Sequence[TestHost]) -> Path:
+    """Writes keys, known_hosts and ssh_config so that each host can log in on every other one.
 
     Returns:
         the folder of the cluster, on both disks: hostfile (1 slot each), ssh_config, known_hosts.
     """
-    cluster = hosts.alpha.disk / "cluster"
+    hosts, port = list(hosts), PORT
+    cluster = hosts[0].disk / "cluster"
     known = ""
     for host in hosts:
         ssh = host.path(host.home) / ".ssh"
@@ -357,11 +402,11 @@ def trusting(hosts: TestHosts) -> Path:
         if not (ssh / "id_ed25519").exists():
             _keygen(ssh / "id_ed25519", f"root@{host.name}")
         key = host.host_key.read_text().split()
-        known += "".join(f"[{name}]:{hosts.port} {key[0]} {key[1]}\n" for name in (host.name, host.address))
+        known += "".join(f"[{name}]:{port} {key[0]} {key[1]}\n" for name in (host.name, host.address))
     public = "".join((host.path(host.home) / ".ssh" / "id_ed25519.pub").read_text() for host in hosts)
     config = ""
     for host in hosts:
-        config += f"Host {host.name} {host.address}\n  HostName {host.address}\n  Port {hosts.port}\n"
+        config += f"Host {host.name} {host.address}\n  HostName {host.address}\n  Port {port}\n"
         config += f"  IdentityFile {host.home}/.ssh/id_ed25519\n  UserKnownHostsFile {cluster}/known_hosts\n"
         config += "  StrictHostKeyChecking yes\n  BatchMode yes\n"
     for host in hosts:
@@ -376,11 +421,13 @@ def trusting(hosts: TestHosts) -> Path:
     return cluster
 
 
-def _start(name: str, root: Path, home: Path, disk: Path, shared: bool, shm: str) -> TestHost:
+def _start(
+    name: str, addresses: Mapping[str, str], root: Path, home: Path, disk: Path, shared: bool, shm: str
+) -> TestHost:
     for path in (root / "home", root / "etc" / "ssh", *(() if shared else (root / "disk",))):
         path.mkdir(parents=True)
     (root / "home").chmod(0o700)
-    names = "".join(f"{address} {item}\n" for item, address in ADDRESSES.items())
+    names = "".join(f"{address} {item}\n" for item, address in addresses.items())
     (root / "etc" / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{names}")
     users = Path("/etc/passwd").read_text().splitlines()
     users = [f"root:x:0:0:root:{home}:/bin/bash" if user.startswith("root:") else user for user in users]
@@ -402,17 +449,26 @@ def _start(name: str, root: Path, home: Path, disk: Path, shared: bool, shm: str
     while not (root / "ready").exists():
         assert time.monotonic() < deadline and holder.poll() is None, f"{name} did not start"
         time.sleep(0.02)
-    children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()
     return TestHost(
         name=name,
-        address=ADDRESSES[name],
+        address=addresses[name],
         root=root,
         home=home,
         disk=disk,
-        pid=int(children[0]),
+        pid=_child(holder),
         shared=shared,
+        peers={item: address for item, address in addresses.items() if item != name},
         _holder=holder,
     )
+
+
+def _child(process: subprocess.Popen) -> int:
+    """The pid of a process's only child, once it has one."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not (children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+        assert time.monotonic() < deadline and process.poll() is None, f"{process.args} did not start"
+        time.sleep(0.01)
+    return int(children[0])
 
 
 def _die_with_parent() -> None:

@@ -57,7 +57,7 @@ def main() -> None:
     frozen = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = [re.sub(r" @ .*|\+cpu$|\+cu\d+$", "", line) for line in frozen.splitlines()]
     # A GPU build's own packages are chosen by torch; pinned here they would be installed on a CPU machine.
-    lock = "\n".join(line for line in lines if not re.match(r"nvidia-|cuda-|triton", line)) + "\n"
+    lock = "\n".join(line for line in lines if not re.match(r"nvidia-(?!ml-py)|cuda-|triton", line)) + "\n"
     (ROOT / "requirements.lock").write_text(LOCK_HEADER + lock)
     versions = pinned(lock)
     pins = [f"      - {name}=={versions[normalised(name)]}\n" for name in direct_dependencies()]

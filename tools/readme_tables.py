@@ -84,6 +84,8 @@ HELP_ZH = {
     "ssh_config": "连接各主机的 OpenSSH 配置文件；auto：主机文件所在目录中的 ssh_config，没有则用您自己的配置。",
     "start_timeout_seconds": "所有主机和 rank 互相连上的时限。到时仍未连上，运行即告结束。",
     "silence_timeout_seconds": "主机失去响应超过此时限，运行即告结束。rank 被信号暂停时也是如此。",
+    "reconnect_attempts": "主机与启动主机的连接断开后，重新连接的最多次数；auto：直到 silence_timeout_seconds 用尽。0：连接一断，运行即告结束。",
+    "reconnect_seconds": "两次重新连接之间的间隔。",
     "collective_timeout_minutes": "一个 rank 在集合通信中等待其他 rank 的时限。rank 退出或被暂停时，几秒内即被发现，与此值无关；它只用来结束互相无休止等待的 rank。",
     "save_timeout_minutes": "写检查点期间的同一时限；auto：按 100 MB/s 写完检查点所需的时间，至少为 collective_timeout_minutes。",
     "master_port": "各 rank 会合的端口；auto：任选一个空闲端口。",

@@ -4,12 +4,16 @@ from . import ssh_key as ssh_key
 from . import ssh_setup as ssh_setup
 from .devices import peak_flops as peak_flops
 from .host_facts import UNREADABLE as UNREADABLE
+from .host_facts import DiskFacts as DiskFacts
 from .host_facts import FactsRequest as FactsRequest
 from .host_facts import HostFacts as HostFacts
+from .host_facts import MemoryFacts as MemoryFacts
 from .hostfile import ClusterDir as ClusterDir
 from .hostfile import Host as Host
 from .machine import PACKAGES as PACKAGES
+from .machine import VISIBLE_VARIABLE as VISIBLE_VARIABLE
 from .machine import Gpu as Gpu
+from .machine import chosen_devices as chosen_devices
 from .machine import gpu_count as gpu_count
 from .machine import parse_gpus as parse_gpus
 from .machine import this_machine as this_machine

@@ -10,12 +10,16 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
 
@@ -25,10 +29,48 @@ _BLOCKS, _BLOCK_BYTES = 256, 1 << 20
 _CONNECT_SECONDS = 5.0
 _LOGIN_SECONDS = 15.0
 _HEADER_BYTES = 64 << 20
-# A driver that has lost a GPU can keep nvidia-smi waiting for minutes.
-_DRIVER_SECONDS = 20.0
+# A driver that has lost a GPU can keep whoever asks it waiting for ever.
+DRIVER_SECONDS = 20.0
 _SIOCGIFADDR, _IFF_UP = 0x8915, 1
 _MARK = "hynb-facts "
+_NO_PYNVML, _NO_DRIVER = 3, 4
+# Prints the table by NVML (package nvidia-ml-py), for a process of its own; MIG devices follow their GPU.
+_NVML_TABLE = f"""
+import sys
+try:
+    import pynvml as nvml
+except ImportError:
+    sys.exit({_NO_PYNVML})
+def text(value):
+    return value.decode() if isinstance(value, bytes) else value
+def row(index, handle, name, driver):
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        sizes = [memory.total >> 20, memory.free >> 20]
+    except nvml.NVMLError:
+        sizes = ["[N/A]", "[N/A]"]
+    print(index, text(nvml.nvmlDeviceGetUUID(handle)), name, *sizes, driver, sep=", ", flush=True)
+try:
+    nvml.nvmlInit()
+    driver = text(nvml.nvmlSystemGetDriverVersion())
+    for index in range(nvml.nvmlDeviceGetCount()):
+        gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+        name = text(nvml.nvmlDeviceGetName(gpu))
+        row(index, gpu, name, driver)
+        try:
+            parts = nvml.nvmlDeviceGetMaxMigDeviceCount(gpu) if nvml.nvmlDeviceGetMigMode(gpu)[0] else 0
+        except nvml.NVMLError:
+            parts = 0
+        for part in range(parts):
+            try:
+                device = nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, part)
+            except nvml.NVMLError:
+                continue
+            row(index, device, name + " MIG", driver)
+except nvml.NVMLError as error:
+    print(error, file=sys.stderr)
+    sys.exit({_NO_DRIVER})
+"""
 # Begins a text that stands in place of a hash and gives the reason why there is none.
 UNREADABLE = "can't be read: "
 
@@ -67,12 +109,39 @@ class DiskFacts(TypedDict):
     folder: str
 
 
+class MemoryLimit(TypedDict):
+    """The tightest limit that a container sets on host memory: bytes, those still free, and the file that says so."""
+
+    limit_bytes: int
+    free_bytes: int
+    file: str
+
+
+class MemoryFacts(TypedDict):
+    """What a host's processes can use of its memory.
+
+    Args:
+        total_bytes, free_bytes: of the machine.
+        limit: of the container; None where there is none.
+        shared_memory: /dev/shm.
+        locked_bytes: how much of its memory a process may lock (RLIMIT_MEMLOCK); None for no limit.
+        infiniband: names of the host's InfiniBand adapters; memory that they use is locked.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    limit: MemoryLimit | None
+    shared_memory: DiskFacts
+    locked_bytes: int | None
+    infiniband: list[str]
+
+
 class HostFacts(TypedDict):
     """What a host reports.
 
     versions: by package; "not installed" for a missing one.
     cuda: versions of `cuda` and `nccl` that torch was built for; empty where unknown.
-    gpus: nvidia-smi's table (see `gpu_table`); empty without GPUs.
+    gpus: the driver's table (see `gpu_table`); empty without GPUs.
     code, model, data: hashes; None for what does not exist, a text that begins with UNREADABLE on an error.
     sees_token: whether the launching host's token exists here.
     interfaces: addresses by network interface.
@@ -89,9 +158,7 @@ class HostFacts(TypedDict):
     gpus: str
     cuda_visible_devices: str | None
     cpu_cores: int
-    memory_bytes: int
-    memory_free_bytes: int
-    shared_memory: DiskFacts
+    memory: MemoryFacts
     output_disk: DiskFacts
     cache_disk: DiskFacts
     code: str | None
@@ -104,6 +171,17 @@ class HostFacts(TypedDict):
     logins: dict[str, str]
     time: float
     elapsed_seconds: float
+
+
+def memory_script() -> str:
+    """This module followed by a call that prints the facts on memory alone, for a host's Python."""
+    return Path(__file__).read_text(encoding="utf-8") + "\n\nprint(_MARK + json.dumps(memory()))\n"
+
+
+def parse_memory(output: str) -> MemoryFacts | None:
+    """The facts in the output of `memory_script`; None if there are none."""
+    line = next((line for line in output.splitlines() if line.startswith(_MARK)), None)
+    return None if line is None else json.loads(line.removeprefix(_MARK))
 
 
 def script_for(request: FactsRequest) -> str:
@@ -123,7 +201,6 @@ def parse_output(output: str) -> HostFacts | None:
 def main(request: FactsRequest) -> None:
     """Prints the requested facts as one line of JSON behind a mark."""
     began = time.monotonic()
-    memory_bytes, memory_free_bytes = memory()
     facts: HostFacts = {
         "hostname": socket.gethostname(),
         "python": platform.python_version(),
@@ -132,9 +209,7 @@ def main(request: FactsRequest) -> None:
         "gpus": gpu_table(),
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": memory_bytes,
-        "memory_free_bytes": memory_free_bytes,
-        "shared_memory": disk("/dev/shm"),
+        "memory": memory(),
         "output_disk": disk(request["output_dir"]),
         "cache_disk": disk(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")),
         "code": _hash_or_reason(code_hash, request["code"]),
@@ -186,22 +261,133 @@ def cuda_of_torch() -> dict[str, str]:
 
 
 def gpu_table() -> str:
-    """nvidia-smi's table: index, uuid, name, total MiB, free MiB, driver; empty without GPUs."""
-    if shutil.which("nvidia-smi") is None:
+    """The driver's table, one line per GPU or MIG device: index, uuid, name, total MiB, free MiB, driver version.
+
+    By NVML where nvidia-ml-py is installed, else by nvidia-smi, which lists no MIG devices.
+
+    Returns:
+        empty without GPUs; a text that begins with UNREADABLE where the driver does not answer in time.
+    """
+    has_program = shutil.which("nvidia-smi") is not None
+    if not has_program and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):
         return ""
-    fields = "index,uuid,name,memory.total,memory.free,driver_version"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    code, out = output_within([sys.executable, "-c", _NVML_TABLE], DRIVER_SECONDS)
+    if code == _NO_PYNVML and has_program:
+        fields = "index,uuid,name,memory.total,memory.free,driver_version"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        code, out = output_within(command, DRIVER_SECONDS)
+    if code is None:
+        return f"{UNREADABLE}the GPU driver does not answer within {DRIVER_SECONDS:g} seconds"
+    return out if code == 0 else ""
 
 
-def memory() -> tuple[int, int]:
-    """Bytes of host memory: total, and available to a new process."""
+def output_within(command: list[str], seconds: float) -> tuple[int | None, str]:
+    """A command's exit code and output; None for a code where it has not ended in time, and is given up."""
+    with tempfile.TemporaryFile() as output:
+        try:
+            # Into a file: a pipe would be waited for as long as a descendant of the command holds it.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError:
+            return 127, ""
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            # A process inside a driver that hangs does not end; it is not waited for.
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, ""
+        output.seek(0)
+        return process.returncode, output.read().decode(errors="replace")
+
+
+def memory() -> MemoryFacts:
+    """What this host's processes can use of its memory."""
+    total_bytes, free_bytes = _machine_memory()
+    locked_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    adapters = Path("/sys/class/infiniband")
+    return {
+        "total_bytes": total_bytes,
+        "free_bytes": free_bytes,
+        "limit": container_limit(total_bytes),
+        "shared_memory": disk("/dev/shm"),
+        "locked_bytes": None if locked_bytes == resource.RLIM_INFINITY else locked_bytes,
+        "infiniband": sorted(item.name for item in adapters.iterdir()) if adapters.is_dir() else [],
+    }
+
+
+def _machine_memory() -> tuple[int, int]:
+    """Bytes of the machine's memory: total, and available to a new process."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, available = (int(lines[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
     return total, available
+
+
+def container_limit(total_bytes: int, root: str | Path = "/") -> MemoryLimit | None:
+    """The limit of this process's memory with the least free bytes, over all of its control groups, version 1 or 2.
+
+    Args:
+        total_bytes: of the machine; a limit that is not lower is none.
+        root: folder in which /proc and /sys lie.
+
+    Returns:
+        None without a limit.
+    """
+    tightest: MemoryLimit | None = None
+    for folder, names in _memory_groups(Path(root)):
+        limit, usage, reclaimable = _number(folder / names[0]), _number(folder / names[1]), 0
+        if limit is None or limit >= total_bytes:
+            continue
+        for line in _lines(folder / "memory.stat"):
+            # The page cache is dropped before the limit is reached.
+            if line.startswith(f"{names[2]} "):
+                reclaimable = int(line.split()[1])
+        free_bytes = max(0, limit - max(0, (usage or 0) - reclaimable))
+        if tightest is None or free_bytes < tightest["free_bytes"]:
+            tightest = {"limit_bytes": limit, "free_bytes": free_bytes, "file": str(folder / names[0])}
+    return tightest
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The folders of this process's control groups for memory, up to the root, with the names of their files."""
+    own = dict(line.split(":", 2)[1:] for line in _lines(root / "proc/self/cgroup") if line.count(":") >= 2)
+    version_1 = next((path for names, path in own.items() if "memory" in names.split(",")), None)
+    for line in _lines(root / "proc/self/mountinfo"):
+        # proc(5): field 3 is the root within the file system, 4 the mount point; behind " - " type and options.
+        before, _, after = line.partition(" - ")
+        words = before.split()
+        kind, _, options = [*after.split(" ", 2), "", ""][:3]
+        if kind == "cgroup2":
+            path, names = own.get(""), ("memory.max", "memory.current", "inactive_file")
+        elif kind == "cgroup" and "memory" in options.split(","):
+            path, names = version_1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        if path is None or len(words) < 5:
+            continue
+        mounted_root, point = words[3], root / words[4].lstrip("/")
+        # In a container that sees its own group alone, the path is that of the machine.
+        below = path.removeprefix(mounted_root) if path.startswith(mounted_root) else path
+        folder = point / below.strip("/")
+        folder = folder if folder.is_dir() else point
+        while True:
+            yield folder, names
+            if folder == point:
+                break
+            folder = folder.parent
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None for `max`, or without one."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def existing_folder(path: str | Path) -> Path:

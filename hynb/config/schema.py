@@ -296,6 +296,22 @@ class Config:
         maximum=86400,
         unit="seconds",
     )
+    reconnect_attempts: int | None = _parameter(
+        None,
+        "launch",
+        "How often a host whose connection to the launching host broke tries to connect again. Automatic: until "
+        "silence_timeout_seconds are over. 0: a broken connection ends the run.",
+        minimum=0,
+        maximum=100000,
+    )
+    reconnect_seconds: int = _parameter(
+        1,
+        "launch",
+        "Pause between two attempts to connect again.",
+        minimum=1,
+        maximum=3600,
+        unit="seconds",
+    )
     collective_timeout_minutes: float = _parameter(
         60.0,
         "launch",

@@ -12,13 +12,10 @@ from hynb.config import Config
 from hynb.preflight.reach import rsync_command
 from hynb.preflight.report import Cell, ranks_text
 from hynb.preflight.targets import Known, Reply, interfaces_to_others
-from hynb.supervision import CODE
+from hynb.supervision import CODE, host_bytes, shortages
 
 _CLOCK_SECONDS = 2.0
 _GB = 1e9
-_MEMORY_BYTES = 2 * _GB
-# NCCL and a DataLoader's workers exchange data through shared memory.
-_SHARED_MEMORY_BYTES = {"cpu": 16e6, "gpu": 512e6}
 _DISK_BYTES = 1 * _GB
 _CACHE_BYTES = 0.2 * _GB
 # A GPU of which a larger share is in use runs somebody else's job.
@@ -35,8 +32,7 @@ def compare(reply: Reply, known: Known) -> list[Cell]:
         _python(reply, known),
         _versions(reply, known),
         _gpus(reply, known),
-        _memory(reply),
-        _shared_memory(reply),
+        *_memory(reply, known),
         _output_disk(reply, known),
         _cache_disk(reply),
         _code(reply, known),
@@ -109,11 +105,14 @@ def _visible_gpus(facts: HostFacts) -> tuple[Gpu, ...]:
 
 
 def _gpus(reply: Reply, known: Known) -> Cell:
+    if reply.facts["gpus"].startswith(UNREADABLE):
+        reason = reply.facts["gpus"].removeprefix(UNREADABLE)
+        return _bad(reply, "GPUs", f"{reason}: the host has to be started again", "nvidia-smi", there=True)
     gpus = _visible_gpus(reply.facts)
     host = reply.target.host
     needed = max(host.slot_ids) + 1 if host.slot_ids else host.slots
     if not gpus:
-        with_gpus = [other.target.name for other in known.replies if other.facts["gpus"]]
+        with_gpus = [other.target.name for other in known.replies if _visible_gpus(other.facts)]
         if with_gpus:
             return _bad(reply, "GPUs", f"none, but {with_gpus[0]} has some", "nvidia-smi", there=True)
         cores = reply.facts["cpu_cores"]
@@ -145,20 +144,24 @@ def _change_slots(config: Config, name: str, slots: int) -> str:
     return shlex.join(["sed", "-i", "-E", rf"s/{pattern}[0-9]+/\1\2\3{slots}/", config.hostfile])
 
 
-def _memory(reply: Reply) -> Cell:
-    free_bytes, total_bytes = reply.facts["memory_free_bytes"], reply.facts["memory_bytes"]
-    if free_bytes < _MEMORY_BYTES:
-        return _bad(reply, "memory", f"{free_bytes / _GB:.1f} GB free", "ps aux --sort=-rss | head", there=True)
-    return _ok(reply, "memory", f"{free_bytes / _GB:.0f} of {total_bytes / _GB:.0f} GB free")
-
-
-def _shared_memory(reply: Reply) -> Cell:
-    free_bytes = reply.facts["shared_memory"]["free_bytes"]
-    needed_bytes = _SHARED_MEMORY_BYTES["gpu" if reply.facts["gpus"] else "cpu"]
-    if free_bytes < needed_bytes:
-        problem = f"/dev/shm: {free_bytes / 1e6:.0f} MB free, {needed_bytes / 1e6:.0f} MB needed"
-        return _bad(reply, "shared memory", problem, "mount -o remount,size=8G /dev/shm", there=True)
-    return _ok(reply, "shared memory", f"{free_bytes / _GB:.1f} GB free")
+def _memory(reply: Reply, known: Known) -> list[Cell]:
+    """Memory, /dev/shm and locked memory, compared with what the run's plan takes."""
+    facts, on_gpus = reply.facts["memory"], bool(_visible_gpus(reply.facts))
+    hosts = [target.host for target in known.targets]
+    planned = host_bytes(known.config, hosts) if on_gpus else None
+    lacking = shortages(facts, slots=reply.target.host.slots, on_gpus=on_gpus, planned_bytes=planned)
+    free_bytes, total_bytes = facts["free_bytes"], facts["total_bytes"]
+    if limit := facts["limit"]:
+        free_bytes, total_bytes = min(free_bytes, limit["free_bytes"]), limit["limit_bytes"]
+    text = f"{free_bytes / _GB:.0f} of {total_bytes / _GB:.0f} GB free"
+    if planned:
+        text += f", {planned / _GB:.0f} GB needed"
+    texts = {"memory": text, "shared memory": f"{facts['shared_memory']['free_bytes'] / _GB:.1f} GB free"}
+    if facts["infiniband"]:
+        locked = facts["locked_bytes"]
+        texts["locked memory"] = "no limit" if locked is None else f"{locked / _GB:.1f} GB"
+    bad = {item.kind: _bad(reply, item.kind, item.text, item.fix, there=True) for item in lacking}
+    return [bad.get(check) or _ok(reply, check, text) for check, text in texts.items()]
 
 
 def _output_disk(reply: Reply, known: Known) -> Cell:

@@ -16,14 +16,19 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, TypedDict
 
+from hynb.preflight.schedule import message_bytes, pair_seconds, rounds
+
 if TYPE_CHECKING:
     import torch
 
 _MARK = "hynb-collective "
-_PAIR_BYTES = 8 << 20
-_ALL_REDUCE_BYTES = 4 << 20
+_PROBE_BYTES = 1 << 20
+# NVLink and InfiniBand reach their bandwidth with large messages only; a CPU's network does with small ones.
+_LARGEST_BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
 _ROUNDS = 5
 _PINGS = 30
+# All hosts of the first measurements together: each of them may take this share of the deadline.
+_COLLECTIVE_SHARE = 0.1
 
 
 class CollectiveRequest(TypedDict):
@@ -53,11 +58,17 @@ class PairMeasurement(TypedDict):
 
 
 class Measurement(TypedDict):
-    """The result of the all-reduce: whether the sum was correct, the bus bandwidth, and the speed of each pair."""
+    """The result of the all-reduce: whether the sum was correct, the speeds, and the size of the messages.
+
+    bytes_per_second: the bus bandwidth of the all-reduce.
+    ring_bytes_per_second: what each host sends to the next one while all of them do; 0 with fewer than three hosts.
+    """
 
     correct: bool
     ranks: int
     bytes_per_second: float
+    message_bytes: int
+    ring_bytes_per_second: float
     pairs: list[PairMeasurement]
 
 
@@ -107,28 +118,97 @@ def run_rank(request: CollectiveRequest, rank: int) -> None:
     first_ranks = [sum(slots[:node]) for node in range(len(slots))]
     device = _join(request, rank, first_ranks)
     world_size = sum(slots)
-    values = torch.full((_ALL_REDUCE_BYTES // 4,), float(rank + 1), device=device)
-    dist.all_reduce(values)
-    correct = bool((values == world_size * (world_size + 1) / 2).all())
-    seconds = _seconds_per_round(lambda: dist.all_reduce(values), device)
-    # The bus bandwidth of nccl-tests: what a ring all-reduce sends per rank.
-    moved_bytes = 2 * (world_size - 1) / world_size * _ALL_REDUCE_BYTES
+    budget_seconds = request["deadline_seconds"] * _COLLECTIVE_SHARE
+    correct, all_reduce_bytes, seconds = _measure_all_reduce(rank, world_size, device, budget_seconds)
+    ring = _measure_ring(rank, first_ranks, device, budget_seconds)
     pairs = []
-    for one in range(len(slots)):
-        for other in range(one + 1, len(slots)):
-            pairs += _measure_pair(rank, first_ranks, (one, other), device)
-            dist.barrier()
-    gathered: list[list[PairMeasurement]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(gathered, pairs)
+    seconds_per_pair = pair_seconds(len(slots), request["deadline_seconds"])
+    # Disjoint pairs measure at the same time; a host's next round begins when both of its pair have ended theirs.
+    for pairs_of_round in rounds(len(slots)):
+        for nodes in pairs_of_round:
+            pairs += _measure_pair(rank, first_ranks, nodes, device, seconds_per_pair)
+    gathered: list[tuple[list[PairMeasurement], float]] = [([], 0.0)] * world_size
+    dist.all_gather_object(gathered, (pairs, ring))
     if rank == 0:
         measurement: Measurement = {
             "correct": correct,
             "ranks": world_size,
-            "bytes_per_second": moved_bytes / seconds,
-            "pairs": [pair for of_rank in gathered for pair in of_rank],
+            # The bus bandwidth of nccl-tests: what a ring all-reduce sends per rank.
+            "bytes_per_second": 2 * (world_size - 1) / world_size * all_reduce_bytes / seconds,
+            "message_bytes": all_reduce_bytes,
+            "ring_bytes_per_second": min((speed for _, speed in gathered if speed), default=0.0),
+            "pairs": sorted((pair for found, _ in gathered for pair in found), key=lambda pair: pair["nodes"]),
         }
         print(_MARK + json.dumps(measurement), flush=True)
     dist.destroy_process_group()
+
+
+def _measure_all_reduce(
+    rank: int, world_size: int, device: torch.device, budget_seconds: float
+) -> tuple[bool, int, float]:
+    """Whether the sum was correct, the size of the message in bytes, and the seconds of one all-reduce."""
+    import torch
+    import torch.distributed as dist
+
+    probe = torch.full((_PROBE_BYTES // 4,), float(rank + 1), device=device)
+    dist.all_reduce(probe)
+    correct = bool((probe == world_size * (world_size + 1) / 2).all())
+    probe_seconds = _seconds_per_round(lambda: dist.all_reduce(probe), device, repeats=1)
+    size = _agreed(_size(probe_seconds, budget_seconds / _ROUNDS, device), device)
+    values = torch.zeros(size // 4, device=device)
+    dist.all_reduce(values)
+    return correct, size, _seconds_per_round(lambda: dist.all_reduce(values), device)
+
+
+def _measure_ring(rank: int, first_ranks: list[int], device: torch.device, budget_seconds: float) -> float:
+    """Sends from each host's first rank to the next host's, all at once.
+
+    Returns:
+        bytes per second that this rank sent; 0 where it took no part, or there are fewer than three hosts.
+    """
+    import torch
+
+    if len(first_ranks) < 3:
+        return 0.0
+    node = first_ranks.index(rank) if rank in first_ranks else None
+
+    def pass_on(values: torch.Tensor) -> None:
+        if node is not None:
+            following = first_ranks[(node + 1) % len(first_ranks)]
+            _exchange(values, following, torch.empty_like(values), first_ranks[node - 1])
+
+    probe = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=device)
+    pass_on(probe)
+    probe_seconds = _seconds_per_round(lambda: pass_on(probe), device, repeats=1)
+    size = _agreed(_size(probe_seconds, budget_seconds / _ROUNDS, device), device)
+    values = torch.zeros(size, dtype=torch.uint8, device=device)
+    seconds = _seconds_per_round(lambda: pass_on(values), device)
+    return 0.0 if node is None else size / seconds
+
+
+def _size(probe_seconds: float, budget_seconds: float, device: torch.device) -> int:
+    return message_bytes(_PROBE_BYTES, probe_seconds, budget_seconds, _LARGEST_BYTES[device.type])
+
+
+def _agreed(size: int, device: torch.device) -> int:
+    """The smallest of the sizes that the ranks have chosen."""
+    import torch
+    import torch.distributed as dist
+
+    sizes = torch.tensor([size], device=device)
+    dist.all_reduce(sizes, dist.ReduceOp.MIN)
+    return int(sizes.item())
+
+
+def _exchange(sent: torch.Tensor | None, to: int, received: torch.Tensor | None, source: int) -> None:
+    """Sends to one rank while receiving from one; either may be None."""
+    import torch.distributed as dist
+
+    operations = [] if sent is None else [dist.P2POp(dist.isend, sent, to)]
+    operations += [] if received is None else [dist.P2POp(dist.irecv, received, source)]
+    # In a batch, NCCL uses the communicator of all ranks; otherwise it would create one for each pair, for a second.
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
 
 
 def _join(request: CollectiveRequest, rank: int, first_ranks: list[int]) -> torch.device:
@@ -153,7 +233,7 @@ def _join(request: CollectiveRequest, rank: int, first_ranks: list[int]) -> torc
 
 
 def _measure_pair(
-    rank: int, first_ranks: list[int], nodes: tuple[int, int], device: torch.device
+    rank: int, first_ranks: list[int], nodes: tuple[int, int], device: torch.device, budget_seconds: float
 ) -> list[PairMeasurement]:
     """Sends back and forth between two hosts' first ranks.
 
@@ -161,30 +241,36 @@ def _measure_pair(
         the measurement on the first of the two ranks, an empty list on all others.
     """
     import torch
-    import torch.distributed as dist
 
     first, second = (first_ranks[node] for node in nodes)
     if rank not in (first, second):
         return []
+    is_first, other = rank == first, second if rank == first else first
 
     def back_and_forth(values: torch.Tensor) -> None:
-        if rank == first:
-            dist.send(values, second)
-            dist.recv(values, second)
+        if is_first:
+            _exchange(values, other, None, other)
+            _exchange(None, other, values, other)
         else:
-            dist.recv(values, first)
-            dist.send(values, first)
+            _exchange(None, other, values, other)
+            _exchange(values, other, None, other)
 
-    small, large = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (1, _PAIR_BYTES))
-    back_and_forth(large)
-    latency_seconds = _seconds_per_round(lambda: back_and_forth(small), device, rounds=_PINGS) / 2
-    bytes_per_second = 2 * _PAIR_BYTES / _seconds_per_round(lambda: back_and_forth(large), device)
-    if rank != first:
+    small, probe = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (1, _PROBE_BYTES))
+    back_and_forth(probe)
+    latency_seconds = _seconds_per_round(lambda: back_and_forth(small), device, repeats=_PINGS) / 2
+    probe_seconds = _seconds_per_round(lambda: back_and_forth(probe), device, repeats=1)
+    chosen = torch.tensor([_size(probe_seconds, budget_seconds / _ROUNDS, device)], device=device)
+    # The first of the two decides.
+    _exchange(chosen if is_first else None, other, None if is_first else chosen, other)
+    size = int(chosen.item())
+    values = torch.zeros(size, dtype=torch.uint8, device=device)
+    bytes_per_second = 2 * size / _seconds_per_round(lambda: back_and_forth(values), device)
+    if not is_first:
         return []
     return [{"nodes": list(nodes), "latency_seconds": latency_seconds, "bytes_per_second": bytes_per_second}]
 
 
-def _seconds_per_round(act: Callable[[], object], device: torch.device, rounds: int = _ROUNDS) -> float:
+def _seconds_per_round(act: Callable[[], object], device: torch.device, *, repeats: int = _ROUNDS) -> float:
     """Seconds that a call takes, the mean of several."""
     import torch
 
@@ -194,10 +280,10 @@ def _seconds_per_round(act: Callable[[], object], device: torch.device, rounds: 
 
     synchronize()
     began = time.perf_counter()
-    for _ in range(rounds):
+    for _ in range(repeats):
         act()
     synchronize()
-    return (time.perf_counter() - began) / rounds
+    return (time.perf_counter() - began) / repeats
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hynb.cluster import Answer, ClusterDir, Host, Ssh, free_port, hostfile, is_local, require_openssh
+from hynb.cluster import (
+    VISIBLE_VARIABLE,
+    Answer,
+    ClusterDir,
+    Host,
+    Ssh,
+    chosen_devices,
+    free_port,
+    hostfile,
+    is_local,
+    require_openssh,
+)
 from hynb.config import Config
 from hynb.data import find_files
 from hynb.errors import ClusterError, HynbError
@@ -156,15 +168,21 @@ def _start_ranks(reply: Reply, request: CollectiveRequest, known: Known) -> Answ
     """Starts one host's ranks of the all-reduce, with the environment variables that those of a run get."""
     host = reply.target.host
     environment = rank_environment(known.config, {})
-    if not reply.facts["gpus"]:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    elif host.slot_ids:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slot_ids))
+    devices = chosen_devices(host, _visible_on(reply)) if reply.facts["gpus"] else ()
+    if devices is None:
+        devices = tuple(map(str, host.slot_ids or ()))
+    if devices or not reply.facts["gpus"]:
+        environment[VISIBLE_VARIABLE] = ",".join(devices)
     variables = [f"{name}={value}" for name, value in environment.items()]
     command = ["env", *variables, sys.executable, "-m", "hynb.preflight.collective", json.dumps(request)]
     script = f"cd {shlex.quote(str(CODE))} && exec {shlex.join(command)}"
     deadline_seconds = request["deadline_seconds"] + _MARGIN_SECONDS
     return known.ssh.run(host.name, ["sh", "-c", script], deadline_seconds=deadline_seconds)
+
+
+def _visible_on(reply: Reply) -> str | None:
+    """The devices that the user has chosen on a host: on this machine, those of this process."""
+    return os.environ.get(VISIBLE_VARIABLE) if reply.target.local else reply.facts["cuda_visible_devices"]
 
 
 def _collective_cell(host: str, measurement: Measurement | None, answer: Answer, path: str | None) -> Cell:

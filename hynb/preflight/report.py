@@ -11,12 +11,15 @@ from hynb.preflight.collective import Measurement
 # In the order in which they depend on each other, and in which a table shows them.
 CHECKS = (
     *("name", "port", "host key", "login", "clock", "python", "versions", "GPUs", "memory", "shared memory"),
+    "locked memory",
     *("disk", "cache", "code", "model", "data", "output_dir", "master port", "network", "hosts' logins"),
     "all-reduce",
 )
 _MARKS = {"ok": "✓", "bad": "✗", "unknown": "–"}
 _COLOURS = {"ok": "\x1b[32m", "bad": "\x1b[31m"}
 _RESET = "\x1b[0m"
+# Pairs of hosts up to this number are shown one by one; of more, the slowest.
+_SHOWN_PAIRS, _SLOWEST_PAIRS = 15, 5
 _CHECK_WIDTH, _LINE_WIDTH, _MIN_CELL_WIDTH = 15, 100, 24
 
 
@@ -93,12 +96,24 @@ class Report:
         }
 
     def pair_lines(self) -> list[str]:
-        """The measured speed, one line for the all-reduce and one per pair of hosts; empty for a single rank."""
+        """The measured speeds: all-reduce, ring, each pair or the slowest ones; empty for a single rank."""
         found = self.collective
         if found is None or found["ranks"] == 1:
             return []
-        lines = [f"all-reduce over {ranks_text(found['ranks'])}: {found['bytes_per_second'] / 1e9:.3g} GB/s"]
-        for pair in found["pairs"]:
+        megabytes = found["message_bytes"] / (1 << 20)
+        lines = [
+            f"all-reduce over {ranks_text(found['ranks'])}: {found['bytes_per_second'] / 1e9:.3g} GB/s "
+            f"with messages of {megabytes:.0f} MB"
+        ]
+        if speed := found["ring_bytes_per_second"]:
+            lines.append(f"each host to the next one, all at once: {speed / 1e9:.3g} GB/s")
+        pairs = found["pairs"]
+        if len(pairs) > _SHOWN_PAIRS:
+            pairs = sorted(pairs, key=lambda pair: pair["bytes_per_second"])
+            median = pairs[len(pairs) // 2]["bytes_per_second"]
+            lines.append(f"{len(pairs)} pairs of hosts: median {median / 1e9:.3g} GB/s; the slowest:")
+            pairs = pairs[:_SLOWEST_PAIRS]
+        for pair in pairs:
             names = " – ".join(self.hosts[node] for node in pair["nodes"])
             latency_us = pair["latency_seconds"] * 1e6
             lines.append(f"{names}: {pair['bytes_per_second'] / 1e9:.3g} GB/s, {latency_us:,.0f} µs one way")

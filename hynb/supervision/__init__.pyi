@@ -2,6 +2,8 @@ from .commands import command_text as command_text
 from .membership import LAUNCH_VARIABLE as LAUNCH_VARIABLE
 from .membership import RANK_VARIABLES as RANK_VARIABLES
 from .membership import Membership as Membership
+from .needs import host_bytes as host_bytes
+from .needs import shortages as shortages
 from .plan import CODE as CODE
 from .plan import chosen_hosts as chosen_hosts
 from .plan import make_plan as make_plan

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from hynb.cluster import VISIBLE_VARIABLE
 from hynb.config import Config
 from hynb.runs import RunDir
+from hynb.supervision.membership import PASTED_VISIBLE_VARIABLE
 from hynb.supervision.plan import CODE, Plan, filter_text, plan_unchecked
 
 
@@ -25,16 +27,26 @@ def command_text(config: Config) -> str:
     """
     run_dir = RunDir(config.output_dir)
     plan = plan_unchecked(config)
-    if config.hostfile is None:
-        # A hostfile that does not exist: DeepSpeed would otherwise take /job/hostfile where a machine has one.
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(run_dir.path / "no_hostfile")]
-        command += ["--num_gpus", str(plan.hosts[0].slots), "--master_port", str(plan.master_port)]
-        command += ["--enable_each_rank_log", str(run_dir.log), "--module", "hynb.train_entry"]
+    if config.hostfile is None or (plan.launcher == "local" and plan.devices[0]):
+        command = _typed_local_command(plan, run_dir)
     else:
         command = _runner_command(plan, run_dir) if plan.launcher == "local" else launch_command(plan, run_dir)
     if "deepspeed.launcher.runner" not in command:
         return shlex.join([*command, str(run_dir.config)])
     return shlex.join(["deepspeed", *command[3:], str(run_dir.config)])
+
+
+def _typed_local_command(plan: Plan, run_dir: RunDir) -> list[str]:
+    devices = plan.devices[0]
+    if devices and not all(name.isdigit() for name in devices):
+        # DeepSpeed's runner knows devices by index alone (deepspeed 0.19.8, launcher/runner.py).
+        return node_command(plan, run_dir, 0)
+    # A hostfile that does not exist: DeepSpeed would otherwise take /job/hostfile where a machine has one.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(run_dir.path / "no_hostfile")]
+    # --num_gpus removes CUDA_VISIBLE_DEVICES.
+    chosen = ["--include", f"localhost:{','.join(devices)}"] if devices else ["--num_gpus", str(plan.hosts[0].slots)]
+    command += [*chosen, "--master_port", str(plan.master_port)]
+    return [*command, "--enable_each_rank_log", str(run_dir.log), "--module", "hynb.train_entry"]
 
 
 def launch_command(plan: Plan, run_dir: RunDir) -> list[str]:
@@ -46,7 +58,10 @@ def launch_command(plan: Plan, run_dir: RunDir) -> list[str]:
 
 def node_command(plan: Plan, run_dir: RunDir, node: int) -> list[str]:
     """DeepSpeed's launcher of one host's ranks."""
-    slots = {host.name: list(plan.devices or host.slot_ids or range(host.slots)) for host in plan.hosts}
+    slots = {
+        host.name: list(devices or host.slot_ids or range(host.slots))
+        for host, devices in zip(plan.hosts, plan.devices, strict=True)
+    }
     world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     words = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={node}"]
     words += [f"--master_addr={plan.master_address}", f"--master_port={plan.master_port}", "--module"]
@@ -56,6 +71,8 @@ def node_command(plan: Plan, run_dir: RunDir, node: int) -> list[str]:
 def paste_text(plan: Plan, run_dir: RunDir, variables: dict[str, str], secret_file: Path) -> str:
     """What a person pastes on each of the other hosts; holds no secret."""
     exports = "; ".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+    # DeepSpeed's launcher sets the variable anew; the ranks take the devices that it named on their host.
+    exports += f'; export {PASTED_VISIBLE_VARIABLE}="${{{VISIBLE_VARIABLE}-}}"'
     lines = []
     for node, host in enumerate(plan.hosts):
         if node != plan.here:

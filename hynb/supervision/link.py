@@ -140,17 +140,20 @@ def accept(connection: socket.socket, secret: str) -> Link:
     return link
 
 
-def connect(address: str, port: int, secret: str, *, timeout_seconds: float = 5.0) -> Link:
+def connect(address: str, port: int, secret: str, *, timeout_seconds: float = _HANDSHAKE_SECONDS) -> Link:
     """The guard's half: opens the connection and makes sure that the other end is the supervisor of this run.
+
+    Args:
+        timeout_seconds: for the connection and for each answer.
 
     Raises:
         OSError: nothing answers there, or something that does not know the secret.
     """
     link = Link(socket.create_connection((address, port), timeout=timeout_seconds))
-    greeting = link.receive(_HANDSHAKE_SECONDS) or {}
+    greeting = link.receive(timeout_seconds) or {}
     theirs, challenge = str(greeting.get("challenge", "")), secrets.token_hex(16)
     link.send({"challenge": challenge, "proof": _proof(secret, _GUARD, theirs, challenge)})
-    answer = link.receive(_HANDSHAKE_SECONDS) or {}
+    answer = link.receive(timeout_seconds) or {}
     if not hmac.compare_digest(str(answer.get("proof", "")), _proof(secret, _SUPERVISOR, challenge, theirs)):
         link.close()
         raise ConnectionError("another program, or another run, answers there")

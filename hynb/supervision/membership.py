@@ -18,6 +18,8 @@ from hynb.errors import ClusterError
 LAUNCH_VARIABLE = "HYNB_LAUNCH_ID"
 _MEMBERSHIP_VARIABLE = "HYNB_MEMBERSHIP"
 _SECRET_VARIABLE = "HYNB_SECRET"
+# Where a person starts the ranks: the value of CUDA_VISIBLE_DEVICES in their shell; empty where it is not set.
+PASTED_VISIBLE_VARIABLE = "HYNB_VISIBLE_DEVICES"
 PING_SECONDS = 1.0
 # Under which names the launchers give a rank its numbers, torch's own name first.
 RANK_VARIABLES = {
@@ -40,6 +42,10 @@ class Membership:
         secret: known to the processes of this run alone.
         start_seconds: how long all hosts may take to join.
         silence_seconds: a host or rank is considered lost when it has been silent for this long.
+        reconnect_attempts: how often a guard tries to connect again; None for as often as silence_seconds allows.
+        reconnect_seconds: pause between two attempts.
+        devices: of each host's ranks, by the names that CUDA_VISIBLE_DEVICES takes; None for a host where it is not
+            set; empty where this is known of no host.
     """
 
     launch_id: str
@@ -51,6 +57,9 @@ class Membership:
     secret: str
     start_seconds: float
     silence_seconds: float
+    reconnect_attempts: int | None = None
+    reconnect_seconds: float = 1.0
+    devices: tuple[tuple[str, ...] | None, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """All but the secret, as plain values for a JSON file."""
@@ -62,7 +71,9 @@ class Membership:
     def from_record(cls, record: dict[str, Any], secret: str) -> Membership:
         """The membership that `record` described."""
         hosts = tuple((name, ranks) for name, ranks in record["hosts"])
-        return cls(**record | {"hosts": hosts, "run_folder": Path(record["run_folder"]), "secret": secret})
+        devices = tuple(None if names is None else tuple(names) for names in record["devices"])
+        values = {"hosts": hosts, "devices": devices, "run_folder": Path(record["run_folder"]), "secret": secret}
+        return cls(**record | values)
 
     def variables(self, *, secret_file: Path | None) -> dict[str, str]:
         """The environment variables that carry it; the secret itself only where no file holds it.
@@ -115,6 +126,10 @@ class Membership:
     def registry(self, node: int) -> Path:
         """A folder on the host's own disk, in which its ranks and its guard leave notes for each other."""
         return Path(tempfile.gettempdir()) / f"hynb-{self.launch_id}-{node}"
+
+    def registry_of(self, rank: int) -> Path:
+        """The registry of a rank's host."""
+        return self.registry(self.node_of(rank))
 
     def make_registry(self, node: int) -> Path:
         """Creates the registry, readable by this user alone.

@@ -6,12 +6,14 @@ The first rank of a host that gets so far starts it (`ranks.join`) as `python -m
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +23,39 @@ from hynb.config import read_yaml
 from hynb.errors import HynbError, RunError
 from hynb.files import read_json, replace_text, write_json
 from hynb.runs import ProcessId, RunDir, check_output_dir, clear_run_folder
-from hynb.supervision import link as links
+from hynb.supervision.connections import connect
 from hynb.supervision.link import Link
 from hynb.supervision.membership import PING_SECONDS, RANK_VARIABLES, Membership
 from hynb.supervision.processes import kill_processes, processes_of
 from hynb.supervision.registries import hold_registry, remove_abandoned_registries
+from hynb.supervision.session import Session
 
 _WATCH_SECONDS = 0.1
 _FETCH_SECONDS = 0.5
 _CHUNK_BYTES = 1 << 20
+# For a connection and each answer of the handshake; the supervisor's host may be busy.
+_CONNECT_SECONDS, _SHORTEST_CONNECT_SECONDS = 5.0, 1.0
 
 
 class Guard:
-    """One host's guard: threads for pings, for the supervisor's messages and for silence; the caller's watches."""
+    """One host's guard: threads for pings, for the supervisor's messages and for silence; the caller's watches.
 
-    def __init__(self, membership: Membership, node: int, link: Link) -> None:
-        self.shared = _token(membership).exists()
+    Args:
+        link: the first connection to the supervisor; others may follow it.
+        hello: what the supervisor knows this guard by.
+    """
+
+    def __init__(
+        self, membership: Membership, node: int, session: Session, link: Link, hello: dict[str, Any]
+    ) -> None:
+        self.shared = hello["shared"]
         self._membership = membership
         self._node = node
-        self._link = link
+        self._session = session
+        self._hello = hello
         self._ranks = Ranks(membership, node)
-        self._heard_at = time.monotonic()
+        self._link = link
+        self._local_address = link.local_address
         self._must_end = threading.Event()
         self._dismissed = threading.Event()
         self._go: dict[str, Any] | None = None
@@ -50,8 +64,6 @@ class Guard:
 
     def run(self) -> None:
         """Guards the ranks of this host until they have ended, or must end."""
-        hello = {"kind": "hello", "node": self._node, "hostname": socket.gethostname(), "shared": self.shared}
-        self._send(hello)
         for work in (self._listen, self._ping, self._watch_silence):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         next_fetch = 0.0
@@ -65,28 +77,30 @@ class Guard:
         if self._must_end.is_set():
             kill_processes(self._membership.launch_id)
         # The last lines of the ranks that were just killed show why.
-        self._fetch()
-        self._send({"kind": "bye"})
+        while not self._fetch(whole=True) and not self._must_end.wait(_WATCH_SECONDS):
+            pass
+        self._session.send({"kind": "bye"})
         while not (self._must_end.is_set() or self._dismissed.wait(_WATCH_SECONDS)):
             pass
         if self._must_end.is_set():
             kill_processes(self._membership.launch_id)
         if not self.shared:
             RunDir(self._membership.run_folder).secret(self._membership.launch_id).unlink(missing_ok=True)
-        self._link.close()
+        self._session.detach()
 
     def _listen(self) -> None:
-        while True:
+        while not self._dismissed.is_set():
             try:
-                message = self._link.receive(self._membership.silence_seconds)
+                message = self._session.receive(self._link, self._membership.silence_seconds)
             except OSError:
-                # Without its supervisor nobody would ever end this host's ranks.
-                if not self._dismissed.is_set():
-                    self._must_end.set()
-                return
+                if self._dismissed.is_set() or not self._reconnect():
+                    # Without its supervisor nobody would ever end this host's ranks.
+                    if not self._dismissed.is_set():
+                        self._must_end.set()
+                    return
+                continue
             if message is None:
                 continue
-            self._heard_at = time.monotonic()
             if message["kind"] == "go":
                 self._begin(message)
             elif message["kind"] == "kill":
@@ -94,18 +108,53 @@ class Guard:
             elif message["kind"] == "bye":
                 self._dismissed.set()
 
+    def _reconnect(self) -> bool:
+        """Connects again, as often as the run's parameters allow; False when that is over."""
+        if not self._may_reconnect:
+            return False
+        limit, attempts = self._membership.silence_seconds, self._membership.reconnect_attempts
+        timeout_seconds = min(_CONNECT_SECONDS, max(_SHORTEST_CONNECT_SECONDS, limit / 4))
+        for _ in itertools.count() if attempts is None else range(attempts):
+            link, _problem = connect(
+                _addresses(self._membership),
+                self._membership,
+                self._session,
+                self._hello,
+                timeout_seconds=timeout_seconds,
+            )
+            if link is not None:
+                self._link = link
+                return True
+            # Silence for longer than the limit ends this process, from a thread of its own.
+            if self._must_end.wait(self._membership.reconnect_seconds):
+                return False
+        return False
+
     def _ping(self) -> None:
+        # Packets that were lost are sent again after ever longer pauses; a new connection begins without them.
+        stale_seconds = max(1.5 * PING_SECONDS, self._membership.silence_seconds / 3)
         while not self._dismissed.wait(PING_SECONDS):
-            self._send({"kind": "ping"})
+            self._session.send({"kind": "ping"}, keep=False)
+            if self._may_reconnect and self._silent_seconds > stale_seconds:
+                self._session.detach()
 
     def _watch_silence(self) -> None:
         while not self._dismissed.wait(PING_SECONDS / 2):
-            if time.monotonic() - self._heard_at > self._membership.silence_seconds:
+            if self._silent_seconds > self._membership.silence_seconds:
                 # From this thread, at once: the watching thread may hang on a disk that is gone as well.
                 self._must_end.set()
                 kill_processes(self._membership.launch_id)
                 shutil.rmtree(self._ranks.registry, ignore_errors=True)
                 os._exit(1)
+
+    @property
+    def _may_reconnect(self) -> bool:
+        # On the supervisor's own machine only its end closes the connection.
+        return self._membership.reconnect_attempts != 0 and not self._local_address.startswith("127.")
+
+    @property
+    def _silent_seconds(self) -> float:
+        return time.monotonic() - self._session.heard_at
 
     def _begin(self, go: dict[str, Any]) -> None:
         """All hosts have joined: prepares this host's own run folder, if it has one, and lets the ranks go on."""
@@ -147,54 +196,66 @@ class Guard:
 
     def _report_ranks(self) -> None:
         for rank, stage in self._ranks.new_stages():
-            self._send({"kind": "stage", "rank": rank, "stage": stage})
+            self._session.send({"kind": "stage", "rank": rank, "stage": stage})
         ended = self._ranks.newly_ended()
         if ended:
             # The supervisor quotes what they wrote, so that has to arrive first.
             self._fetch()
+        for record in self._ranks.new_failures():
+            self._session.send({"kind": "failure", "record": record})
         absent = self._ranks.absent() if ended else []
         # A rank that recorded how it failed comes before those that the launcher ended because of it.
         for rank, exit_code in sorted(ended.items(), key=lambda item: item[1] is None):
-            self._send({"kind": "ended", "rank": rank, "code": exit_code, "absent": absent})
+            self._session.send({"kind": "ended", "rank": rank, "code": exit_code, "absent": absent})
         for rank, seconds in self._ranks.frozen(self._membership.silence_seconds):
-            self._send({"kind": "frozen", "rank": rank, "seconds": seconds})
+            self._session.send({"kind": "frozen", "rank": rank, "seconds": seconds})
 
-    def _fetch(self) -> None:
-        """Sends what was added to the ranks' logs and failure records in a folder that the supervisor cannot see."""
+    def _fetch(self, *, whole: bool = False) -> bool:
+        """Sends what was added to the ranks' logs and failure records in a folder that the supervisor cannot see.
+
+        Args:
+            whole: the last lines too, which may have no end yet.
+
+        Returns:
+            False if something is left because the supervisor does not keep up, or cannot be reached now.
+        """
         if self.shared or self._go is None:
-            return
-        for path in self._ranks.logs():
-            self._send_new(path)
-        for path in self._failures():
-            # A folder that was refused keeps the records of an earlier run.
-            if path.stat().st_mtime_ns != self._old_failures.get(path):
-                self._send_new(path)
+            return True
+        logs = [self._send_new(path, whole=whole) for path in self._ranks.logs()]
+        # A folder that was refused keeps the records of an earlier run.
+        records = [path for path in self._failures() if path.stat().st_mtime_ns != self._old_failures.get(path)]
+        # A record is written as a whole, and may have no line's end.
+        return all([*logs, *(self._send_new(path, whole=True) for path in records)])
 
     def _failures(self) -> list[Path]:
         return list(RunDir(self._membership.run_folder).log.glob("failure_rank*.json"))
 
-    def _send_new(self, path: Path) -> None:
+    def _send_new(self, path: Path, *, whole: bool) -> bool:
         try:
             with path.open("rb") as file:
                 file.seek(self._offsets.get(path, 0))
                 while data := file.read(_CHUNK_BYTES):
+                    if self._session.is_ahead:
+                        return False
+                    if not whole and len(data) < _CHUNK_BYTES:
+                        # If the host is lost now, half of a line would remain as the last one.
+                        data = data[: max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
+                    if not data:
+                        break
                     # JSON has no bytes: each travels as the character of its value.
-                    self._send({"kind": "file", "name": path.name, "data": data.decode("latin-1")})
-                    self._offsets[path] = file.tell()
+                    self._session.send({"kind": "file", "name": path.name, "data": data.decode("latin-1")})
+                    self._offsets[path] = self._offsets.get(path, 0) + len(data)
+                    file.seek(self._offsets[path])
         except FileNotFoundError:
-            return
-
-    def _send(self, message: dict[str, Any]) -> None:
-        # A connection that is gone shows in the listening thread, or as silence.
-        with contextlib.suppress(OSError):
-            self._link.send(message)
+            pass
+        return True
 
     @property
     def _name(self) -> str:
         return self._membership.hosts[self._node][0]
 
     def _interface(self) -> str:
-        mine = self._link.local_address
+        mine = self._local_address
         address = self._membership.address if mine.startswith("127.") or mine == "::1" else mine
         for name, addresses in psutil.net_if_addrs().items():
             if any(item.address.partition("%")[0] == address for item in addresses):
@@ -213,6 +274,7 @@ class Ranks:
         self._logs: dict[int, Path] = {}
         self._ended: set[int] = set()
         self._reported_stages: set[str] = set()
+        self._reported_failures: set[str] = set()
         self._stopped_since: dict[int, float] = {}
 
     @property
@@ -229,6 +291,15 @@ class Ranks:
                 rank, stage = path.name.removeprefix("rank").split(".")
                 new.append((int(rank), stage))
         return new
+
+    def new_failures(self) -> list[dict[str, Any]]:
+        """What ranks recorded of their failures since the last call."""
+        records = []
+        for path in self.registry.glob("failure_rank*.json"):
+            if path.name not in self._reported_failures and (record := read_json(path)):
+                self._reported_failures.add(path.name)
+                records.append(record)
+        return sorted(records, key=lambda record: record["time"])
 
     def newly_ended(self) -> dict[int, int | None]:
         """Ranks that ended since the last call, with their exit code; None where a rank recorded none."""
@@ -288,7 +359,10 @@ def main(node: int) -> None:
     registry = membership.registry(node)
     hold_registry(registry)
     remove_abandoned_registries(registry)
-    link, problem = _find_supervisor(membership)
+    session = Session()
+    shared = RunDir(membership.run_folder).shared_token(membership.launch_id).exists()
+    hello = {"node": node, "guard": uuid.uuid4().hex, "hostname": socket.gethostname(), "shared": shared}
+    link, problem = _find_supervisor(membership, session, hello)
     if link is None:
         name = membership.hosts[node][0]
         text = (
@@ -299,31 +373,25 @@ def main(node: int) -> None:
         write_json(registry / "ready.json", {"problem": text})
         time.sleep(membership.silence_seconds)
     else:
-        Guard(membership, node, link).run()
+        Guard(membership, node, session, link, hello).run()
     shutil.rmtree(registry, ignore_errors=True)
 
 
-def _find_supervisor(membership: Membership) -> tuple[Link | None, str]:
-    """The link to the supervisor; without one, the reason."""
-    addresses = [membership.address]
-    if membership.supervisor_host == socket.gethostname():
-        # Through loopback, so that a host whose network is cut still reaches its own supervisor.
-        addresses.insert(0, "127.0.0.1")
+def _addresses(membership: Membership) -> list[str]:
+    """Where the supervisor listens for this host, in the order in which to try."""
+    # Through loopback, so that a host whose network is cut still reaches its own supervisor.
+    here = ["127.0.0.1"] if membership.supervisor_host == socket.gethostname() else []
+    return [*here, membership.address]
+
+
+def _find_supervisor(membership: Membership, session: Session, hello: dict[str, Any]) -> tuple[Link | None, str]:
+    """The first connection to the supervisor; without one, the reason."""
     deadline = time.monotonic() + min(membership.silence_seconds, membership.start_seconds)
-    problem = ""
     while True:
-        for address in addresses:
-            try:
-                return links.connect(address, membership.port, membership.secret), ""
-            except OSError as error:
-                problem = error.strerror or str(error)
-        if time.monotonic() > deadline:
-            return None, problem
+        link, problem = connect(_addresses(membership), membership, session, hello, timeout_seconds=_CONNECT_SECONDS)
+        if link is not None or time.monotonic() > deadline:
+            return link, problem
         time.sleep(0.5)
-
-
-def _token(membership: Membership) -> Path:
-    return RunDir(membership.run_folder).shared_token(membership.launch_id)
 
 
 if __name__ == "__main__":

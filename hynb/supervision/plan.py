@@ -13,13 +13,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hynb.cluster import Host, Ssh, free_port, gpu_count, hostfile, is_local, own_address, resolve
+from hynb.cluster import (
+    VISIBLE_VARIABLE,
+    Host,
+    Ssh,
+    chosen_devices,
+    free_port,
+    gpu_count,
+    hostfile,
+    is_local,
+    own_address,
+    resolve,
+)
 from hynb.config import Config
 from hynb.errors import ClusterError
+from hynb.supervision.needs import memory_problems
 
 # The folder that holds the package: it is at the same path on every host, and the ranks begin there.
 CODE = Path(__file__).resolve().parents[2]
 SSH_SECONDS = 20.0
+_VISIBLE_MARK = "hynb-visible "
 _PROGRAMS = {
     "pdsh": ("pdsh", "pdsh (Debian, Ubuntu) or pdsh and pdsh-rcmd-ssh (Red Hat)"),
     "openmpi": ("ompi_info", "openmpi-bin (Debian, Ubuntu) or openmpi (Red Hat)"),
@@ -39,8 +52,8 @@ class Plan:
         ssh: how the others are reached; None for launchers that do without.
         address: by which the other hosts reach this one.
         master_address: by which all hosts reach rank 0's.
-        devices: of a local run, what CUDA_VISIBLE_DEVICES names (indices, UUIDs or MIG names), one per rank; None
-            where the variable is not set.
+        devices: by host, what its CUDA_VISIBLE_DEVICES names, one per rank (see `chosen_devices`); None for a host
+            where the variable is not set or not known.
     """
 
     launcher: str
@@ -50,7 +63,7 @@ class Plan:
     address: str
     master_address: str
     master_port: int
-    devices: tuple[str, ...] | None = None
+    devices: tuple[tuple[str, ...] | None, ...]
 
     @property
     def others(self) -> list[Host]:
@@ -85,7 +98,10 @@ def make_plan(config: Config) -> Plan:
     """
     hosts = chosen_hosts(config)
     if is_local_run(hosts):
-        return _local_plan(config, hosts[0])
+        plan = _local_plan(config, hosts[0])
+        if problems := memory_problems(config, hosts, 0, None):
+            raise ClusterError(problems)
+        return plan
     local = [index for index, host in enumerate(hosts) if is_local(host.name)]
     problems = _launcher_problems(config, hosts)
     if any(character in config.output_dir for character in "\n\r"):
@@ -100,12 +116,16 @@ def make_plan(config: Config) -> Plan:
     ssh = None if config.launcher in ("no_ssh", "slurm") else Ssh(config=ssh_config(config))
     here = local[0] if local else None
     others = [host for index, host in enumerate(hosts) if index != here]
+    visible: dict[str, str] = {}
     if ssh is not None and not problems:
         # pdsh logs in on this machine too, as on any other.
-        problems += _unready_hosts(ssh, hosts if config.launcher == "pdsh" else others)
+        unready, visible = _ask_hosts(ssh, hosts if config.launcher == "pdsh" else others)
+        problems += unready
+    if not problems:
+        problems += memory_problems(config, hosts, here, ssh)
     if problems:
         raise ClusterError(problems)
-    return _plan(config, hosts, here, ssh)
+    return _plan(config, hosts, here, ssh, visible)
 
 
 def plan_unchecked(config: Config) -> Plan:
@@ -118,7 +138,7 @@ def plan_unchecked(config: Config) -> Plan:
     if is_local_run(hosts):
         return _local_plan(config, hosts[0])
     ssh = None if config.launcher in ("no_ssh", "slurm") else Ssh(config=ssh_config(config))
-    return _plan(config, hosts, 0 if is_local(hosts[0].name) else None, ssh)
+    return _plan(config, hosts, 0 if is_local(hosts[0].name) else None, ssh, {})
 
 
 def _local_plan(config: Config, host: Host) -> Plan:
@@ -130,26 +150,16 @@ def _local_plan(config: Config, host: Host) -> Plan:
         address="127.0.0.1",
         master_address="127.0.0.1",
         master_port=config.master_port or free_port(),
-        devices=_visible_devices(host),
+        devices=(chosen_devices(host, os.environ.get(VISIBLE_VARIABLE)),),
     )
 
 
-def _visible_devices(host: Host) -> tuple[str, ...] | None:
-    """What the user's CUDA_VISIBLE_DEVICES names, for the ranks of this machine.
+def _plan(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None, visible: dict[str, str]) -> Plan:
+    """The plan of a run over several hosts.
 
-    DeepSpeed's launcher sets the variable anew from the slots that it is given (deepspeed 0.19.8,
-    launcher/launch.py),
-    so that slots 0, 1, … would be other devices than the user's.
+    Args:
+        visible: the values of CUDA_VISIBLE_DEVICES on the other hosts where it is set.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in (visible or "").split(",") if name.strip() not in ("", "-1")]
-    if not names:
-        return None
-    slots = host.slot_ids or tuple(range(host.slots))
-    return tuple(names[slot] for slot in slots) if max(slots) < len(names) else None
-
-
-def _plan(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None) -> Plan:
     other = next(host for index, host in enumerate(hosts) if index != here)
     address = own_address(_address_of(other.name, ssh), interface=config.network_interface)
     return Plan(
@@ -160,7 +170,34 @@ def _plan(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | No
         address=address,
         master_address=address if here == 0 else _address_of(hosts[0].name, ssh),
         master_port=config.master_port or free_port(address),
+        devices=_devices(config, hosts, here, visible),
     )
+
+
+def _devices(
+    config: Config, hosts: Sequence[Host], here: int | None, visible: dict[str, str]
+) -> tuple[tuple[str, ...] | None, ...]:
+    """The devices of each host's ranks, by the user's own choice there.
+
+    DeepSpeed's launcher sets the variable anew from the slots that it is given (deepspeed 0.19.8,
+    launcher/launch.py), so that slots 0, 1, … would be other devices than the user's.
+
+    Raises:
+        ClusterError: every host with more slots than devices.
+    """
+    if config.launcher == "slurm":
+        # It sets the variable itself, for each step on each host.
+        return (None,) * len(hosts)
+    devices, problems = [], []
+    for index, host in enumerate(hosts):
+        value = os.environ.get(VISIBLE_VARIABLE) if index == here else visible.get(host.name)
+        try:
+            devices.append(chosen_devices(host, value))
+        except ClusterError as error:
+            problems += error.problems
+    if problems:
+        raise ClusterError(problems)
+    return tuple(devices)
 
 
 def ssh_config(config: Config) -> Path | None:
@@ -201,24 +238,30 @@ def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
     return problems
 
 
-def _unready_hosts(ssh: Ssh, hosts: Sequence[Host]) -> list[str]:
-    """What keeps the ranks from starting on hosts, asked of all at once."""
+def _ask_hosts(ssh: Ssh, hosts: Sequence[Host]) -> tuple[list[str], dict[str, str]]:
+    """What keeps the ranks from starting on hosts, and their values of CUDA_VISIBLE_DEVICES; asked of all at once."""
     python = sys.executable
     script = (
         f"[ -x {shlex.quote(python)} ] || echo 'has no {python}'; "
-        f"[ -d {shlex.quote(str(CODE / 'hynb'))} ] || echo 'has no {CODE / 'hynb'}'"
+        f"[ -d {shlex.quote(str(CODE / 'hynb'))} ] || echo 'has no {CODE / 'hynb'}'; "
+        f'[ -z "${{{VISIBLE_VARIABLE}+x}}" ] || echo "{_VISIBLE_MARK}${VISIBLE_VARIABLE}"'
     )
+    visible: dict[str, str] = {}
 
     def ask(host: Host) -> list[str]:
         answer = ssh.run(host.name, ["sh", "-c", script], deadline_seconds=SSH_SECONDS, always=True)
         if answer.problem:
             return [answer.problem if host.name in answer.problem else f"{host.name}: {answer.problem}"]
-        missing = answer.out.splitlines()
+        lines = answer.out.splitlines()
+        for line in lines:
+            if line.startswith(_VISIBLE_MARK):
+                visible[host.name] = line.removeprefix(_VISIBLE_MARK)
+        missing = [line for line in lines if line.startswith("has no ")]
         fix = "every host needs this environment and code at the same paths: `hynb preflight --fix` copies them"
         return [f"{host.name}: {line}; {fix}" for line in missing]
 
     with ThreadPoolExecutor(max(1, len(hosts))) as pool:
-        return [problem for problems in pool.map(ask, hosts) for problem in problems]
+        return [problem for problems in pool.map(ask, hosts) for problem in problems], visible
 
 
 def _address_of(name: str, ssh: Ssh | None) -> str:

@@ -10,10 +10,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hynb.cluster import VISIBLE_VARIABLE, Host, chosen_devices
 from hynb.errors import ClusterError
 from hynb.files import read_json, replace_text, write_json
 from hynb.runs import ProcessId, RunDir
-from hynb.supervision.membership import Membership
+from hynb.supervision.membership import PASTED_VISIBLE_VARIABLE, Membership
 
 _POLL_SECONDS = 0.05
 
@@ -44,6 +45,7 @@ def join(membership: Membership, rank: int) -> Joined:
         ClusterError: the supervisor cannot be reached from this host, or the registry belongs to somebody else.
     """
     node = membership.node_of(rank)
+    _use_chosen_devices(membership, node)
     registry = membership.make_registry(node)
     log = _own_log(membership, rank)
     write_json(registry / f"rank{rank}.json", asdict(ProcessId.of(os.getpid())) | {"log": str(log)})
@@ -65,17 +67,34 @@ def join(membership: Membership, rank: int) -> Joined:
     )
 
 
+def _use_chosen_devices(membership: Membership, node: int) -> None:
+    """Makes the user's devices of this host visible to this rank, whatever the launcher has made of the variable.
+
+    Raises:
+        ClusterError: in the shell where a person started the ranks, the variable names fewer devices than ranks.
+    """
+    devices = membership.devices[node] if membership.devices else None
+    pasted = os.environ.get(PASTED_VISIBLE_VARIABLE, "")
+    if devices is None and pasted:
+        name, ranks = membership.hosts[node]
+        # DeepSpeed's launcher has set the slots that were chosen.
+        slots = [int(slot) for slot in os.environ.get(VISIBLE_VARIABLE, "").split(",") if slot.isdigit()]
+        devices = chosen_devices(Host(name=name, slots=ranks, slot_ids=tuple(slots) or None), pasted)
+    if devices is not None:
+        os.environ[VISIBLE_VARIABLE] = ",".join(devices)
+
+
 def mark(membership: Membership, rank: int, stage: str) -> None:
     """Notes that a rank has reached a stage: `meeting`, `met`."""
-    registry = membership.registry(membership.node_of(rank))
-    with contextlib.suppress(FileNotFoundError):
+    registry = membership.registry_of(rank)
+    with contextlib.suppress(OSError):
         (registry / f"rank{rank}.{stage}").touch()
 
 
 def leave(membership: Membership, rank: int, exit_code: int) -> None:
     """A rank's last act: records its exit code."""
-    registry = membership.registry(membership.node_of(rank))
-    with contextlib.suppress(FileNotFoundError):
+    registry = membership.registry_of(rank)
+    with contextlib.suppress(OSError):
         replace_text(registry / f"rank{rank}.end", f"{exit_code}\n")
 
 

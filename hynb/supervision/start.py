@@ -65,6 +65,9 @@ def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environ
         secret=secrets.token_hex(_SECRET_BYTES),
         start_seconds=config.start_timeout_seconds,
         silence_seconds=config.silence_timeout_seconds,
+        reconnect_attempts=config.reconnect_attempts,
+        reconnect_seconds=config.reconnect_seconds,
+        devices=plan.devices,
     )
     secret_file = run_dir.secret(launch_id)
     _write_private(secret_file, membership.secret)

@@ -14,15 +14,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hynb.cluster import Ssh
 from hynb.files import write_json
 from hynb.runs import RunDir, RunReader, RunWriter
-from hynb.supervision import link as links
-from hynb.supervision.link import Link
+from hynb.supervision.connections import Connections, Node
 from hynb.supervision.logs import LaunchLogs
 from hynb.supervision.membership import Membership
 from hynb.supervision.processes import kill_over_ssh, kill_processes
@@ -38,20 +37,6 @@ _KILL_SECONDS = 2.0
 _LAUNCHER_END_SECONDS = 30.0
 _KILLED = -1
 _LOG_NAME = re.compile(r"\d{14}_rank\d+\.log|failure_rank\d+\.json")
-
-
-@dataclass(kw_only=True)
-class Node:
-    """One host as the supervisor knows it: waiting, joined, done or gone."""
-
-    name: str
-    ranks: range
-    state: str = "waiting"
-    link: Link | None = None
-    hostname: str = ""
-    shared: bool = False
-    heard_at: float = 0.0
-    ended: dict[int, int | None] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -101,6 +86,7 @@ class Supervisor:
         self._nodes = [Node(name=name, ranks=membership.ranks_of(index)) for index, name in enumerate(names)]
         self._inbox: queue.Queue[tuple[Node, dict[str, Any] | None]] = queue.Queue()
         self._causes: list[Cause] = []
+        self._failures: list[dict[str, Any]] = []
         self._failed_at: float | None = None
         self._meeting: set[int] = set()
         self._met: set[int] = set()
@@ -114,8 +100,9 @@ class Supervisor:
         """Starts the launcher, watches until nothing of the run is left, and returns the record of its end."""
         self._dir.shared_token(self._membership.launch_id).touch()
         self._write_hosts()
+        connections = Connections(self._membership, self._nodes, self._inbox)
         for listener in self._listeners:
-            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+            connections.listen(listener)
         self._launcher = subprocess.Popen(
             self._command, cwd=self._cwd, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -157,7 +144,7 @@ class Supervisor:
     def _normal_end(self) -> dict[str, Any]:
         """All ranks have ended without a failure."""
         for node in self._nodes:
-            self._send(node, {"kind": "bye"})
+            node.session.send({"kind": "bye"})
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._launcher.wait(_LAUNCHER_END_SECONDS)
         if self._launcher.poll() is None:
@@ -186,7 +173,7 @@ class Supervisor:
     def _look_for_silence(self, now: float) -> None:
         limit = self._membership.silence_seconds
         for node in self._nodes:
-            if node.state == "joined" and now - node.heard_at > limit:
+            if node.state == "joined" and now - node.session.heard_at > limit:
                 self._fail(
                     f"{node.name}: this host has been silent for {limit:g} seconds (silence_timeout_seconds): it is "
                     "frozen or down, or the network to it is cut",
@@ -249,39 +236,6 @@ class Supervisor:
         tail = self._logs.launcher_tail()
         return f"; the end of the log:\n{tail}" if tail else ""
 
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            with contextlib.suppress(OSError):
-                connection, _ = listener.accept()
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        """One guard's connection: pings are answered here, all else goes to the watching thread."""
-        node = None
-        limit = self._membership.silence_seconds
-        try:
-            link = links.accept(connection, self._membership.secret)
-            hello = link.receive(limit) or {}
-            index = hello.get("node")
-            if hello.get("kind") != "hello" or not isinstance(index, int) or index not in range(len(self._nodes)):
-                raise ConnectionError("not a guard of this run")
-            node = self._nodes[index]
-            node.heard_at = time.monotonic()
-            self._inbox.put((node, hello | {"link": link}))
-            while True:
-                message = link.receive(limit)
-                if message is None:
-                    continue
-                node.heard_at = time.monotonic()
-                if message.get("kind") == "ping":
-                    link.send({"kind": "pong"})
-                else:
-                    self._inbox.put((node, message))
-        except OSError:
-            if node is not None:
-                self._inbox.put((node, None))
-            connection.close()
-
     def _read_inbox(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
@@ -293,9 +247,7 @@ class Supervisor:
 
     def _handle(self, node: Node, message: dict[str, Any] | None) -> None:
         if message is None:
-            if node.state == "joined":
-                self._fail(f"{node.name}: its guard ended: the host went down, or somebody killed it", node, weight=2)
-            node.state, node.link = "gone" if node.state != "done" else "done", None
+            self._connection_broke(node)
             return
         match message["kind"]:
             case "hello":
@@ -304,6 +256,8 @@ class Supervisor:
                 (self._met if message["stage"] == "met" else self._meeting).add(message["rank"])
             case "file":
                 self._append_to_log(message["name"], message["data"])
+            case "failure":
+                self._failures.append(message["record"])
             case "ended":
                 self._rank_ended(node, message["rank"], message["code"], message["absent"])
             case "frozen":
@@ -312,11 +266,24 @@ class Supervisor:
                 node.state = "done"
                 self._write_hosts()
 
-    def _join(self, node: Node, hello: dict[str, Any]) -> None:
-        if node.state != "waiting":
-            hello["link"].close()
+    def _connection_broke(self, node: Node) -> None:
+        """A guard's connection is gone: it may come back until the host counts as silent, if it can."""
+        if node.is_connected or node.state in ("done", "gone"):
             return
-        node.state, node.link = "joined", hello["link"]
+        if self._ending:
+            node.state = "gone"
+        elif node.is_here or self._membership.reconnect_attempts == 0:
+            self._fail(f"{node.name}: its guard ended: the host went down, or somebody killed it", node, weight=2)
+            node.state = "gone"
+        else:
+            logger.info(
+                "%s: the connection to its guard broke; waiting for it for %g seconds (silence_timeout_seconds)",
+                node.name,
+                self._membership.silence_seconds,
+            )
+
+    def _join(self, node: Node, hello: dict[str, Any]) -> None:
+        node.state = "joined"
         node.hostname, node.shared = hello["hostname"], hello["shared"]
         self._write_hosts()
         logger.info("%s joined (%s)", node.name, node.hostname)
@@ -347,8 +314,7 @@ class Supervisor:
             self._folder_text = "one folder, shared by all hosts" if shared else "a folder of its own on each host"
             logger.info("output_dir = %s: %s", self._membership.run_folder, self._folder_text)
         self._write_hosts()
-        first = self._nodes[0].link
-        master = first.peer_address if first else self._membership.address
+        master = self._nodes[0].address
         message = {
             "kind": "go",
             "shared": shared,
@@ -357,12 +323,12 @@ class Supervisor:
             "master_address": self._membership.address if master.startswith("127.") else master,
         }
         for node in self._nodes:
-            self._send(node, message)
+            node.session.send(message)
 
     def _append_to_log(self, name: str, data: str) -> None:
         """Writes what a host's guard sent of a log or a failure record into the run folder."""
         if _LOG_NAME.fullmatch(name):
-            with (self._dir.log / name).open("ab") as file:
+            with contextlib.suppress(OSError), (self._dir.log / name).open("ab") as file:
                 file.write(data.encode("latin-1"))
 
     def _rank_ended(self, node: Node, rank: int, exit_code: int | None, absent: Sequence[int]) -> None:
@@ -404,7 +370,7 @@ class Supervisor:
 
     def _failure_record(self) -> dict[str, Any]:
         """The heaviest cause, in the failed rank's own words where it left some, with the end of its log."""
-        failures = self._dir.failures()
+        failures = self._all_failures()
         reports = [record for record in failures if not record.get("lost_connection")]
         cause = self._heaviest_cause(failures)
         if cause.weight < 2 and reports:
@@ -416,17 +382,24 @@ class Supervisor:
         if tail := self._log_tail(cause):
             reason += f"\nThe end of its log:\n{tail}"
         known = RunReader(self._dir.path).status()
-        # Rank 0 is gone: its file has no other writer any more.
-        RunWriter(self._dir.path).status(
-            "failed",
-            exit_code=1,
-            reason=reason,
-            host=cause.host,
-            rank=cause.rank,
-            global_step=known.global_step,
-            max_steps=known.max_steps,
-        )
+        # A full disk must not keep the supervisor from its end, whose record comes after this one.
+        with contextlib.suppress(OSError):
+            # Rank 0 is gone: its file has no other writer any more.
+            RunWriter(self._dir.path).status(
+                "failed",
+                exit_code=1,
+                reason=reason,
+                host=cause.host,
+                rank=cause.rank,
+                global_step=known.global_step,
+                max_steps=known.max_steps,
+            )
         return {"state": "failed", "exit_code": 1, "reason": reason, "host": cause.host, "rank": cause.rank}
+
+    def _all_failures(self) -> list[dict[str, Any]]:
+        """The ranks' records, in the order in which they arrived, before those that are in the run folder alone."""
+        arrived = {record["rank"] for record in self._failures}
+        return [*self._failures, *(item for item in self._dir.failures() if item["rank"] not in arrived)]
 
     def _heaviest_cause(self, failures: Sequence[dict[str, Any]]) -> Cause:
         """The cause to report.
@@ -459,9 +432,9 @@ class Supervisor:
         """Ends all processes of the run on all hosts, and nothing else there."""
         self._ending = True
         now, limit = time.monotonic(), self._membership.silence_seconds
-        reached = [node for node in self._nodes if node.link is not None and now - node.heard_at < limit]
+        reached = [node for node in self._nodes if node.is_connected and now - node.session.heard_at < limit]
         for node in self._nodes:
-            threading.Thread(target=self._send, args=(node, {"kind": "kill"}), daemon=True).start()
+            threading.Thread(target=node.session.send, args=({"kind": "kill"},), daemon=True).start()
         # Never with a signal that it can handle: the pdsh runner would end every DeepSpeed job on all hosts.
         if self._launcher.poll() is None:
             os.killpg(self._launcher.pid, signal.SIGKILL)
@@ -469,24 +442,19 @@ class Supervisor:
         unreached = [node.name for node in self._nodes if node not in reached and node.state != "done"]
         self._kill_over_ssh(unreached)
         deadline = time.monotonic() + _KILL_SECONDS
-        while any(node.link is not None for node in reached) and time.monotonic() < deadline:
+        while any(node.is_connected for node in reached) and time.monotonic() < deadline:
             self._read_inbox(_TURN_SECONDS)
-        self._kill_over_ssh([node.name for node in reached if node.link is not None])
+        self._kill_over_ssh([node.name for node in reached if node.is_connected])
         kill_processes(self._membership.launch_id)
 
     def _kill_over_ssh(self, hosts: Sequence[str]) -> None:
         if self._ssh is not None:
             kill_over_ssh(self._ssh, hosts, self._membership.launch_id, seconds=_KILL_SECONDS)
 
-    def _send(self, node: Node, message: dict[str, Any]) -> None:
-        # A connection that is gone shows where messages are received.
-        with contextlib.suppress(OSError):
-            if (link := node.link) is not None:
-                link.send(message)
-
     def _write_hosts(self) -> None:
         hosts = [{"name": node.name, "ranks": list(node.ranks), "state": node.state} for node in self._nodes]
-        write_json(self._dir.hosts, {"hosts": hosts, "output_dir": self._folder_text})
+        with contextlib.suppress(OSError):
+            write_json(self._dir.hosts, {"hosts": hosts, "output_dir": self._folder_text})
 
 
 def killed_reason(run_dir: RunDir) -> str:

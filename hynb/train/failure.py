@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import sys
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from hynb.errors import HynbError
 from hynb.files import write_json
@@ -21,6 +24,8 @@ _LOST_CONNECTION = (
     *("Connection closed by peer", "Connection reset by peer", "gloo/transport", "remote process exited"),
     "ncclRemoteError",
 )
+# torch.save reports no errno (torch 2.13, caffe2/serialize/inline_container.cc).
+_TORCH_CANNOT_WRITE = ("inline_container.cc", "PytorchStreamWriter failed", "iostream error")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -59,31 +64,51 @@ def describe(error: Exception, phase: str = "") -> Failure:
 
 
 def report_failure(
-    error: Exception, rank: int, run_dir: RunDir | None, *, beside_rank_0: bool, phase: str = ""
+    error: Exception,
+    rank: int,
+    run_dir: RunDir | None,
+    *,
+    beside_rank_0: bool,
+    phase: str = "",
+    registry: Path | None = None,
 ) -> int:
-    """Prints what went wrong and records it in the run folder; returns the exit code.
+    """Prints what went wrong and records it in the run folder and for this host's guard; returns the exit code.
 
     Args:
         run_dir: None while the folder is not known to be this run's own: nothing is written then.
         phase: what the rank was doing, such as "saving at step 40".
         beside_rank_0: the rank is on rank 0's host, where rank 0 finds the same mistakes and reports them.
+        registry: the folder in which the guard looks for records; it may have space where the run folder's disk has
+            none. None without a guard.
     """
     failure = describe(error, phase)
     if rank != 0 and beside_rank_0 and failure.exit_code == _MISTAKE_CODE:
         time.sleep(_GRACE_SECONDS)
-        return failure.exit_code
-    print("\n".join(failure.lines), file=sys.stderr, flush=True)
+        places = [*([run_dir.log] if run_dir else []), *([registry] if registry else [])]
+        if any((place / _record_name(0)).exists() for place in places):
+            return failure.exit_code
+    # The output may go to the disk that is full.
+    with contextlib.suppress(OSError):
+        print("\n".join(failure.lines), file=sys.stderr, flush=True)
+    record = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "reason": failure.reason}
+    record |= {"exit_code": failure.exit_code, "lost_connection": failure.lost_connection}
+    if registry is not None:
+        with contextlib.suppress(OSError):
+            write_json(registry / _record_name(rank), record)
     if run_dir is not None:
-        _record(failure, rank, run_dir)
+        with contextlib.suppress(OSError):
+            _record(failure, record, run_dir)
     return failure.exit_code
 
 
-def _record(failure: Failure, rank: int, run_dir: RunDir) -> None:
+def _record_name(rank: int) -> str:
+    return f"failure_rank{rank}.json"
+
+
+def _record(failure: Failure, record: dict[str, Any], run_dir: RunDir) -> None:
     run_dir.log.mkdir(parents=True, exist_ok=True)
-    record = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "reason": failure.reason}
-    record |= {"exit_code": failure.exit_code, "lost_connection": failure.lost_connection}
-    write_json(run_dir.failure(rank), record)
-    if rank == 0:
+    write_json(run_dir.failure(record["rank"]), record)
+    if record["rank"] == 0:
         known = RunReader(run_dir.path).status()
         steps = {"global_step": known.global_step, "max_steps": known.max_steps}
         RunWriter(run_dir.path).status("failed", exit_code=failure.exit_code, reason=failure.reason, **steps)
@@ -111,6 +136,11 @@ def _hint(error: Exception) -> str:
             "the GPU's memory is not enough. Try, in this order: per_device_train_batch_size: 1, "
             f"gradient_checkpointing: true, the next preset of {presets}, a smaller max_seq_length, more GPUs"
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error.filename or 'output_dir'}: the disk is full. Free some space, then resume"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'output_dir'}: the disk is full ({error.strerror}). Free some space, then resume"
+    if any(text in str(error) for text in _TORCH_CANNOT_WRITE):
+        return (
+            f"{socket.gethostname()}: torch cannot write a file of the checkpoint: the disk of output_dir is full, "
+            "over its quota or gone. Free some space, then resume"
+        )
     return ""

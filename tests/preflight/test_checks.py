@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 from pathlib import Path
@@ -9,16 +10,32 @@ from typing import Any, cast
 
 import pytest
 
-from hynb.cluster import Host, HostFacts, Ssh, hostfile
+from hynb.cluster import Host, HostFacts, MemoryFacts, Ssh, hostfile
 from hynb.cluster.host_facts import DiskFacts
 from hynb.config import Config
 from hynb.preflight.checks import compare
 from hynb.preflight.report import Cell
 from hynb.preflight.targets import Known, Reply, Target
+from hynb.supervision import host_bytes
 
 NOW = 1_000_000.0
+SMALL_DISK = {"total_bytes": 64e6, "free_bytes": 64e6, "writable": True, "folder": "/dev/shm"}
 ROW = "{}, GPU-{}, NVIDIA H20, 97871, {}, {}\n"
 TWO_GPUS = ROW.format(0, 0, 97000, "550") + ROW.format(1, 1, 97000, "550")
+
+
+def memory_facts(**changes: Any) -> MemoryFacts:
+    """The memory of a host with enough of it."""
+    disk: DiskFacts = {"total_bytes": 10**12, "free_bytes": 10**12, "writable": True, "folder": "/dev/shm"}
+    facts: MemoryFacts = {
+        "total_bytes": 10**12,
+        "free_bytes": 10**12,
+        "limit": None,
+        "shared_memory": disk,
+        "locked_bytes": None,
+        "infiniband": [],
+    }
+    return cast(MemoryFacts, facts | changes)
 
 
 def host_facts(gpus: str, **changes: Any) -> HostFacts:
@@ -32,9 +49,7 @@ def host_facts(gpus: str, **changes: Any) -> HostFacts:
         "gpus": gpus,
         "cuda_visible_devices": None,
         "cpu_cores": 64,
-        "memory_bytes": 10**12,
-        "memory_free_bytes": 10**12,
-        "shared_memory": disk,
+        "memory": memory_facts(),
         "output_disk": disk,
         "cache_disk": disk,
         "code": "x",
@@ -129,8 +144,30 @@ def test_gpus_that_are_not_selected_may_be_in_use():
         ),
         (
             TWO_GPUS,
-            {"shared_memory": {"total_bytes": 64e6, "free_bytes": 64e6, "writable": True, "folder": "/"}},
+            {"memory": memory_facts(shared_memory=SMALL_DISK)},
             *("shared memory", "/dev/shm: 64 MB free, 512 MB needed", "mount -o remount,size=8G /dev/shm"),
+        ),
+        (
+            TWO_GPUS,
+            {"memory": memory_facts(locked_bytes=8 << 20, infiniband=["mlx5_0", "mlx5_1"])},
+            *("locked memory", "may lock 8 MB (ulimit -l)", "/etc/security/limits.d"),
+        ),
+        (TWO_GPUS, {"memory": memory_facts(locked_bytes=8 << 20)}, "", "", ""),
+        (
+            "can't be read: the GPU driver does not answer",
+            {},
+            "GPUs",
+            "does not answer",
+            "nvidia-smi",
+        ),
+        (
+            TWO_GPUS,
+            {"memory": memory_facts(limit={"limit_bytes": 8e9, "free_bytes": 1.5e9, "file": "/sys/memory.max"})},
+            *(
+                "memory",
+                "1.5 of the 8.0 GB that the container's limit (/sys/memory.max) allows are free",
+                "memory.max",
+            ),
         ),
     ],
 )
@@ -162,3 +199,43 @@ def test_copies_of_files_with_spaces_and_shell_syntax(tmp_path):
     *_, option, shell, source, destination = shlex.split(cell.fix)
     assert option == "-e" and shlex.split(shell) == ["ssh", "-F", str(config)]
     assert source == path and destination == f"b:{path}"
+
+
+@pytest.mark.parametrize(
+    ("memory", "text"),
+    [
+        ({}, ""),
+        ({"total_bytes": 256e9, "free_bytes": 250e9}, "250.0 of 256.0 GB are free, and this run takes {} GB"),
+        (
+            {"limit": {"limit_bytes": 128e9, "free_bytes": 127e9, "file": "/sys/fs/cgroup/memory.max"}},
+            "127.0 of the 128.0 GB that the container's limit (/sys/fs/cgroup/memory.max) allows are free, and this "
+            "run takes {} GB",
+        ),
+    ],
+)
+def test_the_plan_of_a_run_is_compared_with_each_hosts_memory(tmp_path, memory, text):
+    """A model of 8 layers as those of Hunyuan-Large, 51 GB, whose optimizer and weights are in host memory."""
+    sizes = {
+        "model_type": "hunyuan",
+        "hidden_size": 6400,
+        "intermediate_size": 18304,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "num_experts": 16,
+        "num_shared_expert": 1,
+        "use_mixed_mlp_moe": True,
+        "vocab_size": 128166,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    config = Config(model_name_or_path=str(tmp_path), deepspeed="ds_zero3_offload", hostfile="hosts")
+    first = reply("a", host_facts(TWO_GPUS), slots=2, local=True)
+    hosts = [Host(name="a", slots=2), Host(name="b", slots=2)]
+    planned = host_bytes(config, hosts)
+    assert planned is not None and 2.5e11 < planned < 9e11
+    other = reply("b", host_facts(TWO_GPUS, memory=memory_facts(**memory)), slots=2)
+    cells = [cell for cell in failed(other, first, config=config) if cell.check == "memory"]
+    assert len(cells) == bool(text)
+    for cell in cells:
+        assert text.format(f"{planned / 1e9:.1f}") in cell.text and "choose a preset" in cell.text

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ from hynb.config import Config
 from hynb.errors import ClusterError, RunFailedError
 from hynb.launch import Run, launch
 from hynb.runs import ProcessId, RunDir
-from hynb.supervision import LAUNCH_VARIABLE, Membership, make_plan, processes_of
+from hynb.supervision import LAUNCH_VARIABLE, Membership, command_text, make_plan, processes_of
 from hynb.supervision.commands import launch_command
 
 HOST = socket.gethostname()
@@ -118,6 +119,21 @@ def test_a_frozen_rank_and_a_killed_guard_end_the_run(files, tmp_path):
     until(lambda: nothing_left(frozen), frozen, 30)
 
 
+def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_is_named(files, tmp_path):
+    run = launch(config_of(files, tmp_path / "run"))
+    until_trains(run)
+    (rank,) = processes(run, "--local_rank=1")
+    # As if the disk were full for this rank alone, also for its output.
+    resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+    status = run.stop(timeout_seconds=120)
+    assert (status.state, status.host, status.rank) == ("failed", HOST, 1), status
+    assert f"rank 1 on {HOST}: {HOST}: torch cannot write a file of the checkpoint" in status.reason
+    record = json.loads(run.dir.failure(1).read_text())
+    assert (record["rank"], record["host"], record["lost_connection"]) == (1, HOST, False)
+    until(lambda: nothing_left(run), run, 30)
+    assert not run.checkpoints()
+
+
 def test_a_killed_supervisor_ends_the_run(files, tmp_path):
     run = launch(config_of(files, tmp_path / "run"))
     until_trains(run)
@@ -128,9 +144,14 @@ def test_a_killed_supervisor_ends_the_run(files, tmp_path):
 
 
 def test_a_rank_that_ends_before_it_starts_is_named_with_its_log(files, tmp_path, monkeypatch):
-    # Every Python process imports this; it breaks rank 1 alone.
+    # Every Python process imports this; it breaks rank 1 alone, once the host's guard is there.
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1':\n    raise SystemExit('libbroken.so: cannot open')\n"
+        "import os, pathlib, tempfile, time\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    ready = pathlib.Path(tempfile.gettempdir(), f'hynb-{os.environ[\"HYNB_LAUNCH_ID\"]}-0', 'ready.json')\n"
+        "    while not ready.exists():\n"
+        "        time.sleep(0.1)\n"
+        "    raise SystemExit('libbroken.so: cannot open')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run = launch(config_of(files, tmp_path / "run"))
@@ -185,6 +206,47 @@ def test_ranks_get_the_devices_that_the_user_chose(files, tmp_path, monkeypatch,
     command = launch_command(plan, RunDir(tmp_path / "run"))
     world = next(word.removeprefix("--world_info=") for word in command if word.startswith("--world_info="))
     assert json.loads(base64.urlsafe_b64decode(world)) == {HOST: devices}
+
+
+@pytest.mark.parametrize(
+    ("visible", "words", "world"),
+    [
+        ("4,5", "--include localhost:4,5 ", None),
+        ("GPU-1a,MIG-2b", "deepspeed.launcher.launch ", ["GPU-1a", "MIG-2b"]),
+        (None, "--num_gpus 2 ", None),
+    ],
+)
+def test_the_command_to_type_chooses_the_users_devices(files, tmp_path, monkeypatch, visible, words, world):
+    """--num_gpus deletes CUDA_VISIBLE_DEVICES, and --include takes indices alone."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    text = command_text(config_of(files, tmp_path / "run"))
+    assert words in text and ("--num_gpus" in text) == (visible is None)
+    found = re.search(r"--world_info=(\S+)", text)
+    assert (found is not None) == (world is not None)
+    if found is not None:
+        assert json.loads(base64.urlsafe_b64decode(found[1])) == {HOST: world}
+
+
+def test_more_slots_than_chosen_devices_are_refused(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(f"{HOST} slots=8\n")
+    with pytest.raises(ClusterError, match=f"{HOST}: slot 7 .*CUDA_VISIBLE_DEVICES=4,5 .*slots=2"):
+        launch(config_of(files, tmp_path / "run", hostfile=str(hostfile), num_processes=None))
+
+
+@pytest.mark.parametrize(("hidden", "seen"), [("", ""), ("-1", "")])
+def test_hidden_gpus_stay_hidden_from_the_ranks(files, tmp_path, monkeypatch, hidden, seen):
+    """DeepSpeed's launcher sets the variable to its slots, also for the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    run = launch(config_of(files, tmp_path / "run", num_processes=1))
+    until(lambda: processes(run, "hynb.supervision.node_guard") or not run.status().live, run)
+    # The guard is a rank's child.
+    (guard,) = processes(run, "hynb.supervision.node_guard")
+    assert guard.environ()["CUDA_VISIBLE_DEVICES"] == seen
+    run.kill()
 
 
 def test_deepspeeds_launcher_gives_the_ranks_these_devices(files, tmp_path, monkeypatch):
@@ -302,6 +364,7 @@ def test_membership_travels_through_the_environment_unchanged(tmp_path, monkeypa
         secret="s3cret",
         start_seconds=5,
         silence_seconds=7,
+        devices=(("GPU-1", "MIG-2"), None),
     )
     for file in (secret_file, None):
         variables = membership.variables(secret_file=file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -18,146 +17,14 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from hosts import Process, TestHosts, trusting, two_hosts
-from tiny import tiny_data, tiny_model
+from jobs import END_SECONDS, START_SECONDS, Job
 
-from hynb.config import Config, to_yaml
-from hynb.runs import RunDir, RunReader
-from hynb.supervision import CODE, LAUNCH_VARIABLE, Membership
+from hynb.runs import RunDir
+from hynb.supervision import CODE, Membership
 
 STAGES = {"ZeRO-2": "ds_zero2_no_offload", "ZeRO-3": "ds_zero3_no_offload"}
 # Enough for a stop in the middle: a step of ZeRO-2 takes 20 ms here, one of ZeRO-3 100 ms.
 STEPS = {"ZeRO-2": 200, "ZeRO-3": 60}
-# Longest waits, for a machine that is busy with other work; the seconds that an end takes are printed.
-END_SECONDS = START_SECONDS = 300.0
-
-
-@dataclasses.dataclass
-class Job:
-    """A run launched on alpha, observed from outside of both hosts."""
-
-    hosts: TestHosts
-    name: str
-
-    @property
-    def folder(self) -> Path:
-        """The run folder as the hosts see it."""
-        return self.hosts.alpha.disk / self.name
-
-    @property
-    def dir(self) -> RunDir:
-        """The run folder of alpha."""
-        return RunDir(self.hosts.alpha.path(self.folder))
-
-    def config(self, **values) -> Config:
-        disk = self.hosts.alpha.disk
-        given = {
-            "model_name_or_path": str(disk / "model"),
-            "train_data_file": str(disk / "train.jsonl"),
-            "output_dir": str(self.folder),
-            "hostfile": str(disk / "cluster" / "hostfile"),
-            "max_steps": 1_000_000,
-            "save_steps": 100_000,
-            "learning_rate": 1e-3,
-            "max_seq_length": 256,
-            "start_timeout_seconds": 300,
-        }
-        return Config(**(given | values))
-
-    def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess:
-        """The `hynb` command on alpha."""
-        command = [sys.executable, "-m", "hynb.cli", *map(str, words)]
-        # This checkout, also where another one is installed.
-        return self.hosts.alpha.run(command, check=check, timeout=300, env={"PYTHONPATH": str(CODE)})
-
-    def launch(self, *words: str, check: bool = True, **values) -> subprocess.CompletedProcess:
-        file = self.hosts.alpha.disk / f"{self.name}.yaml"
-        self.hosts.alpha.path(file).write_text(to_yaml(self.config(**values)))
-        return self.cli("launch", "--config", file, *words, check=check)
-
-    def losses(self) -> dict[int, float]:
-        events = RunReader(self.dir.path).events()
-        return {event["global_step"]: event["loss"] for event in events if event["kind"] == "log"}
-
-    def until(self, what: Callable[[], object], seconds: float) -> float:
-        """Waits for a condition and returns the seconds that it took."""
-        started = time.monotonic()
-        while not what():
-            log = self.dir.launcher_log
-            tail = log.read_text()[-2000:] if log.exists() else ""
-            assert time.monotonic() - started < seconds, (
-                f"{self.status()}\n{tail}\n{RunReader(self.dir.path).log_tail()}"
-            )
-            time.sleep(0.05)
-        return time.monotonic() - started
-
-    def until_trains(self, steps: int = 2) -> None:
-        seen = len(self.losses())
-        self.until(lambda: len(self.losses()) >= seen + steps or self.dir.exit.exists(), START_SECONDS)
-        assert not self.dir.exit.exists(), self.status()
-
-    def until_ended(self, seconds: float) -> float:
-        """Waits for the supervisor's record of the end and the end of all processes that can end."""
-        return self.until(lambda: self.dir.exit.exists() and not self.left(), seconds)
-
-    def status(self) -> dict:
-        """status.json, as rank 0 or the supervisor wrote it last."""
-        return json.loads(self.dir.status.read_text()) if self.dir.status.exists() else {}
-
-    def launch_id(self) -> str:
-        return json.loads(self.dir.launch.read_text())["id"]
-
-    def left(self, *names: str) -> list[Process]:
-        """Processes of this run on the hosts: those that carry its id, and its supervisor."""
-        mark, found = self.launch_id(), []
-        for host in self.hosts:
-            if not names or host.name in names:
-                for process in host.processes():
-                    marked = process.environment.get(LAUNCH_VARIABLE) == mark
-                    if marked or ("hynb.launch" in process.argv and mark in process.argv[-2]):
-                        found.append(process)
-        return found
-
-    def rank(self, number: int) -> Process:
-        """The process of one rank."""
-        names = ("RANK", "OMPI_COMM_WORLD_RANK")
-        (found,) = (
-            item
-            for item in self.left()
-            if "hynb.train_entry" in item.argv and str(number) in map(item.environment.get, names)
-        )
-        return found
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    tiny_model(folder / "model", "hunyuan_v1_dense")
-    tiny_data(folder / "train.jsonl")
-    return folder
-
-
-def made_ready(hosts: TestHosts, files: Path) -> TestHosts:
-    trusting(hosts)
-    for host in [hosts.alpha] if hosts.alpha.shared else hosts:
-        shutil.copytree(files, host.path(host.disk), dirs_exist_ok=True)
-    return hosts
-
-
-@pytest.fixture(scope="module")
-def apart(files, tmp_path_factory):
-    """Two hosts, each with a disk of its own."""
-    need(shutil.which("pdsh") is not None, "pdsh is not installed")
-    with two_hosts(tmp_path_factory.mktemp("apart"), shared=False) as hosts:
-        yield made_ready(hosts, files)
-
-
-@pytest.fixture(scope="module")
-def together(files, tmp_path_factory):
-    """Two hosts with one disk."""
-    need(shutil.which("pdsh") is not None, "pdsh is not installed")
-    with two_hosts(tmp_path_factory.mktemp("together"), shared=True) as hosts:
-        yield made_ready(hosts, files)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +90,7 @@ def test_losses_equal_those_of_one_host_through_a_stop_and_a_resume(place, stage
     assert len(job.dir.rank_logs()) == 2 and "train_loss" in job.dir.rank_logs()[1].read_text()
     assert not list(job.dir.log.glob(".secret-*")), "no secret stays behind"
     if not shared:
-        beside = hosts.beta.run([sys.executable, "-m", "hynb.cli", "status", job.folder], check=False)
+        beside = hosts.beta.hynb("status", job.folder)
         assert beside.returncode == 2 and "launched on alpha" in beside.stderr
 
 
@@ -387,7 +254,7 @@ def test_lines_pasted_by_hand(together, start_timeout):
     job = Job(together, "pasted")
     beta.stop_sshd()
     (alpha.path(alpha.disk) / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
-    shown = job.launch(launcher="no_ssh", max_steps=3)
+    shown = job.launch(launcher="no_ssh", max_steps=300)
     assert "waiting for" in job.cli("status", job.folder).stdout
     assert "beta" in job.cli("status", job.folder).stdout
     comment, line, copy = shown.stdout.splitlines()[-3:]
@@ -396,13 +263,18 @@ def test_lines_pasted_by_hand(together, start_timeout):
     assert secret.read_text() not in shown.stdout, "the secret is shown to nobody"
     assert str(job.folder / "log" / secret.name) in copy and secret.stat().st_mode & 0o77 == 0
     pasted = beta.popen(
-        ["bash", "-c", line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ["bash", "-c", f"export CUDA_VISIBLE_DEVICES=GPU-b; {line}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     job.until(lambda: job.losses() or job.dir.exit.exists(), START_SECONDS)
+    (guard,) = (item for item in job.left("beta") if "hynb.supervision.node_guard" in item.argv)
+    assert guard.environment["CUDA_VISIBLE_DEVICES"] == "GPU-b", "those of the shell where it was pasted"
     out, _ = pasted.communicate(timeout=START_SECONDS)
     assert pasted.returncode == 0 and b"NCCL_DEBUG=INFO" in out, out
     job.until_ended(END_SECONDS)
-    assert job.status()["state"] == "finished" and len(job.losses()) == 3
+    assert job.status()["state"] == "finished" and len(job.losses()) == 300
     assert not job.dir.paste.exists()
     beta.start_sshd()
     # Nobody pastes the line.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import time
 
 import pytest
 
-from hynb.errors import ConfigError, RunFailedError
+from hynb.errors import ConfigError, RunError, RunFailedError
 from hynb.runs import RunDir, RunReader, RunWriter
 from hynb.train import report_failure
 
@@ -63,14 +64,36 @@ def test_a_lost_connection_is_not_the_cause(run_dir, text):
     assert RunReader(run_dir.path).status().reason.endswith("ValueError: the cause")
 
 
-def test_beside_rank_0_a_mistake_is_left_to_rank_0(run_dir, capsys, monkeypatch):
+def test_beside_rank_0_a_mistake_that_rank_0_reports_is_left_to_it(run_dir, capsys, monkeypatch):
     monkeypatch.setattr("hynb.train.failure._GRACE_SECONDS", 0.2)
+    assert report(ConfigError("wrong"), 0, run_dir) == 2
+    capsys.readouterr()
     started = time.monotonic()
     assert report(ConfigError("wrong"), 1, run_dir) == 2
     assert time.monotonic() - started >= 0.2, "rank 0 has time to report it before the launcher ends all ranks"
     assert capsys.readouterr().err == "" and not run_dir.failure(1).exists()
     assert report(ConfigError("wrong"), 1, run_dir, beside_rank_0=False) == 2
     assert "hynb: wrong" in capsys.readouterr().err and run_dir.failure(1).exists()
+
+
+def test_a_mistake_that_only_another_rank_finds_is_reported_on_one_host_too(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr("hynb.train.failure._GRACE_SECONDS", 0.2)
+    assert report(RunError("/data: cannot be read"), 3, run_dir) == 2
+    assert "hynb: /data: cannot be read" in capsys.readouterr().err
+    record = json.loads(run_dir.failure(3).read_text())
+    assert (record["rank"], record["host"]) == (3, socket.gethostname())
+
+
+def test_a_record_reaches_the_guard_where_the_run_folder_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "log").write_text("a file where the folder of logs would be")
+    (tmp_path / "registry").mkdir()
+    error = OSError(errno.ENOSPC, "No space left on device", "/x/optimizer.pt")
+    code = report_failure(error, 1, RunDir(tmp_path), beside_rank_0=False, registry=tmp_path / "registry")
+    assert code == 1
+    (path,) = (tmp_path / "registry").iterdir()
+    record = json.loads(path.read_text())
+    assert path.name == "failure_rank1.json" and record["host"] == socket.gethostname()
+    assert record["reason"].startswith("/x/optimizer.pt: the disk is full (No space left on device)")
 
 
 def test_a_refused_run_writes_nothing(tmp_path, capsys):

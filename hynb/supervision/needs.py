@@ -1,0 +1,176 @@
+"""Compares what a run takes of a host's memory with what the host has."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from hynb.cluster import DiskFacts, Host, MemoryFacts, Ssh, gpu_count, host_facts
+from hynb.config import Config
+from hynb.errors import HynbError
+from hynb.files import read_json
+from hynb.plan import memory, zero
+from hynb.runs import find_base
+
+_GB = 1e9
+# A rank that loads its libraries and a tiny model.
+_LEAST_BYTES = 2 * _GB
+# NCCL and a DataLoader's workers exchange data through shared memory: for a host, and for each of its ranks.
+_SHARED_BYTES = {"cpu": 16e6, "gpu": 512e6}
+_SHARED_BYTES_PER_GPU = 64e6
+# NCCL registers its buffers with an InfiniBand adapter, which locks them: for each rank.
+_LOCKED_BYTES = 1 * _GB
+_ASK_SECONDS = 20.0
+
+
+@dataclass(kw_only=True, frozen=True)
+class Shortage:
+    """What a host has too little of.
+
+    Args:
+        kind: memory, shared memory or locked memory.
+        text: the figures, and where they come from.
+        fix: a command on that host.
+        hard: it will still be too little when nothing else runs there.
+    """
+
+    kind: str
+    text: str
+    fix: str
+    hard: bool
+
+
+def host_bytes(config: Config, hosts: Sequence[Host]) -> int | None:
+    """The host memory that a run takes on the host with the most ranks, by its plan; None where it has none.
+
+    A plan is for GPUs, and for one of the presets.
+    """
+    if config.deepspeed not in zero.PRESETS:
+        return None
+    try:
+        base = find_base(config)
+        model_config = None if base is None else read_json(base / "config.json")
+        if model_config is None:
+            return None
+        slots = [host.slots for host in hosts]
+        work = workload(config, world_size=sum(slots), gpus_per_host=max(slots))
+        return memory.estimate(model_config, work, preset=config.deepspeed).host_bytes
+    except HynbError:
+        # Another check names a wrong model folder.
+        return None
+
+
+def workload(config: Config, *, world_size: int, gpus_per_host: int) -> memory.Workload:
+    """The parameters of a run that its memory depends on."""
+    return memory.Workload(
+        world_size=world_size,
+        gpus_per_host=gpus_per_host,
+        use_lora=config.use_lora,
+        lora_rank=config.lora_rank,
+        lora_target_modules=tuple(config.lora_target_modules),
+        train_attention_params_only=config.train_attention_params_only,
+        micro_batch_size=config.per_device_train_batch_size,
+        max_seq_length=config.max_seq_length,
+        gradient_checkpointing=config.gradient_checkpointing,
+        make_moe_param_leaf_module=config.make_moe_param_leaf_module,
+        weight_bytes=2 if config.bf16 or config.fp16 else 4,
+    )
+
+
+def shortages(facts: MemoryFacts, *, slots: int, on_gpus: bool, planned_bytes: int | None) -> list[Shortage]:
+    """What a host has too little of for its ranks.
+
+    Args:
+        slots: its ranks.
+        planned_bytes: host memory that they take by the run's plan; None where it is not known.
+    """
+    found = [
+        _lacking_memory(facts, planned_bytes),
+        _lacking_shared_memory(facts["shared_memory"], slots, on_gpus=on_gpus),
+        _lacking_locked_memory(facts, slots) if on_gpus else None,
+    ]
+    return [item for item in found if item is not None]
+
+
+def _lacking_memory(facts: MemoryFacts, planned_bytes: int | None) -> Shortage | None:
+    needed = _LEAST_BYTES if planned_bytes is None else planned_bytes
+    why = f"this run takes {needed / _GB:.1f} GB of this host by its plan" if planned_bytes else "a rank takes 2 GB"
+    less = "choose a preset that keeps less in host memory, or more hosts" if planned_bytes else "end other programs"
+    if facts["free_bytes"] < needed:
+        text = f"{facts['free_bytes'] / _GB:.1f} of {facts['total_bytes'] / _GB:.1f} GB are free, and {why}: {less}"
+        hard = facts["total_bytes"] < needed
+        return Shortage(kind="memory", text=text, fix="ps aux --sort=-rss | head", hard=hard)
+    limit = facts["limit"]
+    if limit is not None and limit["free_bytes"] < needed:
+        text = (
+            f"{limit['free_bytes'] / _GB:.1f} of the {limit['limit_bytes'] / _GB:.1f} GB that the container's limit "
+            f"({limit['file']}) allows are free, and {why}: start the container with a higher limit "
+            f"(docker run --memory={_gigabytes(needed)}g), or {less}"
+        )
+        hard = limit["limit_bytes"] < needed
+        return Shortage(kind="memory", text=text, fix=f"cat {shlex.quote(limit['file'])}", hard=hard)
+    return None
+
+
+def _lacking_shared_memory(facts: DiskFacts, slots: int, *, on_gpus: bool) -> Shortage | None:
+    needed = _SHARED_BYTES["gpu" if on_gpus else "cpu"]
+    if on_gpus:
+        needed = max(needed, _SHARED_BYTES_PER_GPU * slots)
+    if facts["free_bytes"] >= needed:
+        return None
+    size = max(8, _gigabytes(needed))
+    text = (
+        f"/dev/shm: {facts['free_bytes'] / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed: make it larger; "
+        f"for a container docker run --shm-size={size}g"
+    )
+    fix, hard = f"mount -o remount,size={size}G /dev/shm", facts["total_bytes"] < needed
+    return Shortage(kind="shared memory", text=text, fix=fix, hard=hard)
+
+
+def _lacking_locked_memory(facts: MemoryFacts, slots: int) -> Shortage | None:
+    locked, adapters = facts["locked_bytes"], facts["infiniband"]
+    # The limit holds for each process.
+    if not adapters or locked is None or locked >= _LOCKED_BYTES:
+        return None
+    text = (
+        f"a process may lock {locked / 1e6:.0f} MB (ulimit -l), and NCCL locks about {_LOCKED_BYTES / _GB:.0f} GB "
+        f"in each of {slots} ranks for InfiniBand ({', '.join(adapters)}): raise it and log in again; for a "
+        "container docker run --ulimit memlock=-1"
+    )
+    fix = "printf '* soft memlock unlimited\\n* hard memlock unlimited\\n' > /etc/security/limits.d/memlock.conf"
+    return Shortage(kind="locked memory", text=text, fix=fix, hard=True)
+
+
+def memory_problems(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None) -> list[str]:
+    """What the hosts of a run on GPUs lack of memory even when nothing else runs there; asked of all at once.
+
+    Args:
+        here: this machine's index among the hosts.
+        ssh: how the others are asked; they are left out without it.
+    """
+    if gpu_count() == 0:
+        return []
+    planned = host_bytes(config, hosts)
+
+    def ask(index: int) -> list[str]:
+        host, facts = hosts[index], None
+        if index == here:
+            facts = host_facts.memory()
+        elif ssh is not None:
+            script = host_facts.memory_script()
+            answer = ssh.run(host.name, [sys.executable, "-"], deadline_seconds=_ASK_SECONDS, input=script)
+            facts = host_facts.parse_memory(answer.out)
+        if facts is None:
+            return []
+        lacking = shortages(facts, slots=host.slots, on_gpus=True, planned_bytes=planned)
+        return [f"{host.name}: {item.kind}: {item.text} (`{item.fix}`)" for item in lacking if item.hard]
+
+    with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+        return [problem for problems in pool.map(ask, range(len(hosts))) for problem in problems]
+
+
+def _gigabytes(size_bytes: float) -> int:
+    return int(size_bytes / (1 << 30)) + 1
