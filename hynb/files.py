@@ -61,7 +61,11 @@ def file_hash(path: Path) -> str:
 
 def files_hash(paths: Sequence[Path]) -> str:
     """SHA-256 of the content of one file, or of several files' hashes in the given order."""
-    hashes = [file_hash(path) for path in paths]
+    return combined_hash([file_hash(path) for path in paths])
+
+
+def combined_hash(hashes: Sequence[str]) -> str:
+    """One hash of the content of several files: that of the only one, or SHA-256 of their hashes in order."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

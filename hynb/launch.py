@@ -268,6 +268,9 @@ def _environment(config: Config) -> dict[str, str]:
     # `python -m deepspeed` finds ninja and pdsh only if the environment's programs are on the PATH.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     values = {"PATH": path, "PYTHONUNBUFFERED": "1"}
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        # Unpacked data and token ids are on the disk that it names on the other hosts, too.
+        values["XDG_CACHE_HOME"] = cache
     if gpu_count() == 0:
         threads = max(1, len(os.sched_getaffinity(0)) // rank_count(config))
         values |= {"DS_ACCELERATOR": "cpu"}

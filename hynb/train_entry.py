@@ -303,14 +303,23 @@ def build_model(state: RankState) -> None:
     """
     from transformers import set_seed
 
-    from hynb.train import load_model, mark_moe_leaves, save_loss_memory, training_arguments, uneven_work
+    from hynb.train import (
+        data_workers,
+        load_model,
+        mark_moe_leaves,
+        save_loss_memory,
+        training_arguments,
+        uneven_work,
+    )
 
     set_seed(state.config.seed)
     if state.base is None and state.config.use_lora:
         # Before the TrainingArguments exist, under which ZeRO-3 would shard it.
         _write_random_base(state)
     evaluates = state.datasets.evaluation is not None
-    state.arguments = training_arguments(state.config, state.ds_config, evaluates=evaluates)
+    workers, reason = data_workers(state.config, state.datasets)
+    logger.info(f"dataloader_num_workers = {workers}: {reason}")
+    state.arguments = training_arguments(state.config, state.ds_config, evaluates=evaluates, workers=workers)
     set_seed(state.config.seed)
     show_progress = state.writer.progress if state.writer else None
     with uneven_work():

@@ -40,6 +40,7 @@ HELP_ZH = {
     "packing": "把完整的对话打包进长度为 max_seq_length 的序列，各自只关注自己：几乎没有填充。",
     "split_long_samples": "把超过 max_seq_length 的样本切成几段全部训练，而不是截断。需要 packing；每段看不到前一段。",
     "group_by_length": "把长度相近的样本放进同一个 batch：填充更少，采样顺序的随机性略低。",
+    "dataloader_num_workers": "每个 rank 预读 batch 的进程数；auto：按每个 rank 的 CPU 核数，以及样本是否仍需分词决定。",
     "max_seq_length": "超过此长度的样本会被截断。",
     "model_max_length": "分词器的最大输入长度；auto：保持分词器自己的值。",
     "use_lora": "训练 LoRA；关闭则全量微调。",

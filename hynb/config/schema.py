@@ -152,6 +152,14 @@ class Config:
     group_by_length: bool = _parameter(
         False, "data", "Batch samples of similar length: less padding, slightly less random sampling order."
     )
+    dataloader_num_workers: int | None = _parameter(
+        None,
+        "data",
+        "Processes of each rank that read batches ahead; automatic: by the CPU cores per rank, and by whether "
+        "samples still have to be tokenised.",
+        minimum=0,
+        maximum=64,
+    )
     max_seq_length: int = _parameter(
         2048, "data", "Longer samples are truncated to this length.", minimum=8, maximum=1 << 20, unit="tokens"
     )

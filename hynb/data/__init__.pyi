@@ -1,8 +1,7 @@
+from .cache import cache_folder as cache_folder
 from .check import check_data as check_data
 from .dataset import ChatDataset as ChatDataset
 from .dataset import Collator as Collator
-from .encoding import IGNORED as IGNORED
-from .encoding import LabelOptions as LabelOptions
 from .encoding import encode as encode
 from .encoding import render_prompt as render_prompt
 from .encoding import stop_token_ids as stop_token_ids
@@ -15,9 +14,13 @@ from .files import split_share as split_share
 from .packing import PackedDataset as PackedDataset
 from .packing import SeededSampler as SeededSampler
 from .packing import best_fit as best_fit
+from .pieces import IGNORED as IGNORED
+from .pieces import LabelOptions as LabelOptions
 from .preview import as_html as as_html
 from .preview import as_text as as_text
 from .records import read_conversations as read_conversations
 from .report import DataReport as DataReport
 from .template import ChatTemplate as ChatTemplate
 from .template import Features as Features
+from .tokens import TokenStore as TokenStore
+from .tokens import kept_tokens as kept_tokens

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
-import tempfile
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hynb.data.arrays import Column, map_arrays, write_arrays
+from hynb.data.cache import cache_folder, content_hash, locked, temporary
 from hynb.data.dataset import ChatDataset
-from hynb.data.encoding import DEFAULT, LabelOptions
-from hynb.data.files import Paths, cache_folder
+from hynb.data.files import Paths
+from hynb.data.pieces import DEFAULT, LabelOptions
+from hynb.data.report import COLUMNS as REPORTED
 from hynb.data.report import DataReport, Rejected
-from hynb.data.scan import COUNTERS, line_ranges, scan_all
+from hynb.data.scan import COLUMNS, line_ranges, scan_all
+from hynb.data.tokens import TokenWriter, open_tokens, remove_unused
 from hynb.errors import DataError
-from hynb.files import file_hash
 
 # Locations that a report shows of duplicates, and of texts that spell a special token.
 _SHOWN_LOCATIONS = 5
 # Below this size one process is faster than starting several.
 _PARALLEL_BYTES = 16 << 20
-# More workers gain little: the main process gathers their results.
-_MAX_PROCESSES = 8
-# Part of the cache's key; to be raised when results or messages change.
-_CACHE_VERSION = 4
+# The main process gathers their results, which takes it about 1/200 of the time that a worker needs for them.
+_MAX_PROCESSES = 64
+# Part of the cache's key; to be raised when the layout of its files changes.
+_CACHE_VERSION = 5
+# Samples whose hashes are compared at once.
+_HASHES = 1 << 17
 
 
 def check_data(
@@ -56,9 +61,9 @@ def check_data(
         max_cut_share: largest fraction of samples that may be left out because nothing of their answers is left
             within max_seq_length.
         rejected_path: file for the rejected lines with their locations and problems; written if there are any.
-        processes: worker processes; None for one per CPU, at most 8, or a single one for small files.
+        processes: worker processes; None for one per CPU, at most 64, or a single one for small files.
         progress: called with the bytes done and the total.
-        cache: return the result of an earlier check of the same content, and store this one.
+        cache: return the result of an earlier check of the same content, and store this one, with the token ids.
         parameter: the parameter that messages name.
 
     Raises:
@@ -67,12 +72,7 @@ def check_data(
     if tokenizer is not None and max_seq_length is None:
         raise DataError("max_seq_length: must be given with a tokenizer")
     dataset = ChatDataset(paths, tokenizer, max_seq_length, options=options, parameter=parameter)
-    cache_path = _cache_path(dataset) if cache else None
-    report = _read_cached(cache_path)
-    if report is None:
-        report = _check(dataset, processes, progress)
-        if cache_path:
-            _write_cached(cache_path, report)
+    report = _checked_once(dataset, processes, progress) if cache else _check(dataset, processes, progress)
     if rejected_path and report.rejected:
         _write_rejected(rejected_path, report.rejected, dataset)
     if on_bad_sample == "stop" and report.invalid:
@@ -100,113 +100,238 @@ def _write_rejected(path: Path, rejected: Sequence[Rejected], dataset: ChatDatas
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _check(dataset: ChatDataset, processes: int | None, progress: Callable[[int, int], None] | None) -> DataReport:
-    """Scans all lines and sums up what was found."""
-    ranges = list(line_ranges(dataset))
-    total_bytes = sum(item.size_bytes for item in ranges)
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class _CachePaths:
+    """Files that a check leaves, named by everything on which they depend.
+
+    Args:
+        report: its result, which names files and lines.
+        tokens: the token ids, which depend on content alone; None without a tokenizer.
+    """
+
+    report: Path
+    tokens: Path | None
+
+
+def _checked_once(
+    dataset: ChatDataset, processes: int | None, progress: Callable[[int, int], None] | None
+) -> DataReport:
+    """The result of an earlier check, or of one made now, while others that need the same wait."""
+    paths = _cache_paths(dataset)
+    if paths is None:
+        return _check(dataset, processes, progress)
+    with locked(paths.report) as alone:
+        report = _read_cached(paths)
+        if report is None or _tokens_are_missing(report, paths, dataset):
+            report = _check_and_keep(dataset, processes, progress, paths)
+            _write_cached(paths.report, report, alone)
+    return report
+
+
+def _tokens_are_missing(report: DataReport, paths: _CachePaths, dataset: ChatDataset) -> bool:
+    """Whether the token ids of an earlier check are not there, but could be."""
+    if report.tokens or paths.tokens is None:
+        return False
+    with temporary(paths.tokens, alone=False) as path:
+        writer = TokenWriter(path, dataset.size_bytes)
+        writer.close()
+    report.tokens_note = writer.problem
+    return not writer.problem
+
+
+def _check_and_keep(
+    dataset: ChatDataset,
+    processes: int | None,
+    progress: Callable[[int, int], None] | None,
+    paths: _CachePaths,
+) -> DataReport:
+    """The result of a check, and its token ids in a file."""
+    if paths.tokens is None:
+        return _check(dataset, processes, progress)
+    with locked(paths.tokens) as alone, temporary(paths.tokens, alone=alone) as path:
+        if (store := open_tokens(paths.tokens, verify=True)) is not None:
+            # The same content was checked under another name.
+            report = _check(dataset, processes, progress)
+            if np.array_equal(store.lengths, report.kept):
+                report.tokens = paths.tokens
+                return report
+        writer = TokenWriter(path, dataset.size_bytes)
+        try:
+            report = _check(dataset, processes, progress, writer)
+        finally:
+            writer.close()
+        if not writer.problem:
+            path.replace(paths.tokens)
+            report.tokens = paths.tokens
+        report.tokens_note = writer.problem
+    remove_unused(paths.tokens.parent)
+    return report
+
+
+def _check(
+    dataset: ChatDataset,
+    processes: int | None,
+    progress: Callable[[int, int], None] | None,
+    tokens: TokenWriter | None = None,
+) -> DataReport:
+    """Scans all lines and sums up what was found.
+
+    Args:
+        tokens: gets the token ids.
+    """
+    total_bytes = dataset.size_bytes
     if processes is None:
         processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0))) if total_bytes > _PARALLEL_BYTES else 1
-    # Typed arrays from the start: lists of Python integers would be ten times as large.
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COUNTERS, "hashes", "line_indices")}
+    folder = cache_folder() if os.access(cache_folder(), os.W_OK) else None
+    columns = {name: Column(dtype, folder) for name, dtype in COLUMNS.items()}
     rejected: list[Rejected] = []
     unknown_keys: Counter[str] = Counter()
     ignored_fields: Counter[str] = Counter()
     done_bytes = 0
-    for found in scan_all(dataset, ranges, processes):
-        for name, values in found.counters.items():
-            columns[name].append(np.asarray(values, dtype=np.uint32))
-        columns["hashes"].append(np.asarray(found.hashes, dtype=np.uint64))
-        columns["line_indices"].append(np.asarray(found.line_indices, dtype=np.uint32))
+    for found in scan_all(dataset, line_ranges(dataset), processes, tokens):
+        for name, values in found.columns.items():
+            columns[name].append(values)
         rejected += found.rejected
         unknown_keys.update(found.unknown_keys)
         ignored_fields.update(found.ignored_fields)
         done_bytes += found.size_bytes
         if progress:
             progress(done_bytes, total_bytes)
-    # `pop` frees the parts of one column before the next one is joined.
-    arrays = {name: np.concatenate(columns.pop(name) or [np.zeros(0, np.uint32)]) for name in list(columns)}
-    duplicates, duplicate_count = _duplicates(arrays.pop("hashes"), arrays["line_indices"], dataset)
-    spelled = arrays["line_indices"][np.flatnonzero(arrays["spelled"])[:_SHOWN_LOCATIONS]]
-    record = {
-        "files": [str(path) for path in dataset.files],
-        "lines": len(dataset),
-        "max_seq_length": dataset.max_seq_length,
-        "rejected": rejected,
-        "duplicates": duplicates,
-        "duplicate_count": duplicate_count,
-        "unknown_keys": dict(unknown_keys),
-        "ignored_fields": dict(ignored_fields),
-        "spelled_locations": [dataset.location(int(index)) for index in spelled],
-    }
-    report = DataReport(**record, **_report_arrays(arrays))
-    assert report.lines == len(np.unique(report.line_indices)) + len(report.rejected_locations)
+    arrays = {name: column.array() for name, column in columns.items()}
+    if tokens is not None:
+        tokens.finish(arrays["starts"], arrays["kept"], arrays["checks"])
+    duplicates, duplicate_count = _duplicates(arrays["hashes"], arrays["line_indices"], dataset)
+    named: dict[str, Any] = {name: arrays[name] for name in REPORTED}
+    report = DataReport(
+        files=[str(path) for path in dataset.files],
+        lines=len(dataset),
+        max_seq_length=dataset.max_seq_length,
+        rejected=rejected,
+        duplicates=duplicates,
+        duplicate_count=duplicate_count,
+        unknown_keys=dict(unknown_keys),
+        ignored_fields=dict(ignored_fields),
+        spelled_locations=[dataset.location(index) for index in _first_spelled(arrays)],
+        **named,
+    )
+    assert report.lines == _distinct(report.line_indices) + len(report.rejected_locations)
     return report
+
+
+def _first_spelled(arrays: dict[str, np.ndarray]) -> list[int]:
+    """Lines of the first samples with text that spells a special token."""
+    return arrays["line_indices"][np.flatnonzero(arrays["spelled"])[:_SHOWN_LOCATIONS]].tolist()
+
+
+def _distinct(values: np.ndarray) -> int:
+    """The number of distinct values in a sorted array."""
+    changes = 0
+    for start in range(0, len(values) - 1, _HASHES):
+        part = values[start : start + _HASHES + 1]
+        changes += int(np.count_nonzero(part[1:] != part[:-1]))
+    return changes + bool(len(values))
 
 
 def _duplicates(
     hashes: np.ndarray, line_indices: np.ndarray, dataset: ChatDataset
 ) -> tuple[list[tuple[str, str]], int]:
-    """The first few samples that repeat an earlier one, as pairs of locations, and how many there are."""
-    order = np.argsort(hashes, kind="stable").astype(np.uint32)
-    sorted_hashes = hashes[order]
-    same = sorted_hashes[1:] == sorted_hashes[:-1]
-    repeated = np.flatnonzero(same) + 1
+    """The first few samples that repeat an earlier one, as pairs of locations, and how many there are.
 
-    def location(position: int) -> str:
-        return dataset.location(int(line_indices[order[position]]))
+    They are found among the hashes of one range of values after another, so that no copy of all is in memory.
+    """
+    bits = max(0, int(np.ceil(np.log2(max(1, len(hashes)) / _HASHES))))
+    pairs: list[tuple[str, str]] = []
+    count = 0
+    for number in range(1 << bits):
+        chosen = hashes if not bits else _with_first_bits(hashes, bits, number)
+        ordered = np.sort(chosen)
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        count += len(repeated)
+        for value in np.unique(repeated[:_SHOWN_LOCATIONS]):
+            if len(pairs) < _SHOWN_LOCATIONS:
+                same = [dataset.location(int(line_indices[index])) for index in _positions(hashes, value)]
+                pairs += [(location, same[0]) for location in same[1:]]
+    return pairs[:_SHOWN_LOCATIONS], count
 
-    pairs = []
-    for position in repeated[:_SHOWN_LOCATIONS].tolist():
-        first = position
-        while first and same[first - 1]:
-            first -= 1
-        pairs.append((location(position), location(first)))
-    return pairs, len(repeated)
+
+def _with_first_bits(hashes: np.ndarray, bits: int, number: int) -> np.ndarray:
+    shift = np.uint64(64 - bits)
+    parts = (hashes[start : start + _HASHES] for start in range(0, len(hashes), _HASHES))
+    return np.concatenate([part[part >> shift == number] for part in parts])
 
 
-def _cache_path(dataset: ChatDataset) -> Path | None:
-    """The file of the result, named by everything on which it depends; None for a tokenizer that cannot be hashed."""
-    backend = template = ""
+def _positions(hashes: np.ndarray, value: np.uint64) -> list[int]:
+    """The first few places of a hash."""
+    found: list[int] = []
+    for start in range(0, len(hashes), _HASHES):
+        found += (np.flatnonzero(hashes[start : start + _HASHES] == value) + start).tolist()
+        if len(found) > _SHOWN_LOCATIONS:
+            break
+    return found[: _SHOWN_LOCATIONS + 1]
+
+
+def _cache_paths(dataset: ChatDataset) -> _CachePaths | None:
+    """The files of a check; None for a tokenizer that cannot be hashed, or a file that cannot be read."""
     tokenizer = dataset.tokenizer
+    facts: list[object] = [_CACHE_VERSION, _code_identity(), dataset.max_seq_length]
+    facts.append(dataclasses.asdict(dataset.options))
     if tokenizer is not None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             return None
-        backend, template = tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)
-    files = [[str(path), file_hash(path)] for path in dataset.files]
-    key = [_CACHE_VERSION, files, backend, template, dataset.max_seq_length, dataclasses.asdict(dataset.options)]
-    return cache_folder() / f"check-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npz"
+        special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+        facts += [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), special]
+    contents = [content_hash(path) for path in dataset.files]
+    tokens = _key([*facts, contents])
+    report = _key([*facts, contents, [str(path) for path in dataset.files]])
+    folder = cache_folder()
+    return _CachePaths(
+        report=folder / f"check-{report}.npz",
+        tokens=folder / f"tokens-{tokens}" if tokenizer is not None else None,
+    )
 
 
-def _read_cached(path: Path | None) -> DataReport | None:
-    if path is None or not path.exists():
-        return None
+def _key(facts: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code_identity() -> list[str]:
+    """What decides ids and labels beside the tokenizer: the code of this package, and of its libraries."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return [
+        code.hexdigest(),
+        *(importlib.metadata.version(name) for name in ("jinja2", "tokenizers", "transformers")),
+    ]
+
+
+def _read_cached(paths: _CachePaths) -> DataReport | None:
     try:
-        with np.load(path) as stored:
-            record = json.loads(bytes(stored["record"]).decode())
-            arrays = _report_arrays(stored)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays, record = map_arrays(paths.report, verify=True)
+        arrays = {name: arrays[name] for name in REPORTED}
+    except (OSError, ValueError, KeyError):
         # A damaged file counts as absent: the check is repeated.
         return None
     record["rejected"] = [Rejected(**item) for item in record["rejected"]]
     record["duplicates"] = [tuple(pair) for pair in record["duplicates"]]
-    return DataReport(**record, **arrays, from_cache=True)
+    named: dict[str, Any] = {**record, **arrays}
+    report = DataReport(**named, from_cache=True)
+    store = open_tokens(paths.tokens, verify=True) if paths.tokens else None
+    if store is not None and np.array_equal(store.lengths, report.kept):
+        report.tokens, report.tokens_note = paths.tokens, ""
+    return report
 
 
-def _write_cached(path: Path, report: DataReport) -> None:
-    arrays = _report_arrays(vars(report))
-    record = {name: value for name, value in vars(report).items() if name not in (*arrays, "from_cache")}
+def _write_cached(path: Path, report: DataReport, alone: bool) -> None:
+    arrays = {name: getattr(report, name) for name in REPORTED}
+    left_out = (*arrays, "from_cache", "tokens")
+    record = {name: value for name, value in vars(report).items() if name not in left_out}
     record["rejected"] = [dataclasses.asdict(item) for item in report.rejected]
-    stored = np.frombuffer(json.dumps(record).encode(), dtype=np.uint8)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.savez(file, record=stored, **arrays)
-        Path(file.name).replace(path)
+        with temporary(path, alone=alone) as file:
+            write_arrays(file, arrays, record)
+            file.replace(path)
     except OSError:
         # A check without a cache takes longer, but its result is the same.
         return
-
-
-def _report_arrays(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a DataReport with one number per sample."""
-    return {name: columns[name] for name in (*COUNTERS, "line_indices")}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hynb.data.check import check_data
 from hynb.data.dataset import ChatDataset
-from hynb.data.encoding import LabelOptions
+from hynb.data.pieces import LabelOptions
 from hynb.data.preview import as_text
 from hynb.data.report import DataReport
 from hynb.errors import DataError
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenised", type=Path, metavar="OUT.jsonl", help="write source, input_ids and labels of every sample"
     )
-    parser.add_argument("--processes", type=int, help="worker processes [one per CPU, at most 8]")
+    parser.add_argument("--processes", type=int, help="worker processes [one per CPU, at most 64]")
     parser.add_argument("--no_cache", action="store_true", help="do not use the result of an earlier check")
 
 

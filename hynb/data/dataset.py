@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from array import array
+import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hynb.data.encoding import DEFAULT, IGNORED, LabelOptions, encode, up_to_answer
+from hynb.data.encoding import as_sample, encode, up_to_answer
 from hynb.data.files import Conversation, Paths, find_files, seekable_file, without_bom
+from hynb.data.line_index import LineIndex
+from hynb.data.pieces import DEFAULT, IGNORED, LabelOptions
 from hynb.data.records import parse_line
+from hynb.data.tokens import TokenStore
 from hynb.errors import DataError
+
+# Of a data set of many files, those that one process keeps open; hosts allow 1024 descriptors by default.
+_OPEN_FILES = 64
 
 
 class ChatDataset(torch.utils.data.Dataset):
@@ -52,40 +61,46 @@ class ChatDataset(torch.utils.data.Dataset):
         self.options = options
         self.checked = checked
         self._seekable = [seekable_file(path) for path in self.files]
-        # 24 bytes per sample: file, line number, offset and size in bytes, and the answer that ends it (0: all).
-        self._files, self._numbers = array("H"), array("Q")
-        self._offsets, self._sizes = array("Q"), array("I")
-        self._answers = array("H")
-        left_out = set(rejected)
-        for file_number, path in enumerate(self._seekable):
-            self._index(file_number, path, left_out)
+        self._open = _OpenFiles()
+        self._indexes = [self._index(number) for number in range(len(self.files))]
+        # The first line of each file among the lines of all.
+        self._firsts = np.concatenate([[0], np.cumsum([len(index) for index in self._indexes])])
+        # For each sample, its line, the answer that ends it, and its place among the stored tokens; None: all lines.
+        self._lines: np.ndarray | None = self._without(rejected) if rejected else None
+        self._answers: np.ndarray | None = None
+        self._stored: np.ndarray | None = None
+        self._tokens: TokenStore | None = None
 
-    def _index(self, file_number: int, path: Path, left_out: set[str]) -> None:
+    def _index(self, number: int) -> LineIndex:
         try:
-            with path.open("rb", buffering=1 << 20) as file:
-                offset = 0
-                for number, line in enumerate(file, 1):
-                    size_bytes = len(line)
-                    blank = line.isspace() or (number == 1 and not without_bom(line, 1).strip())
-                    if not blank and not (left_out and f"{self.files[file_number]}:{number}" in left_out):
-                        self._files.append(file_number)
-                        self._numbers.append(number)
-                        self._offsets.append(offset)
-                        self._sizes.append(size_bytes)
-                        self._answers.append(0)
-                    offset += size_bytes
+            return LineIndex.of(self._seekable[number])
         except OSError as error:
-            raise DataError(f"{self.files[file_number]}: cannot be read: {error.strerror}") from None
+            raise DataError(f"{self.files[number]}: cannot be read: {error.strerror}") from None
 
-    def subset(self, indices: Sequence[int]) -> ChatDataset:
+    def _without(self, rejected: Sequence[str]) -> np.ndarray:
+        """The lines that are not at one of these locations."""
+        numbers = {str(path): number for number, path in enumerate(self.files)}
+        is_left = np.ones(int(self._firsts[-1]), dtype=bool)
+        for location in rejected:
+            name, _, line_number = location.rpartition(":")
+            if name in numbers:
+                file_number = numbers[name]
+                index = self._indexes[file_number].index(int(line_number))
+                if index < len(self._indexes[file_number]):
+                    is_left[int(self._firsts[file_number]) + index] = False
+        return np.flatnonzero(is_left).astype(np.uint32)
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> ChatDataset:
         """A data set of the samples with these indices; the files are not read again."""
+        chosen = np.asarray(indices, dtype=np.int64)
         part = copy.copy(self)
-        for name in ("_files", "_numbers", "_offsets", "_sizes", "_answers"):
-            values = getattr(self, name)
-            setattr(part, name, array(values.typecode, (values[index] for index in indices)))
+        part._lines = chosen.astype(np.uint32) if self._lines is None else self._lines[chosen]
+        part._answers = None if self._answers is None else self._answers[chosen]
+        if self._tokens is not None:
+            part._stored = chosen.astype(np.uint32) if self._stored is None else self._stored[chosen]
         return part
 
-    def with_answers(self, lines: Sequence[int], answers: Sequence[int]) -> ChatDataset:
+    def with_answers(self, lines: Sequence[int] | np.ndarray, answers: Sequence[int] | np.ndarray) -> ChatDataset:
         """A data set of parts of the lines, for `split_turns`.
 
         Args:
@@ -93,44 +108,102 @@ class ChatDataset(torch.utils.data.Dataset):
             answers: for each sample, the number of the answer that ends it, from 1; 0 for the whole line.
         """
         part = self.subset(lines)
-        part._answers = array("H", answers)
+        part._answers = np.asarray(answers, dtype=np.uint16)
         return part
 
+    def with_tokens(self, tokens: TokenStore) -> ChatDataset:
+        """The same data set, whose samples are read from the tokens that a check has kept, one entry for each."""
+        assert len(tokens) == len(self), f"{len(tokens)} samples are stored, {len(self)} are in the data set"
+        part = copy.copy(self)
+        part._tokens, part._stored = tokens, None
+        return part
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether samples are read from tokens that a check has kept."""
+        return self._tokens is not None
+
     def __len__(self) -> int:
-        return len(self._offsets)
+        return int(self._firsts[-1]) if self._lines is None else len(self._lines)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        assert self.tokenizer is not None and self.max_seq_length is not None
+        assert self.max_seq_length is not None
+        if index >= len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        if self._tokens is not None:
+            stored = self._tokens.sample(index if self._stored is None else int(self._stored[index]))
+            if stored is not None:
+                return as_sample(stored[0][: self.max_seq_length], stored[1][: self.max_seq_length])
+        assert self.tokenizer is not None
         return encode(
             self.conversation(index), self.tokenizer, self.max_seq_length, self.options, checked=self.checked
         )
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a sample's file, and the index of its line in it."""
+        line = index if self._lines is None else int(self._lines[index])
+        if not 0 <= line < int(self._firsts[-1]):
+            raise IndexError(f"sample {index} of {len(self)}")
+        file_number = int(np.searchsorted(self._firsts, line, side="right")) - 1
+        return file_number, line - int(self._firsts[file_number])
+
     def line(self, index: int) -> bytes:
         """The bytes of a sample's line."""
-        with self._seekable[self._files[index]].open("rb") as file:
-            file.seek(self._offsets[index])
-            return without_bom(file.read(self._sizes[index]), self._numbers[index])
+        file_number, line = self._place(index)
+        offsets = self._indexes[file_number].offsets
+        start, stop = int(offsets[line]), int(offsets[line + 1])
+        content = self._open.read(self._seekable[file_number], start, stop - start)
+        # Blank lines may follow.
+        end = content.find(b"\n") + 1
+        return without_bom(content[:end] if end else content, 1 if start == 0 else 2)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all lines."""
+        return sum(int(index.offsets[-1]) - int(index.offsets[0]) for index in self._indexes if len(index))
+
+    def ranges(self, size_bytes: int) -> Iterator[tuple[int, int, int]]:
+        """All lines in parts of at most about this size: first line, the one after the last, and bytes."""
+        for first, index in zip(self._firsts.tolist(), self._indexes, strict=False):
+            start = 0
+            while start < len(index):
+                begin = int(index.offsets[start])
+                stop = int(np.searchsorted(index.offsets, begin + size_bytes, side="right")) - 1
+                stop = min(max(stop, start + 1), len(index))
+                yield first + start, first + stop, int(index.offsets[stop]) - begin
+                start = stop
 
     def lines(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
         """Location and bytes of the samples from start to stop, read sequentially."""
-        with contextlib.ExitStack() as stack:
-            file_number, file = -1, None
+        if self._lines is not None or start >= stop:
             for index in range(start, stop):
-                if file is None or self._files[index] != file_number:
-                    stack.close()
-                    file_number = self._files[index]
-                    file = stack.enter_context(self._seekable[file_number].open("rb", buffering=1 << 20))
-                if file.tell() != self._offsets[index]:
-                    file.seek(self._offsets[index])
-                yield self.location(index), without_bom(file.read(self._sizes[index]), self._numbers[index])
+                yield self.location(index), self.line(index)
+            return
+        file_number, line = self._place(start)
+        while start < stop:
+            index = self._indexes[file_number]
+            count = min(stop - start, len(index) - line)
+            if count:
+                yield from self._lines_of(file_number, line, line + count)
+            start, file_number, line = start + count, file_number + 1, 0
+
+    def _lines_of(self, file_number: int, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+        index, name = self._indexes[file_number], str(self.files[file_number])
+        with self._seekable[file_number].open("rb", buffering=1 << 20) as file:
+            position = int(index.offsets[start])
+            file.seek(position)
+            for number in range(start, stop):
+                if len(index.blank) and position != (begin := int(index.offsets[number])):
+                    position = begin
+                    file.seek(position)
+                line = file.readline()
+                yield f"{name}:{index.number(number)}", without_bom(line, 1 if position == 0 else 2)
+                position += len(line)
 
     def location(self, index: int) -> str:
         """A sample's location as file:line."""
-        return f"{self.files[self._files[index]]}:{self._numbers[index]}"
-
-    def size_bytes(self, index: int) -> int:
-        """The size of a sample's line."""
-        return self._sizes[index]
+        file_number, line = self._place(index)
+        return f"{self.files[file_number]}:{self._indexes[file_number].number(line)}"
 
     def conversation(self, index: int) -> Conversation:
         """The messages of a sample.
@@ -139,9 +212,56 @@ class ChatDataset(torch.utils.data.Dataset):
             DataError: the line is invalid.
         """
         whole = parse_line(self.line(index), self.location(index))
-        part = up_to_answer(whole, self._answers[index]) if self._answers[index] else whole
+        answer = 0 if self._answers is None else int(self._answers[index])
+        part = up_to_answer(whole, answer) if answer else whole
         assert part is not None, "an answer that is not trained on makes no sample"
         return part
+
+
+class _OpenFiles:
+    """Files that stay open between reads, in each process its own; a read names its offset, so forks share them."""
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Bytes of a file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            with self._lock:
+                if path in self._descriptors:
+                    self._descriptors.move_to_end(path)
+                else:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    if len(self._descriptors) > _OPEN_FILES:
+                        os.close(self._descriptors.popitem(last=False)[1])
+                # One read returns at most 2 GB.
+                descriptor = self._descriptors[path]
+                content = os.pread(descriptor, size, offset)
+                while len(content) < size and (
+                    part := os.pread(descriptor, size - len(content), offset + len(content))
+                ):
+                    content += part
+                return content
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OpenFiles:
+        return _OpenFiles()
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
 
 
 @dataclass(kw_only=True)

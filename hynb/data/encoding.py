@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from hynb.data.files import Conversation
 from hynb.data.message_forms import THOUGHT_FIELDS
+from hynb.data.pieces import (
+    DEFAULT,
+    IGNORED,
+    LabelOptions,
+    Piece,
+    Prepared,
+    Segment,
+    pieces,
+    special_ids,
+    split,
+    text_ids,
+    trained_spans,
+)
+from hynb.data.placeholders import BREAK, Rendered
+from hynb.data.plain_forms import MEANINGFUL, plain_forms
 from hynb.data.records import is_thought_alone
-from hynb.data.template import BREAK, ChatTemplate, Rendered
+from hynb.data.template import ChatTemplate
 from hynb.errors import DataError
-
-IGNORED = -100
-TrainOnTurns = Literal["as_rendered", "all", "last"]
-
-
-@dataclass(kw_only=True, frozen=True)
-class LabelOptions:
-    """What is trained on, and how contents are tokenised.
-
-    Args:
-        train_on_prompt: all text of the template too, and not the answers alone.
-        allow_special_tokens_in_text: text in a message that spells a special token becomes the token.
-        train_on_turns: as_rendered: every answer as the template shows it, which may be without its thought. all:
-            every answer in full; a record whose template shortens one is refused. last: the last answer alone.
-        split_turns: one sample per answer, which ends with it, so that each is rendered in full.
-        allow_ignored_fields: fields of a record that the template does not render are left out.
-    """
-
-    train_on_prompt: bool = False
-    allow_special_tokens_in_text: bool = False
-    train_on_turns: TrainOnTurns = "as_rendered"
-    split_turns: bool = False
-    allow_ignored_fields: bool = False
-
-
-DEFAULT = LabelOptions()
-
-
-@dataclass(kw_only=True, frozen=True)
-class Piece:
-    """A part of a rendered conversation.
-
-    Args:
-        special: its text is one special token.
-        trained: it is trained on.
-    """
-
-    text: str
-    special: bool
-    trained: bool
 
 
 def encode(
@@ -82,41 +57,7 @@ def encode(
             no end token after an answer.
     """
     prepared = prepare(conversation, tokenizer, options, checked=checked)
-    return encode_prepared([prepared], tokenizer, max_seq_length)[0]
-
-
-def encode_many(
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    options: LabelOptions = DEFAULT,
-) -> list[dict[str, list[int]]]:
-    """`encode` of several conversations, tokenised together, which takes about half the time.
-
-    Raises:
-        DataError: as `encode`, for one of the conversations.
-    """
-    return encode_prepared([prepare(item, tokenizer, options) for item in conversations], tokenizer, max_seq_length)
-
-
-@dataclass(kw_only=True, frozen=True)
-class Prepared:
-    """A conversation that is ready to be tokenised.
-
-    Args:
-        pieces: its rendered text in order.
-        ignored: fields that the template does not render, where `allow_ignored_fields` is on.
-        unknown: the record's keys that nothing reads.
-        shortened: number of answers that the template shortens.
-        spelled: whether a message spells a special token.
-    """
-
-    pieces: list[Piece]
-    ignored: tuple[str, ...]
-    unknown: tuple[str, ...]
-    shortened: int
-    spelled: bool
-    special_tokens_allowed: bool
+    return encode_prepared(prepared, tokenizer, max_seq_length)
 
 
 def prepare(
@@ -135,6 +76,8 @@ def prepare(
         DataError: as `encode`.
     """
     template = ChatTemplate.of(tokenizer, conversation.arguments.get("tools"))
+    if (plain := plain_forms(tokenizer, template, options).prepared(conversation)) is not None:
+        return plain
     chosen, ignored, unknown = template_arguments(template, conversation, options, checked=checked)
     lost = [] if options.split_turns or checked else template.shortened_turns(chosen)
     if lost and options.train_on_turns == "all":
@@ -144,14 +87,20 @@ def prepare(
             "the template renders it by train_on_turns: as_rendered"
         )
     rendered = template.render(chosen, allow_special_tokens=options.allow_special_tokens_in_text)
+    found = list(pieces(rendered.text, trained_spans(chosen, rendered, options), template.special))
     return Prepared(
-        pieces=_pieces(chosen, rendered, template, options),
+        segments=[_segment(piece, tokenizer) for piece in found],
+        texts=[piece.text for piece in found if not piece.special],
         ignored=tuple(ignored),
         unknown=tuple(unknown),
         shortened=len(lost),
         spelled=any(template.added.search(message["content"] or "") for message in conversation.messages),
         special_tokens_allowed=options.allow_special_tokens_in_text,
     )
+
+
+def _segment(piece: Piece, tokenizer: PreTrainedTokenizerBase) -> Segment:
+    return (array("I", special_ids(tokenizer, piece.text)) if piece.special else None), piece.trained
 
 
 def render(
@@ -167,23 +116,63 @@ def render(
     return template.render(chosen, allow_special_tokens=options.allow_special_tokens_in_text)
 
 
-def encode_prepared(
-    prepared: Sequence[Prepared], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
-) -> list[dict[str, list[int]]]:
-    """Token ids and labels of prepared conversations, as `encode` returns them."""
-    texts = [piece.text for item in prepared for piece in item.pieces if not piece.special]
+@dataclass(kw_only=True, frozen=True)
+class Encoded:
+    """Several samples, one behind the other.
+
+    Args:
+        ids: token ids, uint32 of shape (tokens,).
+        trained: whether each token has a label, bool of shape (tokens,).
+        starts: where each sample begins, and the end of the last one; int64 of shape (samples + 1,).
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    starts: np.ndarray
+
+
+def encode_together(prepared: Sequence[Prepared], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Token ids and labels of prepared conversations, whole."""
     allowed = any(item.special_tokens_allowed for item in prepared)
-    text_ids = iter(_text_ids(tokenizer, texts, allowed))
-    encoded = []
+    of_texts = text_ids(tokenizer, [text for item in prepared for text in item.texts], allowed)
+    ids = array("I")
+    sizes: list[int] = []
+    flags: list[bool] = []
+    starts = [0]
     for item in prepared:
-        input_ids: list[int] = []
-        labels: list[int] = []
-        for piece in item.pieces:
-            ids = _special_ids(tokenizer, piece.text) if piece.special else next(text_ids)
-            input_ids.extend(ids)
-            labels.extend(ids if piece.trained else [IGNORED] * len(ids))
-        encoded.append({"input_ids": input_ids[:max_seq_length], "labels": labels[:max_seq_length]})
-    return encoded
+        for known, trained in item.segments:
+            before = len(ids)
+            if known is None:
+                ids.fromlist(next(of_texts))
+            else:
+                ids.extend(known)
+            sizes.append(len(ids) - before)
+            flags.append(trained)
+        starts.append(len(ids))
+    trained_tokens = np.repeat(np.array(flags, dtype=bool), np.array(sizes, dtype=np.int64))
+    return Encoded(
+        ids=np.frombuffer(ids, dtype=np.uint32) if ids else np.zeros(0, np.uint32),
+        trained=trained_tokens,
+        starts=np.array(starts, dtype=np.int64),
+    )
+
+
+def encode_prepared(
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> dict[str, list[int]]:
+    """Token ids and labels of a prepared conversation, as `encode` returns them."""
+    encoded = encode_together([prepared], tokenizer)
+    return as_sample(encoded.ids[:max_seq_length], encoded.trained[:max_seq_length])
+
+
+def as_sample(ids: np.ndarray, trained: np.ndarray) -> dict[str, list[int]]:
+    """`input_ids` and `labels` as lists.
+
+    Args:
+        ids: of shape (tokens,).
+        trained: whether each token has a label, bool of the same shape.
+    """
+    return {"input_ids": ids.tolist(), "labels": np.where(trained, ids.astype(np.int64), IGNORED).tolist()}
 
 
 def answer_count(conversation: Conversation) -> int:
@@ -217,8 +206,8 @@ def template_arguments(
     if isinstance(nested := known.pop("chat_template_kwargs", None), Mapping):
         known |= nested
     read = {name: value for name, value in known.items() if name in template.record_arguments}
-    unknown = [name for name in known if name not in read and name not in _MEANINGFUL]
-    meaningful = {name: value for name, value in known.items() if name in read or name in _MEANINGFUL}
+    unknown = [name for name in known if name not in read and name not in MEANINGFUL]
+    meaningful = {name: value for name, value in known.items() if name in read or name in MEANINGFUL}
     chosen = conversation.replaced(arguments=meaningful)
     ignored: list[str] = []
     if not checked and (meaningful or any(message.keys() - _PLAIN_FIELDS for message in conversation.messages)):
@@ -249,8 +238,6 @@ def _check_thoughts_alone(conversation: Conversation, ignored: Sequence[str]) ->
             )
 
 
-# Keys of a record that say something about the conversation, whether or not a template reads them.
-_MEANINGFUL = frozenset({"tools", "reasoning_effort", "documents"})
 _PLAIN_FIELDS = frozenset({"role", "content", "train"})
 
 
@@ -273,47 +260,6 @@ def _is_redundant(name: str, conversation: Conversation) -> bool:
     return True
 
 
-def _pieces(
-    conversation: Conversation, rendered: Rendered, template: ChatTemplate, options: LabelOptions
-) -> list[Piece]:
-    pieces: list[Piece] = []
-    position, length = 0, len(rendered.text)
-    for start, end in [*_trained_spans(conversation, rendered, options), (length, length)]:
-        for text, is_trained in ((rendered.text[position:start], False), (rendered.text[start:end], True)):
-            pieces += _split(text, template.special, is_trained)
-        position = end
-    return pieces
-
-
-def _trained_spans(conversation: Conversation, rendered: Rendered, options: LabelOptions) -> list[tuple[int, int]]:
-    answers = [message for message in conversation.messages if message["role"] == "assistant"]
-    last_only = options.train_on_turns == "last" or options.split_turns
-    kept = [
-        (span, bool(message.get("train", True)) and (not last_only or number + 1 == len(answers)))
-        for number, (message, span) in enumerate(zip(answers, rendered.trained, strict=True))
-    ]
-    if not options.train_on_prompt:
-        return [span for span, is_kept in kept if is_kept]
-    # Everything but the answers that are not trained on.
-    spans, position = [], 0
-    for (start, end), is_kept in kept:
-        if not is_kept:
-            spans.append((position, start))
-            position = end
-    return [span for span in [*spans, (position, len(rendered.text))] if span[0] < span[1]]
-
-
-def _split(text: str, pattern: re.Pattern[str], trained: bool) -> Iterable[Piece]:
-    position = 0
-    for match in pattern.finditer(text):
-        if match.start() > position:
-            yield Piece(text=text[position : match.start()].replace(BREAK, ""), special=False, trained=trained)
-        yield Piece(text=match[0], special=True, trained=trained)
-        position = match.end()
-    if position < len(text):
-        yield Piece(text=text[position:].replace(BREAK, ""), special=False, trained=trained)
-
-
 def render_prompt(
     messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None
 ) -> list[int]:
@@ -328,9 +274,9 @@ def render_prompt(
     """
     given = arguments or {}
     template = ChatTemplate.of(tokenizer, given.get("tools"))
-    pieces = list(_split(template.prompt(messages, given), template.special, trained=False))
-    texts = iter(_text_ids(tokenizer, [piece.text for piece in pieces if not piece.special], False))
-    ids = [_special_ids(tokenizer, piece.text) if piece.special else next(texts) for piece in pieces]
+    found = list(split(template.prompt(messages, given), template.special, trained=False))
+    texts = text_ids(tokenizer, [piece.text for piece in found if not piece.special], False)
+    ids = [special_ids(tokenizer, piece.text) if piece.special else next(texts) for piece in found]
     return [token_id for of_piece in ids for token_id in of_piece]
 
 
@@ -349,36 +295,6 @@ def trained_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids at which generation stops: the token that ends an answer in the template, and the tokenizer's eos token."""
     tokens = sorted(ChatTemplate.of(tokenizer).end_tokens)
-    found = [token_id for token in tokens for token_id in _special_ids(tokenizer, token)]
+    found = [token_id for token in tokens for token_id in special_ids(tokenizer, token)]
     eos = tokenizer.eos_token_id
     return list(dict.fromkeys([*found, *([eos] if isinstance(eos, int) else [])]))
-
-
-@functools.lru_cache(maxsize=8)
-def _special_cache(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    return {}
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
-    known = _special_cache(tokenizer)
-    if token not in known:
-        known[token] = tokenizer.encode(token, add_special_tokens=False)
-    return known[token]
-
-
-def _text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], allow_special_tokens: bool) -> list[list[int]]:
-    """Ids of each text; unless allowed, what spells a special token stays text."""
-    if not texts:
-        return []
-    split = not allow_special_tokens
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
-    # transformers' own call also makes offsets and masks, which takes time and is not needed.
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    before, backend.encode_special_tokens = backend.encode_special_tokens, split
-    try:
-        return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    finally:
-        backend.encode_special_tokens = before

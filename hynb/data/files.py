@@ -8,17 +8,19 @@ import gzip
 import io
 import itertools
 import json
-import os
+import logging
 import random
-import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hynb.data.cache import cache_folder, content_hash, made_once
 from hynb.errors import DataError
-from hynb.files import file_hash, files_hash
+from hynb.files import combined_hash
+
+logger = logging.getLogger(__name__)
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
@@ -207,44 +209,56 @@ def _lines_of_array(path: Path, plain: Path) -> Path:
             f"{path}: is a JSON array of more than {_ARRAY_LIMIT_BYTES >> 30} GB, which has to be read as a whole. "
             f"Write one record per line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
         )
-    target = cache_folder() / f"{file_hash(plain)}-records.jsonl"
-    if target.exists():
-        return target
-    try:
-        records = json.loads(plain.read_bytes().removeprefix(_BOM).decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}:{error.colno}: invalid JSON in an array of records: {error.msg}"
-        ) from None
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise DataError(f"{path}: an array of records that cannot be read: {error}") from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as copy:
-        copy.writelines(json.dumps(record) + "\n" for record in records)
-    Path(copy.name).replace(target)
-    return target
+
+    def write(target: Path) -> None:
+        try:
+            records = json.loads(plain.read_bytes().removeprefix(_BOM).decode("utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{error.lineno}:{error.colno}: invalid JSON in an array of records: {error.msg}"
+            ) from None
+        except (UnicodeDecodeError, RecursionError, ValueError) as error:
+            raise DataError(f"{path}: an array of records that cannot be read: {error}") from None
+        with target.open("w", encoding="utf-8") as copy:
+            copy.writelines(json.dumps(record) + "\n" for record in records)
+
+    return _cached(path, f"{content_hash(plain)}-records.jsonl", write)
 
 
 def _decompressed_file(path: Path) -> Path:
     if path.suffix not in (".gz", ".zst"):
         return path
-    target = cache_folder() / f"{file_hash(path)}.jsonl"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open_data(path) as content, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy:
-            try:
-                while block := content.read(_BLOCK_BYTES):
+
+    def write(target: Path) -> None:
+        with target.open("wb") as copy, open_data(path) as content:
+            while block := content.read(_BLOCK_BYTES):
+                try:
                     copy.write(block)
-            except BaseException:
-                Path(copy.name).unlink()
-                raise
-        Path(copy.name).replace(target)
-    return target
+                except OSError as error:
+                    raise DataError(_cannot_write(path, error)) from None
+
+    return _cached(path, f"{content_hash(path)}.jsonl", write)
 
 
-def cache_folder() -> Path:
-    """Where decompressed files and results of checks are kept: `hynb` in XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hynb"
+def _cached(path: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """A copy of a file in the cache, which one process of the host writes while the others wait."""
+    target = cache_folder() / name
+
+    def write_and_log(temporary: Path) -> None:
+        write(temporary)
+        logger.info(f"{path}: unpacked to {target}, {temporary.stat().st_size / 1e6:.0f} MB")
+
+    try:
+        return made_once(target, write_and_log, durable=True)
+    except OSError as error:
+        raise DataError(_cannot_write(path, error)) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return (
+        f"{path}: cannot be unpacked into {cache_folder()}: {error.strerror}. Set XDG_CACHE_HOME to a folder on a "
+        "disk with space for it, or unpack the file yourself"
+    )
 
 
 def data_hash(paths: Paths) -> str:
@@ -253,7 +267,7 @@ def data_hash(paths: Paths) -> str:
     Raises:
         DataError: as `find_files`.
     """
-    return files_hash(find_files(paths))
+    return combined_hash([content_hash(path) for path in find_files(paths)])
 
 
 def without_bom(line: bytes, number: int) -> bytes:

@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 import torch
 
-from hynb.data.encoding import IGNORED
+from hynb.data.pieces import IGNORED
 
 # Steps among which samples are sorted by length: the more, the less padding and the less random the sampling order.
 _SORTED_STEPS = 50
 
 
-def best_fit(lengths: Sequence[int], max_seq_length: int, *, seed: int = 0) -> list[list[int]]:
+class Packs(Sequence[list[int]]):
+    """Packs of sample indices, held as arrays: as lists, those of 100 million samples would take gigabytes.
+
+    Args:
+        indices: the samples of all packs, one pack behind the other.
+        starts: where each pack begins, and the end of the last one.
+    """
+
+    def __init__(self, indices: np.ndarray, starts: np.ndarray) -> None:
+        self._indices = indices
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int, /) -> list[int]: ...
+
+    @overload
+    def __getitem__(self, index: slice, /) -> list[list[int]]: ...
+
+    def __getitem__(self, index: int | slice, /) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        return self._indices[self._starts[index] : self._starts[index + 1]].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def best_fit(lengths: Sequence[int] | np.ndarray, max_seq_length: int, *, seed: int = 0) -> Packs:
     """Packs samples by best-fit decreasing: the longest first, each into the fullest pack that it fits into.
 
     Args:
@@ -29,32 +64,88 @@ def best_fit(lengths: Sequence[int], max_seq_length: int, *, seed: int = 0) -> l
         ValueError: a sample is longer than max_seq_length.
     """
     counts = np.asarray(lengths, dtype=np.int64)
+    if len(counts) and int(counts.max()) > max_seq_length:
+        longest = int(counts.argmax())
+        raise ValueError(
+            f"sample {longest} has {counts[longest]} tokens, more than max_seq_length = {max_seq_length}"
+        )
     shuffled = np.random.default_rng(seed).permutation(len(counts))
     order = shuffled[np.argsort(-counts[shuffled], kind="stable")]
-    packs: list[list[int]] = []
-    # Packs by their free tokens, and the sorted keys.
-    packs_by_free: dict[int, list[int]] = {}
-    free_sizes: list[int] = []
-    for index in order.tolist():
-        length = int(counts[index])
-        if length > max_seq_length:
-            raise ValueError(f"sample {index} has {length} tokens, more than max_seq_length = {max_seq_length}")
-        smallest = bisect.bisect_left(free_sizes, length)
-        if smallest == len(free_sizes):
-            free, pack = max_seq_length, len(packs)
-            packs.append([])
-        else:
-            free = free_sizes[smallest]
-            pack = packs_by_free[free].pop()
-            if not packs_by_free[free]:
-                del packs_by_free[free], free_sizes[smallest]
-        packs[pack].append(index)
-        if remaining := free - length:
-            if remaining not in packs_by_free:
-                packs_by_free[remaining] = []
-                bisect.insort(free_sizes, remaining)
-            packs_by_free[remaining].append(pack)
-    return packs
+    sizes, firsts = np.unique(-counts[order], return_index=True)
+    bounds = [*firsts.tolist(), len(order)]
+    packer = _Packer(max_seq_length)
+    packs = [
+        packer.place(-size, stop - start)
+        for size, start, stop in zip(sizes.tolist(), bounds, bounds[1:], strict=False)
+    ]
+    pack_of = np.concatenate([*packs, np.zeros(0, np.int64)])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=packer.count))]).astype(np.int64)
+    return Packs(order[np.argsort(pack_of, kind="stable")].astype(np.uint32), starts)
+
+
+class _Packer:
+    """Packs by their free tokens; equally long samples are placed together, which takes one step per length."""
+
+    def __init__(self, max_seq_length: int) -> None:
+        self.count = 0
+        self._max_seq_length = max_seq_length
+        # For each number of free tokens, the packs with it; the last one is filled first. And the sorted numbers.
+        self._packs: dict[int, list[np.ndarray]] = {}
+        self._free: list[int] = []
+
+    def place(self, length: int, samples: int) -> np.ndarray:
+        """The pack of each of several samples of one length, as if they were placed one by one."""
+        if length == 0:
+            # It fits everywhere and fills nothing.
+            return np.full(samples, self._pack_of_empty(), np.int64)
+        placed: list[np.ndarray] = []
+        while samples:
+            smallest = bisect.bisect_left(self._free, length)
+            if smallest == len(self._free):
+                free, number = self._max_seq_length, -(-samples // (self._max_seq_length // length))
+                packs = np.arange(self.count, self.count + number)
+                self.count += number
+            else:
+                free = self._free[smallest]
+                packs = self._taken(free, -(-samples // (free // length)))
+            # The fullest pack that a sample fits into stays so until it is too full for another one.
+            each = free // length
+            whole = min(len(packs), samples // each)
+            placed.append(np.repeat(packs[:whole], each))
+            self._put(packs[:whole], free - each * length)
+            samples -= whole * each
+            if whole < len(packs):
+                placed.append(np.full(samples, packs[whole]))
+                self._put(packs[whole:], free - samples * length)
+                samples = 0
+        return np.concatenate(placed)
+
+    def _pack_of_empty(self) -> int:
+        self.count = max(self.count, 1)
+        return 0
+
+    def _taken(self, free: int, number: int) -> np.ndarray:
+        """At most so many packs with this number of free tokens, the last one first."""
+        taken: list[np.ndarray] = []
+        stack = self._packs[free]
+        while stack and number:
+            last = stack.pop()
+            if len(last) > number:
+                stack.append(last[: len(last) - number])
+                last = last[len(last) - number :]
+            taken.append(last[::-1])
+            number -= len(last)
+        if not stack:
+            del self._packs[free], self._free[bisect.bisect_left(self._free, free)]
+        return np.concatenate(taken)
+
+    def _put(self, packs: np.ndarray, free: int) -> None:
+        if not len(packs) or not free:
+            return
+        if free not in self._packs:
+            self._packs[free] = []
+            bisect.insort(self._free, free)
+        self._packs[free].append(packs)
 
 
 class Samples(Protocol):
@@ -69,14 +160,14 @@ class PackedDataset(torch.utils.data.Dataset):
     Args:
         dataset: the samples that are packed.
         packs: indices of samples, from `best_fit`; with parts, indices of parts.
-        parts: (sample, first token, end) of each part of a sample; None for whole samples.
+        parts: sample, first token and end of each part of a sample, of shape (parts, 3); None for whole samples.
     """
 
     def __init__(
         self,
         dataset: Samples,
         packs: Sequence[Sequence[int]],
-        parts: Sequence[tuple[int, int, int]] | None = None,
+        parts: np.ndarray | None = None,
     ) -> None:
         self.dataset = dataset
         self.packs = packs
@@ -98,7 +189,7 @@ class PackedDataset(torch.utils.data.Dataset):
     def _part(self, number: int) -> dict[str, list[int]]:
         if self.parts is None:
             return self.dataset[number]
-        index, start, stop = self.parts[number]
+        index, start, stop = self.parts[number].tolist()
         return {name: values[start:stop] for name, values in self.dataset[index].items()}
 
 

@@ -11,9 +11,10 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from hynb.data.encoding import DEFAULT, IGNORED, LabelOptions, encode, render
+from hynb.data.encoding import encode, render
 from hynb.data.files import Conversation
-from hynb.data.template import BREAK
+from hynb.data.pieces import DEFAULT, IGNORED, LabelOptions
+from hynb.data.placeholders import BREAK
 
 # A browser becomes slow with many more spans than this.
 _SHOWN_TOKENS = 4000

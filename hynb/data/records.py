@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +33,9 @@ _KEYS = {
 # Unicode 23.7: not for text; the template's rendering is traced with some of them.
 _NONCHARACTERS = {chr(code) for code in range(0xFDD0, 0xFDF0)}
 
+# An escape of half of a surrogate pair, or of a noncharacter; an emoji is a pair of them.
+_SUSPECT_ESCAPE = re.compile(rb"\\u(?:[dD][89a-fA-F]|[fF][dD][dDeE])")
+
 
 def parse_line(line: bytes, source: str) -> Conversation:
     """The conversation in one line; ShareGPT's and Alpaca's formats are converted.
@@ -51,21 +56,12 @@ def parse_line(line: bytes, source: str) -> Conversation:
         ) from None
     except (RecursionError, ValueError) as error:
         raise DataError(f"{source}: JSON that cannot be read: {error or 'nested too deeply'}") from None
-    found = _messages(record, source)
-    if found is None or not isinstance(found[0], list) or not found[0]:
-        raise DataError(f"{source}: must be {FORMATS}; the line begins {excerpt(line)}")
-    messages, keys = found
-    messages = [_normalised(message) for message in messages]
-    for number, message in enumerate(messages, 1):
-        if problem := _message_problem(message, messages[number - 2] if number > 1 else None):
-            raise DataError(f"{source}: message {number}: {problem}")
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to train on")
-    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
-        raise DataError(f'{source}: every answer has "train": false: there is nothing to train on')
-    # An empty system message is the same as none.
-    messages = [message for message in messages if message["role"] != "system" or message["content"]]
+    messages, keys = (
+        (record["messages"], _KEYS["messages"]) if _is_plain(record, line) else _checked(record, source, line)
+    )
     arguments = {key: value for key, value in record.items() if key not in keys and value not in (None, [], "")}
+    if not arguments:
+        return Conversation(messages=messages, source=source)
     if problem := _text_problem(arguments):
         raise DataError(f"{source}: {problem}")
     return Conversation(messages=messages, source=source, arguments=_with_tools(arguments, source))
@@ -88,6 +84,63 @@ def read_conversations(paths: Paths) -> Iterator[Conversation]:
 def excerpt(line: bytes) -> str:
     """The beginning of a line, quoted, for a message."""
     return repr(line[:60].decode("utf-8", errors="replace").strip())
+
+
+def _is_plain(record: Any, line: bytes) -> bool:
+    """Whether messages are valid and need no conversion: a role and a text each, and nothing else.
+
+    Most lines of most files are such; they need not go through all checks one by one.
+    """
+    if type(record) is not dict or b"\xef\xb7" in line:
+        return False
+    if b"\\u" in line and _SUSPECT_ESCAPE.search(line):
+        return False
+    messages = record.get("messages")
+    if type(messages) is not list:
+        return False
+    roles = []
+    for message in messages:
+        if type(message) is not dict or len(message) != 2:
+            return False
+        role, content = message.get("role"), message.get("content")
+        if type(content) is not str or type(role) is not str:
+            return False
+        if role != "user" and (not content or content.isspace()):
+            return False
+        roles.append(role)
+    return _is_order(tuple(roles))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_order(roles: tuple[str, ...]) -> bool:
+    """Whether messages of these roles may follow each other and end with an answer."""
+    messages = [{"role": role, "content": "…"} for role in roles]
+    befores = [None, *messages]
+    if any(_message_problem(message, before) for message, before in zip(messages, befores, strict=False)):
+        return False
+    return bool(roles) and roles[-1] == "assistant"
+
+
+def _checked(record: Any, source: str, line: bytes) -> tuple[list[dict[str, Any]], set[str]]:
+    """The messages of a record in their common form, and the keys that they were made of.
+
+    Raises:
+        DataError: as `parse_line`.
+    """
+    found = _messages(record, source)
+    if found is None or not isinstance(found[0], list) or not found[0]:
+        raise DataError(f"{source}: must be {FORMATS}; the line begins {excerpt(line)}")
+    messages, keys = found
+    messages = [_normalised(message) for message in messages]
+    for number, message in enumerate(messages, 1):
+        if problem := _message_problem(message, messages[number - 2] if number > 1 else None):
+            raise DataError(f"{source}: message {number}: {problem}")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to train on")
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
+        raise DataError(f'{source}: every answer has "train": false: there is nothing to train on')
+    # An empty system message is the same as none.
+    return [message for message in messages if message["role"] != "system" or message["content"]], keys
 
 
 def _messages(record: Any, source: str) -> tuple[Any, set[str]] | None:

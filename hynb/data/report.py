@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 _SHOWN_PROBLEMS = 20
 # Packing is estimated from this many samples; more would not change the digits that are shown.
 _ENOUGH_SAMPLES = 100_000
+# Padding is computed from this many.
+_MANY_SAMPLES = 1_000_000
+# Arrays with one number for each sample, which DataReport explains, and their types.
+COLUMNS = {
+    "lengths": np.uint32,
+    "kept": np.uint32,
+    "trained": np.uint32,
+    "trained_kept": np.uint32,
+    "spelled": np.uint8,
+    "shortened": np.uint16,
+    "answers": np.uint16,
+    "line_indices": np.uint32,
+}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -50,6 +64,8 @@ class DataReport:
         unknown_keys: for each key of records that nothing reads, the number of samples with it.
         ignored_fields: the same for fields that the template does not render, under `allow_ignored_fields`.
         from_cache: whether this is the stored result of an earlier check.
+        tokens: the file with the token ids and labels of all samples, in order; None if they are not kept.
+        tokens_note: why they are not kept.
     """
 
     files: list[str]
@@ -70,6 +86,8 @@ class DataReport:
     unknown_keys: dict[str, int]
     ignored_fields: dict[str, int]
     from_cache: bool = False
+    tokens: Path | None = None
+    tokens_note: str = ""
 
     @property
     def samples(self) -> int:
@@ -94,8 +112,14 @@ class DataReport:
     @property
     def rejected_locations(self) -> list[str]:
         """Locations (file:line) of lines without a sample, as `ChatDataset` takes them."""
-        with_samples = set(self.line_indices.tolist()) if self.answers.any() else set()
-        return list(dict.fromkeys(item.source for item in self.rejected if item.index not in with_samples))
+        rejected = np.array([item.index for item in self.rejected], dtype=np.int64)
+        places = np.searchsorted(self.line_indices, rejected)
+        # Under `split_turns` a line may have samples and rejected answers.
+        has_samples = np.zeros(len(rejected), dtype=bool)
+        within = places < len(self.line_indices)
+        has_samples[within] = self.line_indices[places[within]] == rejected[within]
+        sources = (item.source for item, is_kept in zip(self.rejected, has_samples, strict=True) if not is_kept)
+        return list(dict.fromkeys(sources))
 
     @property
     def cut_samples(self) -> int:
@@ -105,21 +129,22 @@ class DataReport:
     @property
     def cut_answer_tokens(self) -> int:
         """Number of tokens with a label that truncation removes."""
-        return int((self.trained - self.trained_kept).sum())
+        return int(self.trained.sum()) - int(self.trained_kept.sum())
 
     def padding_waste(self, batch_size: int, *, seed: int = 0) -> float:
         """Fraction of padding among the tokens of random batches."""
-        return 1 - float(self.kept.sum()) / _padded_tokens(self.kept, batch_size, seed) if self.samples else 0.0
+        if not self.samples:
+            return 0.0
+        lengths = _some(self.kept, _MANY_SAMPLES, seed)
+        return 1 - float(lengths.sum()) / _padded_tokens(lengths, batch_size, seed)
 
     def packing_gain(self, batch_size: int, *, seed: int = 0) -> float:
         """Tokens and padding of random batches of samples, divided by those of random batches of packs."""
         from hynb.data.packing import best_fit
 
         assert self.max_seq_length is not None
-        lengths = self.kept
-        if len(lengths) > _ENOUGH_SAMPLES:
-            lengths = np.random.default_rng(seed).choice(lengths, _ENOUGH_SAMPLES, replace=False)
-        packs = best_fit(lengths.tolist(), self.max_seq_length, seed=seed)
+        lengths = _some(self.kept, _ENOUGH_SAMPLES, seed)
+        packs = best_fit(lengths, self.max_seq_length, seed=seed)
         if not packs:
             return 1.0
         packed = np.array([int(lengths[pack].sum()) for pack in packs])
@@ -191,6 +216,13 @@ class DataReport:
         out.append(f"padding at per_device_train_batch_size = {batch_size}: {waste:.1%} of all tokens")
         out.append(f"packing: {self.packing_gain(batch_size):.2f} times fewer tokens, padding included")
         return "\n".join([*out, "length in tokens:", *_histogram(self.lengths)])
+
+
+def _some(lengths: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """All lengths, or a random choice where there are more than `count`."""
+    if len(lengths) <= count:
+        return lengths
+    return lengths[np.sort(np.random.default_rng(seed).integers(len(lengths), size=count))]
 
 
 def _padded_tokens(lengths: np.ndarray, batch_size: int, seed: int) -> int:

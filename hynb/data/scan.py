@@ -8,24 +8,33 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections import Counter
-from collections.abc import Iterator
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from hynb.data.cache import release_inherited_locks
 from hynb.data.dataset import ChatDataset
-from hynb.data.encoding import IGNORED, Prepared, answer_count, encode_prepared, prepare, up_to_answer
+from hynb.data.encoding import answer_count, encode_together, prepare, up_to_answer
 from hynb.data.files import Conversation
+from hynb.data.pieces import Prepared
 from hynb.data.records import excerpt, parse_line
+from hynb.data.report import COLUMNS as REPORTED
 from hynb.data.report import Rejected
+from hynb.data.tokens import TokenWriter, marked
 from hynb.errors import DataError
 
-# Numbers that are found of each sample; DataReport explains them.
-COUNTERS = ("lengths", "kept", "trained", "trained_kept", "spelled", "shortened", "answers")
-_BATCH_SAMPLES = 64
+# What is found of each sample: what DataReport explains, a hash, and where its tokens are in the file of all.
+COLUMNS = REPORTED | {"hashes": np.uint64, "starts": np.uint64, "checks": np.uint32}
+_BATCH_SAMPLES = 256
 # Lines for one task of a worker: enough to outweigh sending them, few enough for a steady progress bar.
 _RANGE_BYTES = 2 << 20
+_PENDING_PER_PROCESS = 4
+_PARENT_SECONDS = 1.0
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -39,44 +48,59 @@ class Range:
 
 def line_ranges(dataset: ChatDataset) -> Iterator[Range]:
     """All lines of a data set in ranges of about 2 MB."""
-    start = size_bytes = 0
-    for index in range(len(dataset)):
-        size_bytes += dataset.size_bytes(index)
-        if size_bytes >= _RANGE_BYTES:
-            yield Range(start=start, stop=index + 1, size_bytes=size_bytes)
-            start, size_bytes = index + 1, 0
-    if start < len(dataset):
-        yield Range(start=start, stop=len(dataset), size_bytes=size_bytes)
+    for start, stop, size_bytes in dataset.ranges(_RANGE_BYTES):
+        yield Range(start=start, stop=stop, size_bytes=size_bytes)
 
 
 _scan_of_worker: _Scan
 
 
-def _start_worker(scan: _Scan) -> None:
+def _start_worker(scan: _Scan, parent: int) -> None:
     global _scan_of_worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    release_inherited_locks()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _scan_of_worker = scan
+
+
+def _end_with(parent: int) -> None:
+    """Ends this worker when its parent has died: it would wait for the next task for ever."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(1)
 
 
 def _scan_in_worker(lines: Range) -> Found:
     return _scan_of_worker(lines)
 
 
-def scan_all(dataset: ChatDataset, ranges: list[Range], processes: int) -> Iterator[Found]:
+def scan_all(
+    dataset: ChatDataset, ranges: Iterable[Range], processes: int, tokens: TokenWriter | None = None
+) -> Iterator[Found]:
     """What is found in each range, in order.
 
     Without a tokenizer lines are only parsed, and their counters are 0.
+
+    Args:
+        tokens: gets the token ids.
     """
-    scan = _Scan(dataset)
-    if processes <= 1 or len(ranges) <= 1:
+    scan = _Scan(dataset, tokens)
+    if processes <= 1:
         yield from map(scan, ranges)
         return
     # Forked workers share the tokenizer and the index instead of building their own.
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_start_worker, initargs=(scan,)
+        processes, mp_context=context, initializer=_start_worker, initargs=(scan, os.getpid())
     ) as pool:
-        yield from pool.map(_scan_in_worker, ranges)
+        # Some at a time: the results of all ranges would be in memory where one takes long.
+        pending: deque[concurrent.futures.Future[Found]] = deque()
+        for item in ranges:
+            pending.append(pool.submit(_scan_in_worker, item))
+            if len(pending) >= processes * _PENDING_PER_PROCESS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 @dataclass(kw_only=True)
@@ -84,139 +108,143 @@ class Found:
     """What was found in a range of lines.
 
     Args:
-        counters: a list for each of `COUNTERS` with one number per sample.
-        hashes: of what each sample is rendered as, 64 bits.
-        line_indices: of each sample among all lines.
-        keys: number of samples with each of the records' keys that nothing reads, and of each ignored field.
+        columns: an array for each of `COLUMNS` with one number per sample.
+        unknown_keys, ignored_fields: number of samples with each of the records' keys that nothing reads, and with
+            each field that the template does not render.
     """
 
-    counters: dict[str, list[int]]
-    hashes: list[int]
-    line_indices: list[int]
+    columns: dict[str, np.ndarray]
     unknown_keys: Counter[str]
     ignored_fields: Counter[str]
     rejected: list[Rejected]
     size_bytes: int
 
 
-@dataclass(kw_only=True, frozen=True)
+@dataclass(kw_only=True, frozen=True, slots=True)
 class _Parsed:
     """A sample of a valid line: its conversation, or one up to an answer.
 
     Args:
+        prepared: what is tokenised; None without a tokenizer.
         answer: number of the answer that ends it, from 1; 0 for the whole conversation.
     """
 
     index: int
     line: bytes
     conversation: Conversation
-    answer: int = 0
+    prepared: Prepared | None
+    answer: int
 
 
 class _Scan:
     """Parses and encodes the lines of a range; each worker process has one."""
 
-    def __init__(self, dataset: ChatDataset) -> None:
+    def __init__(self, dataset: ChatDataset, tokens: TokenWriter | None) -> None:
         self.dataset = dataset
+        self.tokens = tokens
 
     def __call__(self, lines: Range) -> Found:
         """What is found in a range of lines."""
         found = Found(
-            counters={name: [] for name in COUNTERS},
-            hashes=[],
-            line_indices=[],
-            unknown_keys=Counter(),
-            ignored_fields=Counter(),
-            rejected=[],
-            size_bytes=lines.size_bytes,
+            columns={}, unknown_keys=Counter(), ignored_fields=Counter(), rejected=[], size_bytes=lines.size_bytes
         )
+        parts: list[dict[str, np.ndarray]] = []
         batch: list[_Parsed] = []
         batch_bytes = 0
         for index, (location, line) in enumerate(self.dataset.lines(lines.start, lines.stop), lines.start):
             try:
-                batch += self._samples(index, line, parse_line(line, location))
+                conversation = parse_line(line, location)
             except DataError as error:
                 found.rejected.append(_rejected(index, location, error, line))
                 continue
+            self._add_samples(index, line, conversation, batch, found)
             batch_bytes += len(line)
-            # By size as well: 64 lines may be of ten megabytes each.
-            if len(batch) == _BATCH_SAMPLES or batch_bytes > _RANGE_BYTES:
-                self._add_batch(batch, found)
+            # By size as well: the lines may be of ten megabytes each.
+            if len(batch) >= _BATCH_SAMPLES or batch_bytes > _RANGE_BYTES:
+                parts.append(self._columns(batch, found))
                 batch, batch_bytes = [], 0
-        self._add_batch(batch, found)
+        parts.append(self._columns(batch, found))
+        found.columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
         found.rejected.sort(key=lambda item: item.index)
         return found
 
-    def _samples(self, index: int, line: bytes, conversation: Conversation) -> Iterator[_Parsed]:
-        """The samples of a line: the conversation, or one for each answer."""
-        if not self.dataset.options.split_turns:
-            yield _Parsed(index=index, line=line, conversation=conversation)
-            return
-        for number in range(1, answer_count(conversation) + 1):
-            if (part := up_to_answer(conversation, number)) is not None:
-                yield _Parsed(index=index, line=line, conversation=part, answer=number)
-
-    def _add_batch(self, batch: list[_Parsed], found: Found) -> None:
-        try:
-            samples = self._encoded(batch)
-        except DataError as error:
-            if len(batch) > 1:
-                # The error is that of one sample; encode each by itself.
-                for item in batch:
-                    self._add_batch([item], found)
-            else:
-                self._reject(batch[0], error, found)
-            return
-        for item, (prepared, sample) in zip(batch, samples, strict=True):
-            self._add(item, prepared, sample, found)
-
-    def _encoded(self, batch: list[_Parsed]) -> list[tuple[Prepared, dict[str, list[int]]] | tuple[None, None]]:
-        """Whole samples and what they were made of; None without a tokenizer.
-
-        Raises:
-            DataError: for one of the conversations.
-        """
-        if self.dataset.tokenizer is None:
-            return [(None, None)] * len(batch)
-        tokenizer, options = self.dataset.tokenizer, self.dataset.options
-        prepared = [prepare(item.conversation, tokenizer, options) for item in batch]
-        return list(zip(prepared, encode_prepared(prepared, tokenizer, 1 << 40), strict=True))
-
-    def _add(
-        self, item: _Parsed, prepared: Prepared | None, sample: dict[str, list[int]] | None, found: Found
+    def _add_samples(
+        self, index: int, line: bytes, conversation: Conversation, batch: list[_Parsed], found: Found
     ) -> None:
-        counts = dict.fromkeys(COUNTERS, 0) | {"answers": item.answer}
-        if prepared is not None and sample is not None:
-            trained = np.asarray(sample["labels"]) != IGNORED
-            kept = trained[: self.dataset.max_seq_length]
-            counts |= {"lengths": len(trained), "kept": len(kept)}
-            counts |= {"trained": int(trained.sum()), "trained_kept": int(kept.sum())}
-            if not counts["trained"]:
-                reason = 'nothing of it is trained on: its last answer has "train": false (train_on_turns)'
-                self._reject(item, DataError(f"{item.conversation.source}: {reason}"), found)
-                return
-            if not counts["trained_kept"]:
-                self._reject_cut(item, trained, found)
-                return
-            counts |= {"spelled": int(prepared.spelled), "shortened": prepared.shortened}
-            found.unknown_keys.update(prepared.unknown)
-            found.ignored_fields.update(prepared.ignored)
-        for name, value in counts.items():
-            found.counters[name].append(value)
-        found.line_indices.append(item.index)
-        found.hashes.append(_hash(item.conversation, sample))
+        """Adds the samples of a line to a batch: the conversation, or one for each answer."""
+        tokenizer, options = self.dataset.tokenizer, self.dataset.options
+        numbers = range(1, answer_count(conversation) + 1) if options.split_turns else (0,)
+        for number in numbers:
+            part = up_to_answer(conversation, number) if number else conversation
+            if part is None:
+                continue
+            try:
+                prepared = prepare(part, tokenizer, options) if tokenizer is not None else None
+            except DataError as error:
+                found.rejected.append(_rejected(index, conversation.source, error, line))
+                continue
+            batch.append(_Parsed(index=index, line=line, conversation=part, prepared=prepared, answer=number))
 
-    def _reject(self, item: _Parsed, error: DataError, found: Found) -> None:
-        found.rejected.append(_rejected(item.index, item.conversation.source, error, item.line))
+    def _columns(self, batch: list[_Parsed], found: Found) -> dict[str, np.ndarray]:
+        columns = {name: np.zeros(len(batch), dtype) for name, dtype in COLUMNS.items()}
+        columns["line_indices"][:] = [item.index for item in batch]
+        columns["answers"][:] = [item.answer for item in batch]
+        if self.dataset.tokenizer is None or self.dataset.max_seq_length is None:
+            columns["hashes"][:] = [_hash_of_text(item.conversation) for item in batch]
+            return columns
+        prepared = [item.prepared for item in batch if item.prepared is not None]
+        encoded = encode_together(prepared, self.dataset.tokenizer)
+        starts, stops = encoded.starts[:-1], encoded.starts[1:]
+        labels_before = np.zeros(len(encoded.ids) + 1, np.int64)
+        np.cumsum(encoded.trained, out=labels_before[1:])
+        columns["lengths"][:] = stops - starts
+        kept_stops = starts + np.minimum(stops - starts, self.dataset.max_seq_length)
+        columns["kept"][:] = kept_stops - starts
+        columns["trained"][:] = labels_before[stops] - labels_before[starts]
+        columns["trained_kept"][:] = labels_before[kept_stops] - labels_before[starts]
+        columns["spelled"][:] = [item.spelled for item in prepared]
+        columns["shortened"][:] = [item.shortened for item in prepared]
+        is_sample = columns["trained_kept"] > 0
+        for number in np.flatnonzero(~is_sample).tolist():
+            self._reject(batch[number], encoded.trained[starts[number] : stops[number]], found)
+        for number in np.flatnonzero(is_sample).tolist():
+            if prepared[number].unknown or prepared[number].ignored:
+                found.unknown_keys.update(prepared[number].unknown)
+                found.ignored_fields.update(prepared[number].ignored)
+        columns = {name: values[is_sample] for name, values in columns.items()}
+        self._add_tokens(columns, marked(encoded.ids, encoded.trained), starts[is_sample])
+        return columns
 
-    def _reject_cut(self, item: _Parsed, trained: np.ndarray, found: Found) -> None:
-        """Leaves out a sample of whose answers nothing is left after truncation."""
+    def _add_tokens(self, columns: dict[str, np.ndarray], tokens: np.ndarray, starts: np.ndarray) -> None:
+        """Hashes the samples and hands their tokens to the writer."""
+        whole = memoryview(tokens.tobytes())
+        bounds = list(zip(starts.tolist(), columns["lengths"].tolist(), columns["kept"].tolist(), strict=True))
+        columns["hashes"][:] = [_hash(whole[start * 4 : (start + length) * 4]) for start, length, _ in bounds]
+        if self.tokens is None:
+            return
+        kept = [whole[start * 4 : (start + length) * 4] for start, _, length in bounds]
+        columns["checks"][:] = [zlib.crc32(content) for content in kept]
+        position = self.tokens.write(np.frombuffer(b"".join(kept), dtype=np.uint32))
+        sizes = columns["kept"].astype(np.int64)
+        columns["starts"][:] = max(position, 0) + np.cumsum(sizes) - sizes
+
+    def _reject(self, item: _Parsed, trained: np.ndarray, found: Found) -> None:
+        """Leaves out a sample of which nothing is trained on, at all or after truncation.
+
+        Args:
+            trained: whether each token has a label.
+        """
+        source = item.conversation.source
+        if not trained.any():
+            problem = f'{source}: nothing of it is trained on: its last answer has "train": false (train_on_turns)'
+            found.rejected.append(_rejected(item.index, source, DataError(problem), item.line))
+            return
         needed = int(trained.argmax()) + 1
         problem = (
-            f"{item.conversation.source}: nothing of the answer is left within max_seq_length = "
+            f"{source}: nothing of the answer is left within max_seq_length = "
             f"{self.dataset.max_seq_length} of its {len(trained)} tokens: from {needed} tokens on it is trained on"
         )
-        rejected = _rejected(item.index, item.conversation.source, DataError(problem), item.line)
+        rejected = _rejected(item.index, source, DataError(problem), item.line)
         found.rejected.append(dataclasses.replace(rejected, needed_tokens=needed))
 
 
@@ -224,10 +252,11 @@ def _rejected(index: int, location: str, error: DataError, line: bytes) -> Rejec
     return Rejected(index=index, source=location, problem=str(error), excerpt=excerpt(line))
 
 
-def _hash(conversation: Conversation, sample: dict[str, list[int]] | None) -> int:
+def _hash(content: memoryview) -> int:
     """64 bits of a hash over all that is trained on, by which duplicates are found."""
-    if sample is None:
-        content = json.dumps([conversation.messages, conversation.arguments], sort_keys=True).encode()
-    else:
-        content = np.asarray([*sample["input_ids"], -1, *sample["labels"]], dtype=np.int32).tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def _hash_of_text(conversation: Conversation) -> int:
+    content = json.dumps([conversation.messages, conversation.arguments], sort_keys=True).encode()
+    return _hash(memoryview(content))

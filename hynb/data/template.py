@@ -7,13 +7,12 @@ opens it (upstream's training of Hy3 does the same).
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,37 +21,23 @@ import jinja2
 from hynb.data.files import Conversation
 from hynb.data.jinja_trace import Traced, TracedTemplate
 from hynb.data.message_forms import THOUGHT_FIELDS, Messages, message_forms, plain_message
+from hynb.data.placeholders import (
+    BREAK,
+    Placeholders,
+    Rendered,
+    Shape,
+    placeholder_messages,
+    shape_of,
+    without_placeholders,
+)
 from hynb.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Noncharacters, as in jinja_trace: inside of a special token's text, it stays text; around a probed content.
-BREAK = "\ufdd2"
-_PLACEHOLDER = "\ufdd3{}\ufdd4"
-_PLACEHOLDERS = re.compile("(\u2003?)\ufdd3(\\d+)\ufdd4(\u2003?)")
-# White space (an em space) that no template writes itself: where it is missing, the template strips contents.
-_PADDING = "\u2003"
 _THOUGHT = re.compile(r"<think[^<>]*>")
 # Variables of a template that are not taken from a record.
 _OWN_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "is_training", "documents"})
-# Of each message: its role, and whether its content is empty.
-Shape = tuple[tuple[str, bool], ...]
-
-
-@dataclass(kw_only=True, frozen=True)
-class Rendered:
-    """A conversation as the template renders it for training.
-
-    Args:
-        text: special tokens that messages spell have a `BREAK` inside, unless they are to become tokens.
-        trained: start and end of each part that is trained on, in order and apart.
-        turns: for each message, start and end of what the template wrote for it; None where it wrote nothing.
-    """
-
-    text: str
-    trained: tuple[tuple[int, int], ...]
-    turns: tuple[tuple[int, int] | None, ...]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -98,6 +83,7 @@ class ChatTemplate:
 
     Attributes:
         special, added: patterns of the texts of the tokenizer's special tokens, and of all its added tokens.
+        special_texts, added_texts: these texts.
     """
 
     def __init__(self, tokenizer: TemplateTokenizer, source: str) -> None:
@@ -106,12 +92,13 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template is not valid: {error}") from None
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self.special = _token_pattern(tokenizer, special_only=True)
-        self.added = _token_pattern(tokenizer, special_only=False)
+        self.special_texts = _token_texts(tokenizer, special_only=True)
+        self.added_texts = _token_texts(tokenizer, special_only=False)
+        self.special, self.added = _pattern(self.special_texts), _pattern(self.added_texts)
         eos = self._special_tokens.get("eos_token")
         self._eos = eos if isinstance(eos, str) else None
         self._takes_text_arguments = bool(re.search(r"arguments\s+is\s+(not\s+)?(string|mapping)", source))
-        self._programs: dict[Shape, _Program] = {}
+        self._placeholders: dict[Shape, Placeholders] = {}
         self._generation_prompts: dict[tuple[Any, ...], str] = {}
 
     @staticmethod
@@ -157,8 +144,8 @@ class ChatTemplate:
         if not allow_special_tokens:
             messages = [{**self._broken(message), "role": message["role"]} for message in messages]
         arguments = conversation.arguments if allow_special_tokens else self._broken(conversation.arguments)
-        if not arguments and self._is_simple(messages):
-            rendered = self._program(messages, conversation.source).fill(messages)
+        if not arguments and self.is_simple(messages):
+            rendered = self.placeholders(messages, conversation.source).fill(messages)
         else:
             rendered = self._render_traced(messages, arguments, conversation.source)
         return rendered
@@ -197,7 +184,7 @@ class ChatTemplate:
         messages = conversation.messages
         answers = sum(message["role"] == "assistant" for message in messages)
         plain = [plain_message(message) for message in messages]
-        if answers < 2 or (not conversation.arguments and self._is_simple(plain)):
+        if answers < 2 or (not conversation.arguments and self.is_simple(plain)):
             return []
         whole, _ = self._rendered_turns(messages, conversation)
         found = []
@@ -432,89 +419,35 @@ class ChatTemplate:
             return [self._broken(item) for item in value]
         return value
 
-    def _is_simple(self, messages: Messages) -> bool:
+    def is_simple(self, messages: Messages) -> bool:
         """Whether messages differ from placeholders in nothing that the template looks at."""
         sought, equal = self._template.sought, self._template.equal
         for message in messages:
             content = message.get("content")
-            if message.keys() != {"role", "content"} or not isinstance(content, str):
+            if len(message) != 2 or not isinstance(content, str) or "role" not in message:
                 return False
-            if (content and content in equal) or any(text in content for text in sought):
+            if content in equal and content:
                 return False
+            for text in sought:
+                if text in content:
+                    return False
         return True
 
-    def _program(self, messages: Messages, source: str) -> _Program:
-        shape = tuple((message["role"], message["content"] == "") for message in messages)
-        if shape not in self._programs:
-            placeholders = [
-                {"role": role, "content": "" if empty else _PADDING + _PLACEHOLDER.format(number) + _PADDING}
-                for number, (role, empty) in enumerate(shape)
-            ]
+    def placeholders(self, messages: Messages, source: str) -> Placeholders:
+        """The rendering of placeholders in place of the contents of messages for which `is_simple` is true.
+
+        Raises:
+            DataError: as `render`.
+        """
+        shape = shape_of(messages)
+        if shape not in self._placeholders:
             try:
-                rendered = self._render_traced(placeholders, {}, source)
+                rendered = self._render_traced(placeholder_messages(shape), {}, source)
             except DataError as error:
                 # Name what is wrong with this conversation, not with its placeholders.
-                raise DataError(_PLACEHOLDERS.sub("…", str(error))) from error
-            self._programs[shape] = _Program(rendered, shape, source)
-        return self._programs[shape]
-
-
-class _Program:
-    """A rendering of placeholders, to be filled with the contents of any conversation of the same shape.
-
-    Raises:
-        DataError: the template leaves out or changes a content.
-    """
-
-    def __init__(self, rendered: Rendered, shape: Shape, source: str) -> None:
-        self._pieces: list[str | tuple[int, bool, bool]] = []
-        # Positions in the rendering that have to be moved as contents are filled in.
-        self._turns, self._trained = rendered.turns, rendered.trained
-        self._cuts: list[tuple[int, int, int]] = []
-        end, expected = 0, [number for number, (_, empty) in enumerate(shape) if not empty]
-        found = []
-        for match in _PLACEHOLDERS.finditer(rendered.text):
-            number = int(match[2])
-            found.append(number)
-            self._pieces += [rendered.text[end : match.start()], (number, not match[1], not match[3])]
-            self._cuts.append((match.start(), match.end(), number))
-            end = match.end()
-        self._pieces.append(rendered.text[end:])
-        for number in expected:
-            if found.count(number) != 1:
-                raise DataError(f"{source}: the chat template leaves out, repeats or changes message {number + 1}")
-
-    def fill(self, messages: Messages) -> Rendered:
-        """The rendering of messages."""
-        texts: list[str] = []
-        ends: list[int] = []
-        shifts: list[int] = [0]
-        shift, cuts = 0, iter(self._cuts)
-        for piece in self._pieces:
-            if isinstance(piece, str):
-                texts.append(piece)
-                continue
-            number, strip_left, strip_right = piece
-            content: str = messages[number]["content"]
-            content = content.lstrip() if strip_left else content
-            content = content.rstrip() if strip_right else content
-            texts.append(content)
-            start, end, _ = next(cuts)
-            shift += len(content) - (end - start)
-            ends.append(end)
-            shifts.append(shift)
-
-        def moved(position: int) -> int:
-            return position + shifts[bisect.bisect_right(ends, position)]
-
-        def moved_span(span: tuple[int, int]) -> tuple[int, int]:
-            return moved(span[0]), moved(span[1])
-
-        return Rendered(
-            text="".join(texts),
-            trained=tuple(map(moved_span, self._trained)),
-            turns=tuple(moved_span(span) if span else None for span in self._turns),
-        )
+                raise DataError(without_placeholders(str(error))) from error
+            self._placeholders[shape] = Placeholders(rendered, shape, source)
+        return self._placeholders[shape]
 
 
 @functools.lru_cache(maxsize=16)
@@ -522,15 +455,18 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTemplat
     return ChatTemplate(tokenizer, source)
 
 
-def _token_pattern(tokenizer: TemplateTokenizer, *, special_only: bool) -> re.Pattern[str]:
-    """A pattern of the texts of special tokens, or of all added tokens.
+def _token_texts(tokenizer: TemplateTokenizer, *, special_only: bool) -> frozenset[str]:
+    """The texts of special tokens, or of all added tokens.
 
     Args:
         special_only: leave out added tokens that are part of the text, such as `<think>` in some tokenizers.
     """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special or not special_only]
-    names = {str(name) for name in [*tokenizer.all_special_tokens, *added] if name}
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    return frozenset(str(name) for name in [*tokenizer.all_special_tokens, *added] if name)
+
+
+def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def _other(value: Any) -> Any:

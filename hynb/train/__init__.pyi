@@ -10,6 +10,7 @@ from .datasets import broadcast_plan as broadcast_plan
 from .datasets import build_datasets as build_datasets
 from .datasets import check_datasets as check_datasets
 from .datasets import check_files as check_files
+from .datasets import data_workers as data_workers
 from .datasets import label_options as label_options
 from .datasets import training_sampler as training_sampler
 from .failure import report_failure as report_failure

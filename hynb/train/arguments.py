@@ -16,12 +16,15 @@ from hynb.runs import RunDir
 logger = logging.getLogger(__name__)
 
 
-def training_arguments(config: Config, ds_config: dict[str, Any], *, evaluates: bool) -> TrainingArguments:
+def training_arguments(
+    config: Config, ds_config: dict[str, Any], *, evaluates: bool, workers: int = 0
+) -> TrainingArguments:
     """The TrainingArguments of a Config. ZeRO-3 shards every model that is created while they exist.
 
     Args:
         ds_config: DeepSpeed's settings.
         evaluates: whether there is an evaluation set.
+        workers: processes of this rank that read batches ahead.
 
     Raises:
         ConfigError: TrainingArguments refuses a value of `training_args`.
@@ -56,6 +59,9 @@ def training_arguments(config: Config, ds_config: dict[str, Any], *, evaluates: 
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": on_gpu,
+        "dataloader_num_workers": workers,
+        # Otherwise each epoch and evaluation would start them again.
+        "dataloader_persistent_workers": workers > 0,
     }
     if evaluates:
         values |= {"eval_strategy": "steps", "eval_steps": config.eval_steps or config.save_steps}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from hynb.data import (
     PackedDataset,
     SeededSampler,
     best_fit,
+    cache_folder,
     check_data,
+    kept_tokens,
     split_share,
 )
 from hynb.errors import DataError
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 # Longer than any sample: the max_seq_length of a check that truncates nothing.
 _NO_LIMIT_TOKENS = 1 << 40
 _PROGRESS_SECONDS = 10.0
+# One core tokenises about a million tokens per second, several times what a GPU trains on.
+_TOKENISING_WORKERS = 2
 
 
 @dataclass(kw_only=True)
@@ -43,12 +48,14 @@ class CheckedFiles:
         lengths: tokens of each remaining sample, after truncation.
         lines, answers: of each sample, the index of its line among those that are not left out, and the number of the
             answer that ends it; None where each line is one sample.
+        tokens: name of the file in the cache that has the samples' token ids, on hosts where it is; None: nowhere.
     """
 
     rejected: list[str]
     lengths: np.ndarray
     lines: np.ndarray | None = None
     answers: np.ndarray | None = None
+    tokens: str | None = None
 
     @property
     def line_count(self) -> int:
@@ -148,7 +155,7 @@ def build_datasets(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Dat
     )
     if config.packing:
         parts = _split_parts(lengths, config.max_seq_length)
-        packs = best_fit([stop - start for _, start, stop in parts], config.max_seq_length, seed=config.seed)
+        packs = best_fit(parts[:, 2] - parts[:, 1], config.max_seq_length, seed=config.seed)
         train = PackedDataset(train, packs, parts)
     return Datasets(train=train, evaluation=evaluation, lengths=lengths if config.group_by_length else None)
 
@@ -159,6 +166,23 @@ def training_sampler(config: Config, datasets: Datasets, world_size: int) -> See
     # An array serves as the sequence that the annotation names; a list of 100 million samples would take gigabytes.
     lengths: Any = datasets.lengths
     return SeededSampler(len(datasets.train), config.seed, lengths=lengths, group=group)
+
+
+def data_workers(config: Config, datasets: Datasets) -> tuple[int, str]:
+    """How many processes of this rank read batches ahead, with the reason."""
+    if config.dataloader_num_workers is not None:
+        return config.dataloader_num_workers, "as given"
+    if not torch.cuda.is_available():
+        return 0, "without a GPU, training uses all cores itself"
+    samples = datasets.train.dataset if isinstance(datasets.train, PackedDataset) else datasets.train
+    has_tokens = isinstance(samples, ChatDataset) and samples.has_tokens
+    ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    cores = len(os.sched_getaffinity(0))
+    # One core of each rank feeds its GPU.
+    workers = max(0, min(1 if has_tokens else _TOKENISING_WORKERS, cores // ranks - 1))
+    if not workers:
+        return 0, f"{cores} CPU cores for {ranks} ranks leave none for them"
+    return workers, "token ids are kept and only read" if has_tokens else "samples are tokenised as they are read"
 
 
 def check_files(
@@ -207,17 +231,21 @@ def _dataset(
             "copy the same file to every host"
         )
     if checked.lines is not None and checked.answers is not None:
-        dataset = dataset.with_answers(checked.lines.tolist(), checked.answers.tolist())
+        dataset = dataset.with_answers(checked.lines, checked.answers)
+    # A host without the file tokenises on access, with the same result.
+    store = kept_tokens(checked.tokens) if checked.tokens else None
+    if store is not None and np.array_equal(store.lengths, checked.lengths):
+        dataset = dataset.with_tokens(store)
     return dataset.subset(indices) if indices is not None else dataset
 
 
-def _split_parts(lengths: np.ndarray, max_seq_length: int) -> list[tuple[int, int, int]]:
-    """Index of the sample, first token and end of each part of at most max_seq_length tokens."""
-    return [
-        (index, start, min(start + max_seq_length, length))
-        for index, length in enumerate(lengths.tolist())
-        for start in range(0, length, max_seq_length)
-    ]
+def _split_parts(lengths: np.ndarray, max_seq_length: int) -> np.ndarray:
+    """Index of the sample, first token and end of each part of at most max_seq_length tokens; shape (parts, 3)."""
+    sizes = lengths.astype(np.int64)
+    counts = -(-sizes // max_seq_length)
+    samples = np.repeat(np.arange(len(sizes)), counts)
+    starts = (np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_seq_length
+    return np.stack([samples, starts, np.minimum(starts + max_seq_length, sizes[samples])], axis=1)
 
 
 def _check(config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, rejected_path: Path) -> DataReport:
@@ -227,6 +255,14 @@ def _check(config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, r
     options = {"rejected_path": rejected_path, "progress": _log_progress(parameter)}
     report = check_files(config, tokenizer, parameter, truncate=truncate, **options)
     logger.info(f"{report.samples} samples, {len(report.rejected)} rejected, in {', '.join(report.files)}")
+    if report.tokens:
+        size_mb = report.tokens.stat().st_size / 1e6
+        logger.info(f"token ids are kept in {report.tokens} ({size_mb:.1f} MB) and not computed again")
+    elif report.tokens_note:
+        logger.info(
+            f"token ids are not kept in {cache_folder()}: {report.tokens_note}; samples are tokenised during "
+            "training. XDG_CACHE_HOME names another folder"
+        )
     if report.rejected:
         logger.info(f"{len(report.rejected)} lines or samples are left out; they are kept in {rejected_path}")
     if report.too_long:
@@ -265,10 +301,15 @@ def _log_progress(parameter: str) -> Callable[[int, int], None]:
 def _checked(report: DataReport) -> CheckedFiles:
     lines = answers = None
     if report.answers.any():
-        _, inverse = np.unique(report.line_indices, return_inverse=True)
-        lines, answers = inverse.astype(np.uint32), report.answers.astype(np.uint16)
+        is_next_line = np.diff(report.line_indices, prepend=report.line_indices[:1]) != 0
+        lines, answers = np.cumsum(is_next_line, dtype=np.uint32), np.array(report.answers, dtype=np.uint16)
     return CheckedFiles(
-        rejected=report.rejected_locations, lengths=report.kept.astype(np.uint32), lines=lines, answers=answers
+        rejected=report.rejected_locations,
+        # A copy in memory: what is mapped from a file cannot be sent.
+        lengths=np.array(report.kept, dtype=np.uint32),
+        lines=lines,
+        answers=answers,
+        tokens=report.tokens.name if report.tokens else None,
     )
 
 

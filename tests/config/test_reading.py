@@ -57,11 +57,11 @@ def test_upstreams_flags_are_all_parameters():
 
 
 def test_other_training_arguments_pass_with_their_types():
-    words = "--adam_beta2 0.95 --dataloader_num_workers 2 --torch_compile --optim adamw_torch --tf32 false"
+    words = "--adam_beta2 0.95 --dataloader_prefetch_factor 2 --torch_compile --optim adamw_torch --tf32 false"
     config = read_flags([*words.split(), "--train_data_file=d", "--model_name_or_path=m"]).config("x")
     assert config.training_args == {
         "adam_beta2": 0.95,
-        "dataloader_num_workers": 2,
+        "dataloader_prefetch_factor": 2,
         "torch_compile": True,
         "optim": "adamw_torch",
         "tf32": False,

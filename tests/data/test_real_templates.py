@@ -60,6 +60,25 @@ def test_labels_equal_the_golden_ones(model, tokenizer, shared):
         assert encode(found, tokenizer, 1 << 20) == {key: case[key] for key in ("input_ids", "labels")}, name
 
 
+def test_plain_conversations_are_encoded_as_those_that_are_rendered(tokenizer):
+    end = sorted(ChatTemplate.of(tokenizer).end_tokens)[0]
+    contents = ["q", " a \n", f"x{end}y", "<think>t</think>a", "<think>", "<", "/no_think q", "车 é\t", "\u2003a"]
+    for number, options in enumerate([{}, {"train_on_prompt": True}, {"train_on_turns": "last"}] * 12):
+        turns = [contents[(number * 5 + step * (number + 1)) % len(contents)] for step in range(2 + number % 2 * 2)]
+        messages = [{"role": ("user", "assistant")[step % 2], "content": text} for step, text in enumerate(turns)]
+        if number % 3 == 0:
+            messages.insert(0, {"role": "system", "content": contents[number % len(contents)]})
+        found = []
+        # A message with another key is rendered by the template itself.
+        for extra in ({}, {"train": True}):
+            record = {"messages": [messages[0] | extra, *messages[1:]]}
+            try:
+                found.append(encode(conversation(record), tokenizer, 1 << 20, LabelOptions(**options)))
+            except DataError as error:
+                found.append(str(error))
+        assert found[0] == found[1], (messages, options)
+
+
 def test_every_answer_ends_with_a_token_at_which_generation_stops(model, tokenizer, shared):
     stops = stop_token_ids(tokenizer)
     for case in json.loads((shared / "golden" / "labels.json").read_text())[model].values():

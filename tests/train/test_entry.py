@@ -80,6 +80,19 @@ def test_the_phases_of_a_run(files, ranks, tmp_path):
     assert (heartbeat["phase"], heartbeat["global_step"]) == ("training", 2)
 
 
+def test_data_workers_change_no_loss(files, ranks, tmp_path):
+    found = []
+    for workers in (0, 2):
+        values = {"max_steps": 3, "eval_split": 0.2, "eval_steps": 2, "dataloader_num_workers": workers}
+        config = config_of(files, "hunyuan_v1_dense", tmp_path / f"run{workers}", **values)
+        (tmp_path / "run.yaml").write_text(to_yaml(config))
+        done = ranks.run(tmp_path / "run.yaml", ranks=2)
+        assert done.returncode == 0, done.stderr
+        assert f"dataloader_num_workers = {workers}: as given" in done.stdout
+        found.append(losses(attach(config.output_dir)))
+    assert len(found[0]) == 3 and found[0] == found[1]
+
+
 def test_untrained_weights_stay_bit_for_bit_in_bf16(files, ranks, tmp_path):
     """The base is like the released ones: bf16, with float32 routers."""
     base = shutil.copytree(files["hunyuan"], tmp_path / "base")

@@ -42,10 +42,10 @@ def test_comments_are_shortened_at_the_end_of_a_clause_or_of_a_word():
 def test_injected_values_are_read_in_any_plain_type():
     cell = "# Parameters\nmax_steps = 7"
     given = {"max_steps": 7, "use_lora": "true", "min_lr": "auto", "learning_rate": "2e-4", "lora_alpha": 32}
-    more = {"training_args": "adam_beta2=0.95, dataloader_num_workers=2"}
+    more = {"training_args": "adam_beta2=0.95, dataloader_prefetch_factor=2"}
     read = read_parameters(namespace(parameters_cell(), cell, **given, **more))
     assert (read.max_steps, read.use_lora, read.min_lr, read.learning_rate) == (7, True, None, 2e-4)
-    assert read.training_args == {"adam_beta2": 0.95, "dataloader_num_workers": 2}
+    assert read.training_args == {"adam_beta2": 0.95, "dataloader_prefetch_factor": 2}
     assert read.given == {"max_steps", "use_lora", "learning_rate", "lora_alpha"}
 
 
