@@ -27,7 +27,6 @@ if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).re
 
 from hynb.config import Config, Reading, read_flags, read_yaml, to_yaml, use_upstream_defaults
 from hynb.errors import ConfigError
-from hynb.families import FAMILIES
 from hynb.files import read_json, replace_text, size_text, write_json
 from hynb.plan import zero
 from hynb.runs import (
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from hynb.merge import TensorEntry
-    from hynb.train import DataPlan, Datasets, NodeLocalFolders, Pace, RunCallback, RunTrainer, SavedShard
+    from hynb.train import DataPlan, Datasets, NodeLocalFolders, RunCallback, RunTrainer, SavedShard
 
 # Named by hand: as a script this module is called __main__.
 logger = logging.getLogger("hynb.train_entry")
@@ -362,7 +361,7 @@ def build_trainer(state: RankState) -> None:
         ConfigError: transformers' Trainer refuses the TrainingArguments.
     """
     from hynb.data import Collator
-    from hynb.train import RouterWatch, RunCallback, RunTrainer, training_sampler
+    from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, training_sampler
 
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
     run_dir = RunDir(state.config.output_dir)
@@ -385,7 +384,7 @@ def build_trainer(state: RankState) -> None:
             keep_checkpoints=state.config.save_total_limit,
             save_minutes=state.config.save_timeout_minutes,
             writer=state.writer,
-            pace=_pace(state),
+            pace=pace_of(state.model.config.to_dict(), use_lora=state.config.use_lora),
             folders=state.folders,
         )
     except ValueError as error:
@@ -479,24 +478,6 @@ def _plan_checkpoints(state: RankState, copied: Sequence[TensorEntry]) -> None:
     has_index = state.base is not None and (state.base / INDEX_NAME).is_file()
     dtype = training_dtype(state.config)
     state.shards = plan_shards(state.model, stored, copied, dtype=dtype, has_index=has_index)
-
-
-def _pace(state: RankState) -> Pace:
-    """Measures steps, and their share of the GPU's peak where both are known."""
-    import torch
-
-    from hynb.cluster import peak_flops
-    from hynb.plan import memory
-    from hynb.train import Pace
-
-    model_config = state.model.config.to_dict()
-    if model_config.get("model_type") not in FAMILIES or not torch.cuda.is_available():
-        return Pace()
-    trained = 1.0 if not state.config.use_lora else 0.0
-    # Of each weight: 2 operations in the forward pass, 2 for the gradient of its input, and 2 for its own if it is
-    # trained (arXiv 2001.08361, section 2.1); attention scores are left out.
-    flops = (4 + 2 * trained) * memory.count_parameters(model_config).multiplied
-    return Pace(flops_per_token=flops, peak_flops=peak_flops(torch.cuda.get_device_name()))
 
 
 def _write_manifest(

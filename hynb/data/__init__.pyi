@@ -22,5 +22,4 @@ from .records import read_conversations as read_conversations
 from .report import DataReport as DataReport
 from .template import ChatTemplate as ChatTemplate
 from .template import Features as Features
-from .tokens import TokenStore as TokenStore
 from .tokens import kept_tokens as kept_tokens

@@ -25,6 +25,7 @@ from .model import write_random_base as write_random_base
 from .node_local import NodeLocalFolders as NodeLocalFolders
 from .pace import Pace as Pace
 from .pace import memory_bytes as memory_bytes
+from .pace import pace_of as pace_of
 from .process import Notes as Notes
 from .process import init_process_group as init_process_group
 from .process import set_up_process as set_up_process

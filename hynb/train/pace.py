@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
+
+from hynb.cluster import peak_flops
+from hynb.families import FAMILIES
+from hynb.plan import memory
 
 
 class Pace:
@@ -104,6 +108,21 @@ class Pace:
         self._tokens: torch.Tensor | int = 0
         self._data_seconds = 0.0
         self._optimizer_spans: list[tuple[Any, Any]] = []
+
+
+def pace_of(model_config: Mapping[str, Any], *, use_lora: bool) -> Pace:
+    """Measures the steps of a model, with the share of the GPU's peak where model and GPU are known.
+
+    Args:
+        model_config: the content of config.json.
+        use_lora: the model's own weights are not trained.
+    """
+    if model_config.get("model_type") not in FAMILIES or not torch.cuda.is_available():
+        return Pace()
+    # Of each weight: 2 operations in the forward pass, 2 for the gradient of its input, and 2 for its own if it is
+    # trained (arXiv 2001.08361, section 2.1); attention scores are left out.
+    flops = (4 if use_lora else 6) * memory.count_parameters(model_config).multiplied
+    return Pace(flops_per_token=flops, peak_flops=peak_flops(torch.cuda.get_device_name()))
 
 
 def memory_bytes() -> int:

@@ -43,9 +43,10 @@ def create_process_group(backend: str, limit: timedelta) -> None:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options: dict[str, Any] = {"world_size": world_size, "is_master": rank == 0, "wait_for_workers": False}
     _store = TCPStore(*address, timeout=_UNEVEN_WORK_LIMIT, **options)
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(distributed_c10d, name, limit)
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=limit)
+    # The same limit holds for what the ranks tell each other while the group is created.
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=_UNEVEN_WORK_LIMIT)
+    dist.barrier()
+    _set_limit(limit)
 
 
 def collective_limit() -> timedelta:

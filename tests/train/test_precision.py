@@ -77,7 +77,8 @@ def test_losses_of_zero2_and_zero3_agree_in_bf16(family, released, files, ranks,
     found = {}
     for preset in ("ds_zero2_no_offload", "ds_zero3_no_offload"):
         values = {"deepspeed": preset, "bf16": True, "use_lora": True, "lora_dropout": 0.0, "max_steps": 20}
-        values |= {"save_steps": 20, "model_name_or_path": str(base)}
+        # At a higher rate one token that goes to another expert, after a rounding, leads the runs apart.
+        values |= {"save_steps": 20, "model_name_or_path": str(base), "learning_rate": 2e-3, "min_lr": 2e-4}
         run = ranks.train(config_of(files, family, tmp_path / preset, **values))
         found[preset] = list(losses(run).values())
         adapter = load_tensors(run.checkpoints()[-1])
@@ -85,5 +86,5 @@ def test_losses_of_zero2_and_zero3_agree_in_bf16(family, released, files, ranks,
         notes = run.reader.manifest()["notes"]
         assert any("routers, which are not trained, keep the base's float32 weights" in note for note in notes)
     two, three = found.values()
-    assert two == pytest.approx(three, rel=BF16_STEP)
-    assert two[-1] < two[0] - 0.1
+    assert two == pytest.approx(three, rel=2 * BF16_STEP)
+    assert sum(two[-5:]) < sum(two[:5]) - 0.1
