@@ -366,14 +366,13 @@ def build_trainer(state: RankState) -> None:
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
     run_dir = RunDir(state.config.output_dir)
     state.callback = RunCallback(run_dir=run_dir, writer=state.writer, model=state.model, sampler=sampler)
-    flash = state.model.config._attn_implementation == "flash_attention_2"
     try:
         state.trainer = RunTrainer(
             model=state.model,
             args=state.arguments,
             train_dataset=state.datasets.train,
             eval_dataset=state.datasets.evaluation,
-            data_collator=Collator(pad_token_id=_pad_token_id(state.tokenizer), flatten=flash),
+            data_collator=Collator(pad_token_id=_pad_token_id(state.tokenizer), flatten=True),
             sampler=sampler,
             routers=RouterWatch(state.model, state.model_type, state.config.router_aux_loss_coef),
             callbacks=[state.callback],

@@ -29,6 +29,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/architecture.md",
+    "docs/gpu.md",
     "benchmarks/README.md",
 )
 # Imported by hynb, and required by one of its dependencies, with whose version it has to agree.

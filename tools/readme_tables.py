@@ -26,6 +26,8 @@ HELP_ZH = {
     "tokenizer_name_or_path": "分词器目录；auto：与模型目录相同。",
     "trust_remote_code": "运行模型目录里的 Python 文件。混元模型都不需要。",
     "use_flash_attn": "安装了 flash_attn 时使用 Flash Attention 2，否则用 PyTorch 的 sdpa。",
+    "attention": "注意力算子：PyTorch 的 sdpa、Flash Attention 2 或 PyTorch 的 flex attention。"
+    "auto：由 use_flash_attn 决定。缺少的由 sdpa 代替。",
     "train_data_file": 'JSONL 文件，一行一个对话：`{"messages": [{"role": …, "content": …}]}`；也接受 ShareGPT 和 Alpaca。多个文件用逗号分隔，支持通配符、.gz 和 .zst。',
     "eval_data_file": "训练中用于评估的文件，格式相同；auto：不评估。",
     "eval_split": "从训练样本中留出用于评估的比例。",

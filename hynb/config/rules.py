@@ -37,6 +37,10 @@ def _training_contradictions(config: Config) -> list[str]:
     problems = []
     if config.bf16 and config.fp16:
         problems.append("bf16 and fp16 are both on: choose one (bf16 on A100 and newer, fp16 on older GPUs)")
+    if config.use_flash_attn and config.attention in ("sdpa", "flex"):
+        problems.append(
+            f"use_flash_attn is on and attention = {config.attention}: leave use_flash_attn off, or attention on auto"
+        )
     if config.min_lr is not None and config.min_lr > config.learning_rate:
         problems.append(
             f"min_lr = {config.min_lr:g} is above learning_rate = {config.learning_rate:g}: "

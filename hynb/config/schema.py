@@ -84,6 +84,12 @@ class Config:
     use_flash_attn: bool = _parameter(
         False, "model", "Use Flash Attention 2 if the package flash_attn is installed; otherwise PyTorch's sdpa."
     )
+    attention: Literal["auto", "sdpa", "flash", "flex"] = _parameter(
+        "auto",
+        "model",
+        "Attention kernels: PyTorch's sdpa, Flash Attention 2, or PyTorch's flex attention. auto: as use_flash_attn. "
+        "What is missing is replaced by sdpa.",
+    )
 
     train_data_file: str | None = _parameter(
         None,

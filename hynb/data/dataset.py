@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -269,19 +269,21 @@ class Collator:
     """Pads the samples of a batch on the right to the longest one.
 
     Args:
-        flatten: packed samples of a batch are concatenated to one row, which is how transformers tells flash
-            attention where each conversation begins.
+        flatten: packed samples of a batch are concatenated to one row, and the batch says where each conversation
+            begins, as transformers' FlashAttentionKwargs do.
     """
 
     pad_token_id: int
     flatten: bool = False
 
-    def __call__(self, samples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         """A batch of samples; each tensor is int64 of shape (samples, longest).
 
         Returns:
             `input_ids`, `labels` and `attention_mask`; for packed samples `position_ids` instead of the mask: without
-            one, transformers separates conversations where positions restart.
+            one, transformers separates conversations where positions restart. With `flatten` also `cu_seq_lens_q` and
+            `cu_seq_lens_k` (int32, conversations + 1), and `max_length_q` and `max_length_k` (int), without which
+            each layer would compute them on the GPU and wait for it.
         """
         packed = "position_ids" in samples[0]
         if packed and self.flatten:
@@ -298,6 +300,15 @@ class Collator:
         if packed:
             # Positions restart in the padding too, so that it counts as one more conversation.
             rows = [item["position_ids"] + list(range(longest - len(item["position_ids"]))) for item in samples]
-            return batch | {"position_ids": torch.tensor(rows)}
+            return batch | {"position_ids": torch.tensor(rows)} | (_boundaries(rows[0]) if self.flatten else {})
         mask = torch.tensor([padded([1] * len(item["input_ids"]), 0) for item in samples])
         return batch | {"attention_mask": mask}
+
+
+def _boundaries(positions: list[int]) -> dict[str, Any]:
+    """Where the conversations of a row begin, by the names of transformers' FlashAttentionKwargs."""
+    starts = [index for index, position in enumerate(positions) if position == 0] + [len(positions)]
+    cumulative = torch.tensor(starts, dtype=torch.int32)
+    longest = max(end - start for start, end in pairwise(starts))
+    lengths = {"max_length_q": longest, "max_length_k": longest}
+    return {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative} | lengths

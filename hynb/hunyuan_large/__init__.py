@@ -9,6 +9,8 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from hynb.hunyuan_large.attention import PACKED_SDPA
+from hynb.hunyuan_large.attention import register as _register_attention
 from hynb.hunyuan_large.configuration import HunYuanLargeConfig
 from hynb.hunyuan_large.loss import LanguageModelHead, causal_loss
 from hynb.hunyuan_large.modeling import (
@@ -20,6 +22,7 @@ from hynb.hunyuan_large.modeling import (
 from hynb.hunyuan_large.tokenization import HYTokenizer
 
 __all__ = [
+    "PACKED_SDPA",
     "HYTokenizer",
     "HunYuanLargeConfig",
     "HunYuanLargeDecoderLayer",
@@ -40,6 +43,7 @@ class _TokenizerName(PreTrainedConfig):
     model_type = "hunyuan_tokenizer"
 
 
+_register_attention()
 AutoConfig.register("hunyuan", HunYuanLargeConfig, exist_ok=True)
 AutoModel.register(HunYuanLargeConfig, HunYuanLargeModel, exist_ok=True)
 AutoModelForCausalLM.register(HunYuanLargeConfig, HunYuanLargeForCausalLM, exist_ok=True)

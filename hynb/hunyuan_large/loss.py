@@ -84,6 +84,7 @@ def causal_loss(
     *,
     piece: int,
     num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean next-token loss over supervised positions.
 
@@ -93,10 +94,14 @@ def causal_loss(
         piece: number of tokens whose logits are in memory at the same time.
         num_items_in_batch: divisor of the sum in place of the number of supervised positions, as transformers'
             Trainer passes it.
+        shift_labels: batch × length; the label of each position's next token, in place of `labels`. Under sequence
+            parallelism the next token of a rank's last position belongs to another rank.
     """
-    shifted = labels[:, 1:]
-    supervised = shifted != IGNORED
-    rows, targets = hidden[:, :-1][supervised], shifted[supervised]
+    predicting = hidden
+    if shift_labels is None:
+        predicting, shift_labels = hidden[:, :-1], labels[:, 1:]
+    supervised = shift_labels != IGNORED
+    rows, targets = predicting[supervised], shift_labels[supervised]
     total = head(rows, targets.to(rows.device), piece)
     if num_items_in_batch is None:
         return total / supervised.sum().clamp(min=1)

@@ -306,6 +306,7 @@ class HunYuanLargeForCausalLM(HunYuanLargePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits (batch × length × vocabulary), and with labels the mean next-token loss.
@@ -314,6 +315,7 @@ class HunYuanLargeForCausalLM(HunYuanLargePreTrainedModel, GenerationMixin):
             labels: batch × length; -100 at unsupervised positions.
             logits_to_keep: the number of last positions whose logits are returned; 0 for all.
             num_items_in_batch: divisor of the summed loss in place of the number of supervised positions.
+            shift_labels: batch × length; the label of each position's next token, which counts instead of `labels`.
         """
         # All by name: `generate` reads this signature for the inputs that it must prepare.
         outputs = self.model(
@@ -327,14 +329,14 @@ class HunYuanLargeForCausalLM(HunYuanLargePreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         logits = loss = None
+        counted = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
         if labels is not None and self.loss_piece_tokens and type(self.lm_head) is LanguageModelHead:
-            counted = {"num_items_in_batch": num_items_in_batch}
             loss = causal_loss(self.lm_head, hidden, labels, piece=self.loss_piece_tokens, **counted)
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
             if labels is not None:
-                counted = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
-                loss = self.loss_function(logits=logits, labels=labels, **counted)
+                vocab_size = self.config.vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **counted)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

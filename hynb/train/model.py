@@ -26,7 +26,7 @@ from transformers.utils.generic import ModelOutput
 from hynb.config import MODEL_SIZE_NAMES, Config, random_model_config
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
-from hynb.hunyuan_large import HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
+from hynb.hunyuan_large import PACKED_SDPA, HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import copy_model_files
 
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 # Their logits take 0.5 GB for a vocabulary of 128k, in float32.
 LOSS_PIECE_TOKENS = 1024
+
+# The package that each needs, and transformers' name of it.
+_ATTENTION = {"flash": ("flash_attn", "flash_attention_2"), "flex": ("triton", "flex_attention")}
 
 
 def load_tokenizer(config: Config, base: Path | None) -> tuple[PreTrainedTokenizerBase, Path]:
@@ -92,6 +95,12 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{base}: the model cannot be loaded: {error}") from error
     model, info = loaded
+    dropout = getattr(model.config, "attention_dropout", 0)
+    if dropout and model.config._attn_implementation == "flex_attention":
+        raise ModelError(
+            f"{base / 'config.json'}: attention_dropout = {dropout}: transformers has no dropout in flex attention; "
+            "leave attention = flex out, or set attention_dropout to 0"
+        )
     problems = [
         f"{base}: {what}: {', '.join(sorted(map(str, info[key]))[:5])}. They would be random"
         for key, what in (("missing_keys", "tensors are missing"), ("mismatched_keys", "tensors have other shapes"))
@@ -139,9 +148,9 @@ def save_loss_memory(model: PreTrainedModel, *, piece_tokens: int = LOSS_PIECE_T
         # An adapter on the output layer has replaced it and needs logits.
         if labels is None or args or type(model.lm_head) is not LanguageModelHead:
             return plain(*args, labels=labels, **kwargs)
-        count = kwargs.pop("num_items_in_batch", None)
+        counted = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels")}
         hidden = model.model(**kwargs).last_hidden_state
-        loss = causal_loss(model.lm_head, hidden, labels, piece=piece_tokens, num_items_in_batch=count)
+        loss = causal_loss(model.lm_head, hidden, labels, piece=piece_tokens, **counted)
         return CausalLMOutput(loss=loss)
 
     model.forward = forward
@@ -189,13 +198,17 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 def _attention(config: Config) -> str:
     """transformers' name of the attention implementation."""
-    if not config.use_flash_attn:
-        return "sdpa"
-    if importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available():
-        return "flash_attention_2"
-    missing = "there is no GPU" if not torch.cuda.is_available() else "the package flash_attn is not installed"
-    logger.info(f"use_flash_attn: {missing}; PyTorch's sdpa is used instead, with the same result")
-    return "sdpa"
+    sdpa = PACKED_SDPA if config.packing else "sdpa"
+    wanted = "flash" if config.attention == "auto" and config.use_flash_attn else config.attention
+    if wanted in ("auto", "sdpa"):
+        return sdpa
+    package, name = _ATTENTION[wanted]
+    if importlib.util.find_spec(package) is not None and torch.cuda.is_available():
+        return name
+    missing = "there is no GPU" if not torch.cuda.is_available() else f"the package {package} is not installed"
+    parameter = "use_flash_attn" if config.attention == "auto" else f"attention = {wanted}"
+    logger.info(f"{parameter}: {missing}; PyTorch's sdpa is used instead, with the same result")
+    return sdpa
 
 
 def _loading(base: Path, show_progress: Callable[[str], None] | None) -> AbstractContextManager[None]:

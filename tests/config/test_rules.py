@@ -16,6 +16,7 @@ RANDOM = {"model_name_or_path": None, "tokenizer_name_or_path": "/tokenizer"}
         ({"lora_on_experts": True}, "lora_on_experts needs use_lora"),
         ({"lora_on_experts": True, "use_lora": True}, "lora_on_experts and lora_dropout = 0.05"),
         ({"packing": True, "group_by_length": True}, "packing and group_by_length are both on"),
+        ({"use_flash_attn": True, "attention": "flex"}, "use_flash_attn is on and attention = flex"),
         ({"split_long_samples": True}, "split_long_samples needs packing"),
         ({"eval_data_file": "e.jsonl", "eval_split": 0.1}, "eval_data_file and eval_split = 0.1 are both given"),
         ({"eval_steps": 5}, "eval_steps = 5: there is nothing to evaluate on"),

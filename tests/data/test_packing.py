@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -11,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import OF_FAMILY, tiny_data, tiny_model
 from torch.utils.data import BatchSampler, DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
+import hynb.hunyuan_large.attention as packed_attention
 from hynb.data import IGNORED, ChatDataset, Collator, LabelOptions, PackedDataset, SeededSampler, best_fit, check_data
+from hynb.hunyuan_large import PACKED_SDPA
 
 LIMIT = 500
 
@@ -59,7 +63,7 @@ def model_folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("model_type", OF_FAMILY)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [PACKED_SDPA, "sdpa", "eager"])
 @pytest.mark.parametrize("train_on_prompt", [False, True])
 @pytest.mark.parametrize("flatten", [False, True])
 def test_the_loss_of_a_conversation_in_a_pack_is_its_loss_alone(
@@ -98,7 +102,7 @@ def test_the_loss_of_a_conversation_in_a_pack_is_its_loss_alone(
 
 
 def test_flash_attention_gets_the_conversations_from_the_positions(model_folders, tmp_path):
-    """The sequence lengths that transformers passes to its flash attention kernels for a packed row."""
+    """The batch has what transformers would compute on the GPU, in every layer, for its flash attention kernels."""
     from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
     tokenizer = AutoTokenizer.from_pretrained(model_folders["hunyuan"])
@@ -108,9 +112,149 @@ def test_flash_attention_gets_the_conversations_from_the_positions(model_folders
     packed = PackedDataset(dataset, packs)
     batch = Collator(pad_token_id=0, flatten=True)([packed[n] for n in range(len(packs))])
     assert "attention_mask" not in batch and _is_packed_sequence(batch["position_ids"], 1)
-    (starts, _), _ = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
     in_order = [lengths[index] for pack in packs for index in pack]
     assert starts.diff().tolist() == in_order
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert torch.equal(batch[name], starts) and batch[name].dtype == starts.dtype
+    # transformers' kernels take them as plain numbers.
+    assert batch["max_length_q"] == batch["max_length_k"] == int(longest)
+    assert isinstance(batch["max_length_q"], int)
+
+
+def packed_batch(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dataset = ChatDataset(tiny_data(tmp_path / "a.jsonl", 10), tokenizer, LIMIT)
+    packs = best_fit([len(sample["input_ids"]) for sample in dataset], LIMIT)
+    packed = PackedDataset(dataset, packs)
+    return Collator(pad_token_id=0, flatten=True)([packed[n] for n in range(len(packs))])
+
+
+@pytest.mark.parametrize("model_type", OF_FAMILY)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("given", ["cu_seq_lens", "positions"])
+def test_a_packed_row_needs_no_mask(model_folders, tmp_path, monkeypatch, model_type, checkpointing, given):
+    """Loss and all gradients as with transformers' dense mask, though no kernel gets a mask or a whole row."""
+    batch = packed_batch(model_folders[model_type], tmp_path)
+    if given == "positions":
+        batch = {name: value for name, value in batch.items() if "cu_seq" not in name and "max_len" not in name}
+    row, calls = batch["input_ids"].shape[1], []
+    plain = packed_attention.sdpa_attention_forward
+
+    def watched(module, query, key, value, attention_mask, **kwargs):
+        calls.append((attention_mask, query.shape[2]))
+        return plain(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setattr(packed_attention, "sdpa_attention_forward", watched)
+
+    def loss_and_gradients(attention):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folders[model_type], attn_implementation=attention, dtype=torch.float32
+        )
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        return loss.item(), {name: weight.grad for name, weight in model.named_parameters()}
+
+    expected, gradients = loss_and_gradients("sdpa")
+    assert not calls
+    loss, found = loss_and_gradients(PACKED_SDPA)
+    assert calls and all(mask is None and length <= LIMIT < row for mask, length in calls)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("model_type", OF_FAMILY)
+def test_flash_attention_is_given_the_conversations_of_the_batch(model_folders, tmp_path, monkeypatch, model_type):
+    """transformers' path to the kernel in each layer, with a kernel in PyTorch: the real one needs a GPU."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    given = []
+
+    def kernel(query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **_):
+        given.append((cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
+        starts, outputs = cu_seqlens_q.tolist(), []
+        for start, end in itertools.pairwise(starts):
+            # tokens × heads × head size
+            parts = [states[start:end].transpose(0, 1)[None] for states in (query, key, value)]
+            options = {"is_causal": True, "enable_gqa": True, "scale": softmax_scale}
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(*parts, **options)[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    def refuse(*args):
+        raise AssertionError("the positions are read on the device, in each layer")
+
+    batch = packed_batch(model_folders[model_type], tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folders[model_type], attn_implementation="sdpa", dtype=torch.float32
+    )
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).loss.item()
+        functions = ((refuse, kernel, refuse, refuse, refuse), (lambda **options: options, refuse))
+        monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda implementation: functions)
+        monkeypatch.setattr(flash, "_is_packed_sequence", refuse)
+        # Not by `set_attn_implementation`, which looks for the package.
+        model.config._attn_implementation_internal = "flash_attention_2"
+        found = model(**batch, use_cache=False).loss.item()
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert len(given) == 4, "one per layer"
+    for starts_q, starts_k, longest_q, longest_k in given:
+        assert starts_q is batch["cu_seq_lens_q"] and starts_k is batch["cu_seq_lens_k"]
+        assert longest_q == longest_k == batch["max_length_q"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles flex attention with g++")
+@pytest.mark.parametrize("model_type", OF_FAMILY)
+def test_flex_attention_separates_the_conversations(model_folders, tmp_path, model_type):
+    """The loss alone: on a CPU PyTorch's flex attention has no backward pass."""
+    batch, losses = packed_batch(model_folders[model_type], tmp_path), []
+    for attention in ("sdpa", "flex_attention"):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folders[model_type], attn_implementation=attention, dtype=torch.float32
+        )
+        with torch.no_grad():
+            losses.append(model(**batch, use_cache=False).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_documents_of_equal_length_are_computed_at_once_and_read_once_per_step():
+    torch.manual_seed(0)
+    lengths = [7, 7, 7, 4, 1, 4]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    states = [torch.randn(1, 2, sum(lengths), 8) for _ in range(3)]
+    module = torch.nn.Module()
+    module.is_causal = True
+    attend = AttentionInterface()[PACKED_SDPA]
+    output, _ = attend(module, *states, None, cu_seq_lens_q=starts)
+    assert torch.equal(output, attend(module, *states, None, position_ids=positions)[0])
+    begin = 0
+    for length in lengths:
+        part = [one[:, :, begin : begin + length] for one in states]
+        expected = torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True).transpose(1, 2)
+        torch.testing.assert_close(output[:, begin : begin + length], expected, atol=1e-6, rtol=1e-5)
+        begin += length
+    # A second layer gets the same tensor and does not read it again, which would wait for the GPU.
+    starts.zero_()
+    assert torch.equal(attend(module, *states, None, cu_seq_lens_q=starts)[0], output)
+
+
+def test_several_packed_rows_keep_their_mask(model_folders, tmp_path):
+    """Rows that are not concatenated have a dense mask, as under transformers' sdpa."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["hunyuan"])
+    dataset = ChatDataset(tiny_data(tmp_path / "a.jsonl", 10), tokenizer, LIMIT)
+    packed = PackedDataset(dataset, best_fit([len(sample["input_ids"]) for sample in dataset], LIMIT))
+    batch = Collator(pad_token_id=0)([packed[0], packed[1]])
+    losses = []
+    for attention in ("sdpa", PACKED_SDPA):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folders["hunyuan"], attn_implementation=attention, dtype=torch.float32
+        )
+        losses.append(model(**batch, use_cache=False).loss.item())
+    assert losses[0] == losses[1]
 
 
 def test_lengths_for_packing_come_from_the_check(model_folders, tmp_path):

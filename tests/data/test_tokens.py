@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny import exchange, tiny_data, write_lines
 from torch.utils.data import DataLoader
 
-from hynb.data import ChatDataset, LabelOptions, TokenStore, cache_folder, check_data, encode, kept_tokens
+from hynb.data import ChatDataset, LabelOptions, cache_folder, check_data, encode, kept_tokens
 from hynb.data.files import Conversation
+from hynb.data.tokens import TokenStore
 
 TURNS = [{"role": ("user", "assistant")[n % 2], "content": f"text {n} <|eos|> 车" * (n + 1)} for n in range(6)]
 RECORDS = [

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hynb.train import save_loss_memory
 
-FAMILIES = ("hunyuan_v1_moe", "hunyuan_v1_dense", "hy_v3")
+FAMILIES = ("hunyuan", "hunyuan_v1_moe", "hunyuan_v1_dense", "hy_v3")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -59,3 +59,25 @@ def test_without_labels_there_are_logits(folder):
         assert torch.equal(model(input_ids=ids).logits, expected)
         assert torch.equal(model(ids).logits, expected)
     assert model.generate(ids, max_new_tokens=3, eos_token_id=None, do_sample=False).shape == (1, 8)
+
+
+@pytest.mark.parametrize("counted", [{}, {"num_items_in_batch": 37}])
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_shifted_labels_count_instead_of_labels(folder, in_pieces, counted):
+    """As transformers calls a model under sequence parallelism: the shifted labels as both arguments."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    expected, gradients = loss_and_gradients(model, **counted)
+    if in_pieces:
+        save_loss_memory(model, piece_tokens=7)
+    plain = model.forward
+
+    def shifted(*, labels, **kwargs):
+        labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+        return plain(labels=labels, shift_labels=labels, **kwargs)
+
+    model.forward = shifted
+    found, found_gradients = loss_and_gradients(model, **counted)
+    assert (found.logits is None) is in_pieces
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)

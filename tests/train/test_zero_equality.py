@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hynb.config import Config
-from hynb.data import ChatDataset, Collator, SeededSampler
+from hynb.data import ChatDataset, Collator, PackedDataset, SeededSampler, best_fit
 from hynb.hunyuan_large.modeling import HunYuanLargeGate
 
-STEPS = 10
+STEPS = 8
 RATE = 2e-3
 # Half of them use checkpointing, whose gradients through cross-layer attention must be those of the plain loop.
 CASES = {
@@ -31,21 +31,35 @@ CASES = {
     "ZeRO-3, forced apart": {"deepspeed": "ds_zero3_no_offload", "gradient_checkpointing": True},
     "ZeRO-3, leaf, forced apart": {"deepspeed": "ds_zero3_no_offload", "make_moe_param_leaf_module": True},
     "ZeRO-3, parameter offload, forced apart": {"deepspeed": "ds_zero3_offload"},
+    "ZeRO-2, packed": {"packing": True},
+    "ZeRO-3, packed, checkpointing": {
+        "packing": True,
+        "deepspeed": "ds_zero3_no_offload",
+        "gradient_checkpointing": True,
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def reference(files):
-    """A function of whether the routing is forced: the plain loop's results, computed once."""
-    return functools.cache(lambda forced: plain_loop(files["hunyuan"], files["data"], forced))
+    """A function of whether routing is forced and data packed: the plain loop's results, computed once."""
+    return functools.cache(lambda forced, packed: plain_loop(files["hunyuan"], files["data"], forced, packed))
 
 
-def plain_loop(folder: Path, data: Path, forced: bool) -> list[tuple[float, float]]:
-    """Losses and gradient norms of ten steps of AdamW on batches of two samples, no DeepSpeed, no Trainer."""
+def plain_loop(folder: Path, data: Path, forced: bool, packed: bool) -> list[tuple[float, float]]:
+    """Losses and gradient norms of eight steps of AdamW on batches of two samples, no DeepSpeed, no Trainer.
+
+    Packs are two rows with transformers' dense mask.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dataset, collate = ChatDataset(data, tokenizer, 256), Collator(pad_token_id=tokenizer.pad_token_id)
+    if packed:
+        packs = best_fit([len(sample["input_ids"]) for sample in dataset], 256, seed=42)
+        assert len(packs) < len(dataset)
+        dataset = PackedDataset(dataset, packs)
     order = list(SeededSampler(len(dataset), 42))
+    assert len(order) >= 2 * STEPS
     plain = HunYuanLargeGate.forward
     if forced:
         # The batch's first row is rank 0's sample, its second rank 1's.
@@ -85,7 +99,7 @@ def test_losses_equal_a_single_process(case, reference, files, ranks, tmp_path):
     events = ranks.train(config, before="forced_routing:force_expert_of_rank" if forced else "").events()
     logs = [event for event in events if event["kind"] == "log"]
     assert len(logs) == STEPS
-    for event, (loss, norm) in zip(logs, reference(forced), strict=True):
+    for event, (loss, norm) in zip(logs, reference(forced, "packed" in case), strict=True):
         assert abs(event["loss"] - loss) < 1e-5, (event["global_step"], event["loss"], loss)
         assert event["grad_norm"] == pytest.approx(norm, rel=1e-4), event["global_step"]
     if forced:
