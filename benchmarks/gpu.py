@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hynb.cluster import peak_flops
+
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "flash_attn", "triton")
 PRESETS = (
     "ds_zero2_no_offload",
@@ -36,28 +38,6 @@ PRESETS = (
     "ds_zero3_param_offload",
     "ds_zero3_offload",
 )
-# Dense bfloat16 matrix products with float32 sums, in TFLOPS, from NVIDIA's data sheets. The first name that is part
-# of a device's name counts, so that "H100 PCIe" stands before "H100".
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "H800": 989.4,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L20": 119.5,
-    "L4": 121.0,
-    "A40": 149.7,
-    "A10": 125.0,
-    "RTX 6000 Ada": 364.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -97,12 +77,11 @@ class Settings:
         return "cpu" if self.cpu else "cuda"
 
 
-def peak_flops() -> float | None:
-    """The device's peak in operations per second for bfloat16 matrix products; None if the table does not know it."""
+def device_peak() -> float | None:
+    """The device's peak in operations per second for bfloat16 matrix products; None where it is not known."""
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def seconds_of(run: Callable[[], object], settings: Settings, *, rounds: int = 5) -> float:
@@ -146,7 +125,7 @@ def device_and_versions(settings: Settings) -> None:
         print(f"- device: none; CPU with {torch.get_num_threads()} threads ({platform.machine()})")
     else:
         device = torch.cuda.get_device_properties(0)
-        peak = peak_flops()
+        peak = device_peak()
         known = f"{peak / 1e12:g} TFLOPS in bfloat16" if peak else "unknown"
         print(f"- device: {device.name}, {device.total_memory / 2**30:.1f} GiB, peak {known}")
         print(f"- driver: {driver()}; CUDA of torch: {torch.version.cuda}; cuDNN: {torch.backends.cudnn.version()}")
@@ -181,7 +160,7 @@ def experts(settings: Settings) -> None:
     from hynb.hunyuan_large import HunYuanLargeConfig, HunYuanLargeMoE
 
     table("layer", "tokens", "grouped_mm", "TFLOPS", "of the peak", "bare products", "eager loop", "dense dispatch")
-    peak = None if settings.cpu else peak_flops()
+    peak = None if settings.cpu else device_peak()
     sizes = {"tiny": (64, 96, 4, 1)} if settings.cpu else EXPERT_SIZES
     for name, (width, inner, count, top_k) in sizes.items():
         if not settings.cpu:
@@ -254,7 +233,7 @@ def attention(settings: Settings) -> None:
 
     heads, kv_heads, size = (4, 2, 16) if settings.cpu else (32, 8, 128)
     lengths = (128,) if settings.cpu else (4096, 16384)
-    peak = None if settings.cpu else peak_flops()
+    peak = None if settings.cpu else device_peak()
     table(
         "tokens", "documents", "implementation", "time", "TFLOPS", "of the peak", "extra memory", "largest difference"
     )

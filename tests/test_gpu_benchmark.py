@@ -104,23 +104,3 @@ def test_every_combination_is_measured_on_a_gpu(gpu, tmp_path):
     parts = gpu.parts(gpu.Settings(cpu=False, work=tmp_path))
     runs = {part.arguments for part in parts if part.name == "training"}
     assert len(runs) == 12 and {kind for _, kind in runs} == {"LoRA", "full"}
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.4e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H20", 148e12),
-        ("NVIDIA H200", 989.4e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("Some new device", None),
-    ],
-)
-def test_the_peak_of_a_device(gpu, monkeypatch, name, peak):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert gpu.peak_flops() == peak
