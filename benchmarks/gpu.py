@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -401,7 +402,7 @@ def files(settings: Settings) -> None:
     from hynb.train import init_process_group, set_up_process
 
     set_up_process()
-    init_process_group()
+    init_process_group(timedelta(minutes=30))
     import torch
     from loading import drop_page_cache, read_once
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def train_once(folders: dict[str, str], target: str) -> None:
     from hynb.hunyuan_large import PACKED_SDPA
     from hynb.train import init_process_group, save_loss_memory
 
-    init_process_group()
+    init_process_group(timedelta(minutes=30))
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {}
     for number, (family, folder) in enumerate(folders.items()):
