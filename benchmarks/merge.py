@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 # Proportions like Hunyuan-Large's: nearly all bytes are in the experts.
@@ -27,9 +28,13 @@ from hynb.merge import merge_lora
 imported = time.monotonic()
 idle = peak_bytes()
 result = merge_lora(base_model_path=sys.argv[1], adapter_model_path=sys.argv[2], output_path=sys.argv[3],
-                    save_dtype=sys.argv[4], link=len(sys.argv) > 5)
+                    save_dtype=sys.argv[4], link="link" in sys.argv)
+merged = time.monotonic()
 peak = peak_bytes()
-print(time.monotonic() - imported, imported - began, idle, peak, result.tensors_changed)
+if "verify" in sys.argv:
+    from hynb.merge import verify_merge
+    verify_merge(sys.argv[3])
+print(merged - imported, imported - began, idle, peak, time.monotonic() - merged)
 """
 
 
@@ -63,7 +68,9 @@ def make_base(folder: Path, gigabytes: float, layers: int = 8) -> None:
         total += sum(tensor.numel() * 2 for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({"model_type": "hunyuan", "dtype": "bfloat16"}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "hunyuan", "dtype": "bfloat16", "num_hidden_layers": layers})
+    )
 
 
 def make_adapter(folder: Path, base: Path, only: str = "") -> int:
@@ -89,6 +96,24 @@ def make_adapter(folder: Path, base: Path, only: str = "") -> int:
     return largest
 
 
+def make_expert_adapter(folder: Path, base: Path) -> None:
+    """Writes LoRA r=64 on the fused parameters of all routed experts, as PEFT saves `target_parameters`."""
+    folder.mkdir()
+    tensors = {}
+    for shard in sorted(base.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(".experts.0.gate_proj.weight")]  # noqa: SIM118
+            for name in names:
+                width = file.get_slice(name).get_shape()[0]
+                experts = f"base_model.model.{name.removesuffix('.0.gate_proj.weight')}"
+                for module, out, inner in ((experts, HIDDEN, width), (f"{experts}.base_layer", 2 * width, HIDDEN)):
+                    tensors[f"{module}.lora_A.weight"] = torch.randn(EXPERTS * RANK, inner) * 0.01
+                    tensors[f"{module}.lora_B.weight"] = torch.randn(out, EXPERTS * RANK) * 0.01
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
 def copied(base: Path, target: Path) -> float:
     """Seconds of `cp -r` without flushing to disk, as for the merge."""
     began = time.monotonic()
@@ -98,13 +123,13 @@ def copied(base: Path, target: Path) -> float:
     return seconds
 
 
-def merged(base: Path, adapter: Path, target: Path, dtype: str, *more: str) -> tuple[float, float, int, int]:
-    """Seconds of the merge and of its imports, bytes of memory after the imports and at the peak."""
+def merged(base: Path, adapter: Path, target: Path, dtype: str, *more: str) -> tuple[float, float, int, int, float]:
+    """Seconds of the merge and of its imports, bytes after the imports and at the peak, seconds to verify."""
     command = [sys.executable, "-c", MERGE, str(base), str(adapter), str(target), dtype, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, imports, idle, peak, _ = map(float, done.stdout.split())
+    seconds, imports, idle, peak, verify = map(float, done.stdout.split())
     shutil.rmtree(target)
-    return seconds, imports, int(idle), int(peak)
+    return seconds, imports, int(idle), int(peak), verify
 
 
 def main() -> None:
@@ -129,7 +154,7 @@ def main() -> None:
                 subprocess.run(["sync"], check=True)
                 rounds.append((cp, *merged(base, adapter, target, "keep")))
             rounds.sort(key=lambda row: row[1] / row[0])
-            cp, seconds, imports, idle, peak = rounds[len(rounds) // 2]
+            cp, seconds, imports, idle, peak, _ = rounds[len(rounds) // 2]
             print(
                 f"{gigabytes:g} GB: cp -r {cp:.2f} s, merge {seconds:.2f} s = {seconds / cp:.2f}× "
                 f"(with imports {seconds + imports:.2f} s = {(seconds + imports) / cp:.2f}×), "
@@ -138,12 +163,28 @@ def main() -> None:
                 flush=True,
             )
             subprocess.run(["sync"], check=True)
-            seconds, _, _, peak = merged(base, adapter, target, "fp16")
+            seconds, _, _, peak, _ = merged(base, adapter, target, "fp16")
             print(f"  to fp16 {seconds:.2f} s = {seconds / cp:.2f}×, peak {peak / 1e6:.0f} MB", flush=True)
             one = work / "one_layer"
             make_adapter(one, base, only=".layers.0.")
             seconds, *_ = merged(base, one, target, "keep", "link")
             print(f"  --link, 1 of 8 shards changed: {seconds:.2f} s = {seconds / cp:.2f}×", flush=True)
+            experts = work / "experts"
+            make_expert_adapter(experts, base)
+            rounds = []
+            for _ in range(args.rounds):
+                subprocess.run(["sync"], check=True)
+                cp = copied(base, target)
+                subprocess.run(["sync"], check=True)
+                rounds.append((cp, *merged(base, experts, target, "keep", "verify")))
+            rounds.sort(key=lambda row: row[1] / row[0])
+            cp, seconds, _, _, peak, verify = rounds[len(rounds) // 2]
+            print(
+                f"  LoRA on all experts: cp -r {cp:.2f} s, merge {seconds:.2f} s = {seconds / cp:.2f}×, "
+                f"peak {peak / 1e6:.0f} MB; verify {verify:.2f} s = {verify / cp:.2f}×",
+                flush=True,
+            )
+            shutil.rmtree(experts)
             shutil.rmtree(one)
             shutil.rmtree(base)
             shutil.rmtree(adapter)

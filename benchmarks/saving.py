@@ -37,13 +37,13 @@ def save(folder: str, results: str) -> None:
     from hynb.train import (
         ByteProgress,
         base_tensors,
-        freeze_all_but_attention,
         init_process_group,
         load_model,
         load_tokenizer,
         plan_shards,
         training_arguments,
     )
+    from hynb.train.adapter import freeze_all_but_attention
     from hynb.train.saving import write_model
 
     init_process_group(timedelta(minutes=30))

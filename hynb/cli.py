@@ -219,16 +219,21 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from hynb.cluster import gpu_count
+    from hynb.cluster import gpu_count, this_machine
     from hynb.config import absolute_paths
     from hynb.plan import zero
-    from hynb.runs import check_run
+    from hynb.runs import check_run, planned_slots, with_derived_limits, workload
     from hynb.supervision import command_text, make_plan
 
     config = absolute_paths(read_config(args.config, args.set))
     check_run(config)
     make_plan(config)
-    for note in zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=not gpu_count())[1]:
+    ds_config, notes = zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=not gpu_count())
+    gpus = this_machine().gpus
+    work = workload(config, planned_slots(config, len(gpus)))
+    gpu_bytes = min((gpu.memory_bytes for gpu in gpus), default=None)
+    notes.append(with_derived_limits(config, ds_config, work, gpu_bytes)[1])
+    for note in filter(None, notes):
         print(f"hynb: {note}")
     print("no problems found; this command would run:")
     print(command_text(config))

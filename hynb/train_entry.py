@@ -37,6 +37,8 @@ from hynb.runs import (
     clear_run_folder,
     find_base,
     resume_checkpoint,
+    with_derived_limits,
+    workload,
 )
 from hynb.supervision import RANK_VARIABLES, Joined, Membership, join, leave, mark
 from hynb.train import Notes, report_failure, set_up_process, show_output_at_once, start_notes
@@ -81,9 +83,10 @@ class RankState:
     notes: Notes | None = None
     # check_data
     plan: DataPlan | None = None
+    # compile_ops
+    ds_config: dict[str, Any] = field(init=False)
     # choose_checkpoint
     folders: NodeLocalFolders | None = None
-    ds_config: dict[str, Any] = field(init=False)
     resume: Path | None = None
     shape: dict[str, Any] = field(init=False)
     # load_data
@@ -230,6 +233,26 @@ def check_data(state: RankState) -> None:
     state.plan = check_datasets(state.config, tokenizer)
 
 
+def compile_ops(state: RankState) -> None:
+    """Fixes DeepSpeed's settings, and compiles the ops that these need, once per host.
+
+    Raises:
+        ConfigError: an op cannot be compiled.
+    """
+    import torch
+
+    from hynb.train import compile_ops
+
+    on_cpu = not torch.cuda.is_available()
+    ds_config, notes = zero.correct(zero.load(state.config.deepspeed), state.config.deepspeed_values())
+    ds_config, note = zero.saving_whole_weights(ds_config)
+    for text in [*notes, *([note] if note else [])]:
+        logger.info(f"deepspeed = {state.config.deepspeed}: {text}")
+    state.ds_config = zero.for_machine(ds_config, on_cpu=on_cpu)
+    writer = state.writer
+    compile_ops(state.ds_config, on_cpu=on_cpu, started=lambda: writer.phase("compiling") if writer else None)
+
+
 def meet(state: RankState) -> None:
     """Creates the process group, in which each rank waits for all others."""
     from hynb.train import init_process_group
@@ -246,8 +269,25 @@ def meet(state: RankState) -> None:
         state.writer.phase("loading")
 
 
+def derive_limits(state: RankState) -> None:
+    """Derives how far ZeRO-3 gathers ahead from the model and the smallest GPU; all ranks have to agree on it."""
+    import torch
+
+    from hynb.train import decided_by_rank_0
+
+    world_size = torch.distributed.get_world_size()
+    counts = [count for _, count in state.membership.hosts] if state.membership else [world_size]
+
+    def derive(gpu_bytes: int | None) -> tuple[dict[str, Any], str]:
+        return with_derived_limits(state.config, state.ds_config, workload(state.config, counts), gpu_bytes)
+
+    state.ds_config, note = decided_by_rank_0(derive)
+    if note:
+        logger.info(note)
+
+
 def choose_checkpoint(state: RankState) -> None:
-    """Fixes DeepSpeed's settings and the checkpoint that all ranks resume from.
+    """Fixes the checkpoint that all ranks resume from.
 
     Raises:
         ConfigError: the checkpoint was saved by a run of another shape.
@@ -255,11 +295,6 @@ def choose_checkpoint(state: RankState) -> None:
     """
     import torch
 
-    ds_config, notes = zero.correct(zero.load(state.config.deepspeed), state.config.deepspeed_values())
-    ds_config, note = zero.saving_whole_weights(ds_config)
-    for text in [*notes, *([note] if note else [])]:
-        logger.info(f"deepspeed = {state.config.deepspeed}: {text}")
-    state.ds_config = zero.for_machine(ds_config, on_cpu=not torch.cuda.is_available())
     if state.membership and state.joined and not state.joined.shared:
         from hynb.train import NodeLocalFolders
 
@@ -303,6 +338,7 @@ def build_model(state: RankState) -> None:
     from transformers import set_seed
 
     from hynb.train import (
+        choose_trained_parameters,
         data_workers,
         load_model,
         mark_moe_leaves,
@@ -328,7 +364,7 @@ def build_model(state: RankState) -> None:
     save_loss_memory(model)
     if state.config.make_moe_param_leaf_module:
         mark_moe_leaves(model)
-    state.model = _with_trained_parameters(state.config, model, state.base)
+    state.model = choose_trained_parameters(state.config, model, state.base)
 
 
 def record(state: RankState) -> None:
@@ -416,8 +452,8 @@ def finish(state: RankState) -> None:
 
 
 STEPS = (
-    *(join_hosts, read_parameters, prepare_run_folder, set_up, check_data, meet),
-    *(choose_checkpoint, load_data, build_model, record, build_trainer, train, finish),
+    *(join_hosts, read_parameters, prepare_run_folder, set_up, check_data, compile_ops, meet),
+    *(derive_limits, choose_checkpoint, load_data, build_model, record, build_trainer, train, finish),
 )
 
 
@@ -494,37 +530,6 @@ def _write_manifest(
     writer.manifest(
         manifest(state.config, state.ds_config, base=state.base, hosts=hosts, notes=state.notes.lines, **facts)
     )
-
-
-def _with_trained_parameters(
-    config: Config, model: PreTrainedModel, base: Path | None
-) -> PreTrainedModel | PeftModel:
-    import torch
-
-    from hynb.train import (
-        add_adapter,
-        base_tensors,
-        compute_routers_in_float32,
-        freeze_all_but_attention,
-        keep_frozen_routers,
-        training_dtype,
-    )
-
-    compute_routers_in_float32(model)
-    if config.use_lora:
-        model.requires_grad_(False)
-    elif config.train_attention_params_only:
-        freeze_all_but_attention(model)
-    adapted = config.lora_target_modules if config.use_lora else ()
-    stored = base_tensors(base) if base is not None and training_dtype(config) != torch.float32 else []
-    if kept := keep_frozen_routers(model, stored, adapted=adapted):
-        logger.info(f"{len(kept)} routers, which are not trained, keep the base's float32 weights")
-    if config.use_lora:
-        # A frozen embedding's output needs a gradient, or checkpointed layers would have none to pass back.
-        if config.gradient_checkpointing:
-            model.enable_input_require_grads()
-        return add_adapter(model, config, base)
-    return model
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -129,6 +129,20 @@ def print_phases() -> None:
     RunWriter.phase = phase
 
 
+def trace_gathering() -> None:
+    """To be called in a rank before it begins: DeepSpeed prints which tensors it gathers when."""
+    import logging
+
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    # Not DeepSpeed's own logger, whose level transformers sets.
+    logger = logging.getLogger("trace")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    partitioned_param_coordinator.logger = logger
+
+
 def save_in_both_ways() -> None:
     """To be called in a rank before it begins: each full model is also saved in transformers' own way, beside it."""
     from hynb.train import RunTrainer

@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -142,6 +143,7 @@ class HostFacts(TypedDict):
     versions: by package; "not installed" for a missing one.
     cuda: versions of `cuda` and `nccl` that torch was built for; empty where unknown.
     gpus: the driver's table (see `gpu_table`); empty without GPUs.
+    build_tools: see `build_tools`.
     code, model, data: hashes; None for what does not exist, a text that begins with UNREADABLE on an error.
     sees_token: whether the launching host's token exists here.
     interfaces: addresses by network interface.
@@ -157,6 +159,7 @@ class HostFacts(TypedDict):
     cuda: dict[str, str]
     gpus: str
     cuda_visible_devices: str | None
+    build_tools: dict[str, bool]
     cpu_cores: int
     memory: MemoryFacts
     output_disk: DiskFacts
@@ -208,6 +211,7 @@ def main(request: FactsRequest) -> None:
         "cuda": cuda_of_torch(),
         "gpus": gpu_table(),
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "build_tools": build_tools(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory": memory(),
         "output_disk": disk(request["output_dir"]),
@@ -258,6 +262,33 @@ def cuda_of_torch() -> dict[str, str]:
         if name.startswith("nvidia-nccl-"):
             found["nccl"] = distribution.version
     return found
+
+
+def build_tools() -> dict[str, bool]:
+    """What torch compiles C++ and CUDA code with, and whether it is there (torch/utils/cpp_extension.py)."""
+    # CXX may hold several words, such as "ccache g++".
+    words = [word for word in os.environ.get("CXX", "c++").split() if not word.startswith("-")] or ["c++"]
+    compiler = all(shutil.which(word) for word in words)
+    nvcc = shutil.which("nvcc")
+    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or (nvcc and str(Path(nvcc).parents[1]))
+    return {
+        "compiler": compiler,
+        # pip puts it beside the interpreter.
+        "ninja": bool(shutil.which("ninja") or shutil.which(str(Path(sys.executable).with_name("ninja")))),
+        "python": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
+        "cuda": shutil.which(str(Path(cuda or "/usr/local/cuda") / "bin" / "nvcc")) is not None,
+        "libaio": compiler and _compiles([*words, "-fsyntax-only", "-x", "c++", "-"], "#include <libaio.h>\n"),
+    }
+
+
+def _compiles(command: list[str], source: str) -> bool:
+    try:
+        return (
+            subprocess.run(command, input=source, capture_output=True, text=True, timeout=20, check=False).returncode
+            == 0
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def gpu_table() -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,16 +18,18 @@ import torch
 from hynb.errors import MergeError
 from hynb.files import read_json, write_json
 from hynb.merge import shards
-from hynb.merge.changes import Change, changed_tensor
+from hynb.merge.computation import Computation, TensorChange, computation
 from hynb.merge.plan import MergePlan
 from hynb.merge.shards import SAVE_DTYPES, Shard, TensorEntry
-from hynb.merge.tensors import TORCH_DTYPES, read_tensor, tensor_bytes
+from hynb.merge.tensors import TORCH_DTYPES, tensor_bytes
 
 # The output layer that was tied to the embeddings gets a shard of its own. The base's single shard is then renamed,
 # because transformers reads model.safetensors as the whole model.
 UNTIED_SHARD, _FIRST_OF_TWO = "model-lm_head.safetensors", "model-base.safetensors"
 _THREADS = 4
 _CHUNK_ELEMENTS = 4 << 20
+# If less of a shard changes, copying it as one range is faster than copying what lies between the changes.
+_COPIED_SHARE = 0.25
 # Router weights, and the bias by which hy_v3 chooses experts.
 _CHOOSES_EXPERTS = re.compile(r"\.gate\.(wg\.)?weight$|\.expert_bias$")
 
@@ -51,15 +53,6 @@ class MergeProgress:
     def seconds_left(self) -> float | None:
         """The remaining time, estimated from the bytes so far; None before the first byte."""
         return self.seconds * (self.total_bytes / self.done_bytes - 1) if self.done_bytes else None
-
-
-@dataclass(kw_only=True, frozen=True)
-class TensorChange:
-    """By how much a merge changed one tensor, over the absolute differences of its elements."""
-
-    largest: float
-    mean: float
-    elements: int
 
 
 class ShardWriter:
@@ -89,8 +82,7 @@ class ShardWriter:
         self._done_bytes = 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
-        # Changed tensors are computed one at a time, which bounds the memory of a merge.
-        self._computing = threading.Lock()
+        self._computation: Computation
 
     def missing_bytes(self) -> int:
         """The bytes that are still to be written."""
@@ -107,11 +99,13 @@ class ShardWriter:
             MergeError: a changed tensor has NaN or infinite elements, or a shard cannot be linked.
             OSError: a shard cannot be written.
         """
-        with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(self._write_shard, self._plan.shards):
-                pass
-        if self._plan.untied:
-            self._write_untied(self._plan.untied)
+        threads = min(_THREADS, os.cpu_count() or 1)
+        with computation(threads) as self._computation:
+            with ThreadPoolExecutor(max_workers=threads) as pool:
+                for _ in pool.map(self._write_shard, self._plan.shards):
+                    pass
+            if self._plan.untied:
+                self._write_untied(self._plan.untied)
 
     def weight_map(self) -> dict[str, str]:
         """The shard of each tensor, as an index file lists them; empty for a model in a single file."""
@@ -155,18 +149,23 @@ class ShardWriter:
         return self._patch(shard, path)
 
     def _patch(self, shard: Shard, path: Path) -> dict[str, TensorChange]:
-        """Copies a whole shard and overwrites its changed tensors in place."""
+        """Copies a shard and writes its changed tensors in place; small ones are copied first, with the rest."""
         done: dict[str, TensorChange] = {}
+        changed = [entry for entry in shard.tensors if entry.name in self._plan.changes]
+        copies_all = sum(entry.size_bytes for entry in changed) < _COPIED_SHARE * shard.size_bytes
         with shard.path.open("rb") as source, path.open("wb") as made:
             files = source.fileno(), made.fileno()
             shards.copy_range(*files, 0, shard.header_bytes, at=0, advance=lambda _: None)
-            begin, end = shard.header_bytes, shard.size_bytes
+            begin = shard.header_bytes
             advance = partial(self._advance, shard.path.name)
-            shards.copy_range(*files, begin, end, at=begin, advance=advance)
-            for entry in shard.tensors:
-                if changes := self._plan.changes.get(entry.name):
-                    data, done[entry.name] = self._compute(entry, changes)
-                    shards.write_at(made.fileno(), data, entry.begin)
+            for entry in [] if copies_all else changed:
+                shards.copy_range(*files, begin, entry.begin, at=begin, advance=advance)
+                begin = entry.end
+            shards.copy_range(*files, begin, shard.size_bytes, at=begin, advance=advance)
+            for entry in changed:
+                done[entry.name] = self._compute(entry, made.fileno(), entry.begin)
+                if not copies_all:
+                    advance(entry.size_bytes)
         return done
 
     def _convert(self, shard: Shard, path: Path) -> dict[str, TensorChange]:
@@ -180,10 +179,9 @@ class ShardWriter:
             made.flush()
             files, position = (source.fileno(), made.fileno()), len(header)
             for entry in shard.tensors:
-                if changes := self._plan.changes.get(entry.name):
-                    data, done[entry.name] = self._compute(entry, changes)
-                    shards.write_at(made.fileno(), data, position)
-                    advance(len(data))
+                if entry.name in self._plan.changes:
+                    done[entry.name] = self._compute(entry, made.fileno(), position)
+                    advance(self._output_bytes([entry]))
                 elif self.dtypes[entry.name] == entry.dtype:
                     shards.copy_range(*files, entry.begin, entry.end, at=position, advance=advance)
                 else:
@@ -211,28 +209,23 @@ class ShardWriter:
 
     def _write_untied(self, entry: TensorEntry) -> None:
         """Writes the output layer that was tied to the embeddings into a shard of its own."""
-        changes = self._plan.changes.get(entry.name, [])
-        data, change = self._compute(entry, changes)
-        if changes:
-            self.changes[entry.name] = change
         header = shards.file_header([(entry.name, self.dtypes[entry.name], entry.shape)], {"format": "pt"})
-        (self._folder / UNTIED_SHARD).write_bytes(header + data)
-        self._advance(UNTIED_SHARD, len(data))
+        with (self._folder / UNTIED_SHARD).open("wb") as made:
+            made.write(header)
+            made.flush()
+            change = self._compute(entry, made.fileno(), len(header))
+        if entry.name in self._plan.changes:
+            self.changes[entry.name] = change
+        self._advance(UNTIED_SHARD, self._output_bytes([entry]))
 
-    def _compute(self, entry: TensorEntry, changes: Sequence[Change]) -> tuple[memoryview, TensorChange]:
-        """The bytes of a changed tensor, computed in float32 and rounded once, and by how much it changed."""
-        with self._computing:
-            before = read_tensor(entry).float()
-            after = changed_tensor(before, changes)
-            difference = (after - before).abs_()
-            if not math.isfinite(difference.sum(dtype=torch.float64).item()):
-                raise MergeError(
-                    f"{entry.name}: the adapter makes elements of it NaN or infinite; no output folder was written"
-                )
-            change = TensorChange(
-                largest=difference.max().item(), mean=difference.mean().item(), elements=difference.numel()
-            )
-            return tensor_bytes(after.to(TORCH_DTYPES[self.dtypes[entry.name]])), change
+    def _compute(self, entry: TensorEntry, target: int, position: int) -> TensorChange:
+        """Writes a changed tensor at a position of an open file."""
+        return self._computation.compute(
+            entry,
+            self._plan.changes.get(entry.name, []),
+            self.dtypes[entry.name],
+            lambda offset, data: shards.write_at(target, data, position + offset),
+        )
 
     def _advance(self, shard: str, count: int) -> None:
         with self._lock:

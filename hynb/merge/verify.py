@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from hynb.errors import MergeError
 from hynb.files import read_json
 from hynb.merge import shards
-from hynb.merge.changes import Change, changed_tensor
+from hynb.merge.changes import Change
+from hynb.merge.computation import Computation, computation
 from hynb.merge.pickled_base import as_safetensors
 from hynb.merge.plan import MergePlan, plan_merge
 from hynb.merge.receipt import RECEIPT
 from hynb.merge.shards import TensorEntry
-from hynb.merge.tensors import TORCH_DTYPES, read_tensor, tensor_bytes
+
+# Tensors that are compared at the same time, in pieces.
+_THREADS = 16
+_PIECE_BYTES = 16 << 20
 
 
 def verify_merge(output_path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:
@@ -50,22 +59,44 @@ def _compare(plan: MergePlan, output: Path, progress: Callable[[int, int], None]
     problems += [
         f"{output}: tensor {name} does not belong to the base" for name in sorted(merged.keys() - base.keys())
     ]
-    for count, (name, entry) in enumerate(base.items(), 1):
-        if name in merged and not _is_expected(entry, merged[name], plan.changes.get(name, [])):
-            problems.append(f"{merged[name].shard}: tensor {name} differs from what base and adapter give")
-        if progress:
-            progress(count, len(base))
+    threads = min(_THREADS, os.cpu_count() or 1)
+    with computation(threads) as computing, ThreadPoolExecutor(threads) as pool:
+
+        def differs(name: str) -> bool:
+            return not _is_expected(base[name], merged[name], plan.changes.get(name, []), computing)
+
+        present = [name for name in base if name in merged]
+        for count, (name, different) in enumerate(zip(present, pool.map(differs, present), strict=True), 1):
+            if different:
+                problems.append(f"{merged[name].shard}: tensor {name} differs from what base and adapter give")
+            if progress:
+                progress(count, len(base))
     if problems:
         raise MergeError(problems)
     return len(base)
 
 
-def _is_expected(base: TensorEntry, merged: TensorEntry, changes: Sequence[Change]) -> bool:
+def _is_expected(base: TensorEntry, merged: TensorEntry, changes: Sequence[Change], computing: Computation) -> bool:
     if base.shape != merged.shape:
         return False
     if not changes and base.dtype == merged.dtype:
-        return shards.read_bytes(base) == shards.read_bytes(merged)
-    tensor = read_tensor(base)
-    if changes:
-        tensor = changed_tensor(tensor.float(), changes)
-    return tensor_bytes(tensor.to(TORCH_DTYPES[merged.dtype])) == memoryview(shards.read_bytes(merged))
+        return all(_same(base, merged, begin) for begin in range(0, base.size_bytes, _PIECE_BYTES))
+    equal: list[bool] = []
+
+    def compare(offset: int, data: memoryview) -> None:
+        equal.append(_piece(merged, offset, len(data)) == data)
+
+    computing.compute(base, changes, merged.dtype, compare)
+    return all(equal)
+
+
+def _same(base: TensorEntry, merged: TensorEntry, begin: int) -> bool:
+    pieces = (_piece(entry, begin, min(_PIECE_BYTES, base.size_bytes - begin)) for entry in (base, merged))
+    # Unlike the comparison of bytes, this one lets other threads run.
+    return torch.equal(*(torch.frombuffer(piece, dtype=torch.uint8) for piece in pieces))
+
+
+def _piece(entry: TensorEntry, begin: int, size_bytes: int) -> bytearray:
+    """Bytes of a tensor in its file."""
+    part = dataclasses.replace(entry, begin=entry.begin + begin, end=entry.begin + begin + size_bytes)
+    return shards.read_bytes(part)

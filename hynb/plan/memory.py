@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hynb.errors import ModelError
@@ -16,6 +17,8 @@ _CONTEXT_BYTES = 3 << 30
 _FRAGMENTATION = 0.08
 # DeepSpeed's default `reduce_bucket_size`, for presets that leave it to the model's size.
 _BUCKET_ELEMENTS = 500_000_000
+# DeepSpeed's `sub_group_size`: elements that the optimizer updates together, counted per rank.
+_SUB_GROUP_ELEMENTS = 1_000_000_000
 # Python with its libraries, and a shard of the checkpoint while it is loaded, per process.
 _PROCESS_BYTES = 6 << 30
 
@@ -49,6 +52,19 @@ class LayerCount:
         return self.attention + self.router + self.norms + 3 * hidden_size * self.active_width
 
     @property
+    def expert_tensors(self) -> tuple[int, ...]:
+        """Elements of each tensor of the experts, which transformers 5 keeps fused, or of a dense layer's MLP."""
+        third = self.experts // 3
+        return (2 * third, self.experts - 2 * third) if self.router else (third, third, self.experts - 2 * third)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """Elements of each matrix of the layer."""
+        projections = (out * width for out, width in self.projections.values())
+        shared = (self.shared // 3,) * 3 if self.shared else ()
+        return (*projections, *((self.router,) if self.router else ()), *self.expert_tensors, *shared)
+
+    @property
     def moe_block(self) -> int:
         """Router, experts and shared MLP: what ZeRO-3 gathers at once if the block is a leaf."""
         return self.router + self.experts + self.shared
@@ -77,6 +93,12 @@ class ParameterCount:
     def multiplied(self) -> int:
         """Parameters by which each token's vectors are multiplied: without the embeddings that are only looked up."""
         return self.active - (self.embeddings if self.lm_head else 0)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """Elements of each matrix of the model."""
+        ends = tuple(size for size in (self.embeddings, self.lm_head) if size)
+        return (*ends, *(size for layer in self.layers for size in layer.matrices))
 
     @property
     def attention(self) -> int:
@@ -124,6 +146,7 @@ class MemoryPlan:
         host_bytes: of each host.
         disk_bytes: of each checkpoint.
         parts: gpu_bytes by what they hold.
+        host_parts: host_bytes by what they hold.
     """
 
     preset: Preset
@@ -131,6 +154,7 @@ class MemoryPlan:
     host_bytes: int
     disk_bytes: int
     parts: dict[str, int]
+    host_parts: dict[str, int]
 
 
 def count_parameters(model_config: ModelConfig) -> ParameterCount:
@@ -183,16 +207,24 @@ def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> M
     }
     parts["fragmentation"] = int(sum(parts.values()) * _FRAGMENTATION)
     parts["CUDA"] = _CONTEXT_BYTES
-    offloaded_bytes = weights_bytes if chosen.offload_param else 0
-    offloaded_bytes += optimizer_bytes + gradients_bytes if chosen.offload_optimizer else 0
+    host_parts = _host_parts(chosen, count, trained, adapter, workload)
     return MemoryPlan(
         preset=chosen,
         gpu_bytes=sum(parts.values()),
-        host_bytes=(offloaded_bytes // workload.world_size + _PROCESS_BYTES) * workload.gpus_per_host,
+        host_bytes=sum(host_parts.values()),
         # The model's or the adapter's file, DeepSpeed's copy of the same weights, and the optimizer.
         disk_bytes=(adapter or count.total) * workload.weight_bytes * 2 + optimizer_bytes,
         parts=parts,
+        host_parts=host_parts,
     )
+
+
+def pinned_bytes(size_bytes: int) -> int:
+    """What torch allocates for a tensor in pinned host memory: the next power of two.
+
+    torch 2.13, ATen/core/CachingHostAllocator.h, `roundSize`.
+    """
+    return 1 << max(0, size_bytes - 1).bit_length()
 
 
 def compare(model_config: ModelConfig, workload: Workload) -> list[MemoryPlan]:
@@ -202,6 +234,48 @@ def compare(model_config: ModelConfig, workload: Workload) -> list[MemoryPlan]:
         ModelError: as `count_parameters`.
     """
     return [estimate(model_config, workload, preset=name) for name in PRESETS]
+
+
+def _host_parts(
+    preset: Preset, count: ParameterCount, trained: int, adapter: int, workload: Workload
+) -> dict[str, int]:
+    """Bytes of host memory on each host (deepspeed/runtime/zero/stage3.py and stage_1_and_2.py, version 0.19.8)."""
+    parts = {"weights": 0, "gradients": 0, "optimizer": 0}
+    width, pinned = workload.weight_bytes, list[int]()
+
+    def share(elements: int) -> int:
+        return -(-elements // workload.world_size)
+
+    if preset.offload_param:
+        # Each rank's part of each matrix is pinned by itself; what is trained is then copied into one flat buffer,
+        # and torch keeps the first memory for later.
+        pinned += [share(size) * width for size in count.matrices] + [share(trained) * width]
+        parts["weights"] = (share(count.total + adapter) + share(trained)) * width
+    if preset.offload_optimizer:
+        # Gradients in the weights' dtype, and in float32 for the optimizer.
+        parts["gradients"] = share(trained) * (width + 4)
+        parts["optimizer"] = share(trained) * _OPTIMIZER_BYTES
+        pinned.append(share(trained) * width)
+        if preset.stage == 3:
+            trains_all = trained == count.total
+            groups = _sub_groups(map(share, count.matrices if trains_all else [trained]))
+            pinned += [size * 4 for size in groups]
+        else:
+            # The float32 weights are pinned too.
+            pinned += [share(trained) * 4] * 2
+    parts["rounding of pinned memory"] = sum(pinned_bytes(size) - size for size in pinned)
+    parts["processes"] = _PROCESS_BYTES
+    return {name: size * workload.gpus_per_host for name, size in parts.items()}
+
+
+def _sub_groups(sizes: Iterable[int]) -> list[int]:
+    """Elements of the groups of tensors that DeepSpeed's optimizer updates together under ZeRO-3."""
+    groups = [0]
+    for size in sizes:
+        if groups[-1] >= _SUB_GROUP_ELEMENTS:
+            groups.append(0)
+        groups[-1] += size
+    return groups
 
 
 def _layer(model_config: ModelConfig, family: Family, index: int) -> LayerCount:

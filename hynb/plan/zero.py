@@ -182,6 +182,15 @@ def _zero_section(preset: Preset) -> dict[str, Any]:
     return section
 
 
+def preset_of(name_or_path: str) -> Preset | None:
+    """The preset that is meant; None for a file, which wins over a preset of its name."""
+    path = Path(name_or_path).expanduser()
+    if name_or_path in PRESETS:
+        return PRESETS[name_or_path]
+    # Upstream's scripts give each preset as a JSON file of the same name; hynb has them built in.
+    return None if path.is_file() else PRESETS.get(path.stem)
+
+
 def load(name_or_path: str) -> dict[str, Any]:
     """The DeepSpeed config of a preset, or of a JSON file.
 
@@ -189,9 +198,9 @@ def load(name_or_path: str) -> dict[str, Any]:
         ConfigError: neither a preset nor a file, or not a JSON object, with file:line:column.
     """
     path = Path(name_or_path).expanduser()
-    if name_or_path in PRESETS or not path.is_file():
-        # Upstream's scripts give each preset as a JSON file of the same name; hynb has them built in.
-        return build(path.stem if path.stem in PRESETS else name_or_path)
+    preset = preset_of(name_or_path)
+    if preset or not path.is_file():
+        return build(preset.name if preset else name_or_path)
     try:
         ds_config = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

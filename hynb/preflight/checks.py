@@ -9,6 +9,8 @@ from pathlib import Path
 
 from hynb.cluster import UNREADABLE, Gpu, HostFacts, parse_gpus
 from hynb.config import Config
+from hynb.errors import HynbError
+from hynb.plan import ops, zero
 from hynb.preflight.reach import rsync_command
 from hynb.preflight.report import Cell, ranks_text
 from hynb.preflight.targets import Known, Reply, interfaces_to_others
@@ -32,6 +34,7 @@ def compare(reply: Reply, known: Known) -> list[Cell]:
         _python(reply, known),
         _versions(reply, known),
         _gpus(reply, known),
+        _compiler(reply, known),
         *_memory(reply, known),
         _output_disk(reply, known),
         _cache_disk(reply),
@@ -142,6 +145,20 @@ def _change_slots(config: Config, name: str, slots: int) -> str:
     # `name slots=8` on a line of its own, or name:8 in a list.
     pattern = rf"(^|[,[:space:]])(\[?{re.escape(name)}\]?)([[:space:]]+slots=|:)"
     return shlex.join(["sed", "-i", "-E", rf"s/{pattern}[0-9]+/\1\2\3{slots}/", config.hostfile])
+
+
+def _compiler(reply: Reply, known: Known) -> Cell | None:
+    on_cpu = not _visible_gpus(reply.facts)
+    try:
+        ds_config = zero.for_machine(zero.load(known.config.deepspeed), on_cpu=on_cpu)
+    except HynbError:
+        # A launch names it.
+        return None
+    problem, fix = ops.compile_problem(ds_config, reply.facts["build_tools"], on_cpu=on_cpu, host="this host")
+    if problem:
+        presets = ", ".join(ops.without_ops(ds_config))
+        return _bad(reply, "compiler", f"{problem}. Presets that need none: {presets}", fix, there=True)
+    return _ok(reply, "compiler", "present") if ops.compiled_ops(ds_config, on_cpu=on_cpu) else None
 
 
 def _memory(reply: Reply, known: Known) -> list[Cell]:

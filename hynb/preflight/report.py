@@ -10,10 +10,9 @@ from hynb.preflight.collective import Measurement
 
 # In the order in which they depend on each other, and in which a table shows them.
 CHECKS = (
-    *("name", "port", "host key", "login", "clock", "python", "versions", "GPUs", "memory", "shared memory"),
-    "locked memory",
-    *("disk", "cache", "code", "model", "data", "output_dir", "master port", "network", "hosts' logins"),
-    "all-reduce",
+    *("name", "port", "host key", "login", "clock", "python", "versions", "GPUs", "compiler", "memory"),
+    *("shared memory", "locked memory", "disk", "cache", "code", "model", "data", "output_dir", "master port"),
+    *("network", "hosts' logins", "all-reduce"),
 )
 _MARKS = {"ok": "✓", "bad": "✗", "unknown": "–"}
 _COLOURS = {"ok": "\x1b[32m", "bad": "\x1b[31m"}

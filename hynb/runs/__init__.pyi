@@ -8,6 +8,10 @@ from .checkpoint import resume_checkpoint as resume_checkpoint
 from .checks import check_output_dir as check_output_dir
 from .checks import check_run as check_run
 from .checks import clear_run_folder as clear_run_folder
+from .deepspeed import model_config as model_config
+from .deepspeed import planned_slots as planned_slots
+from .deepspeed import with_derived_limits as with_derived_limits
+from .deepspeed import workload as workload
 from .events import RunReader as RunReader
 from .events import RunWriter as RunWriter
 from .events import duration_text as duration_text

@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hynb.cluster import gpu_count, host_facts
 from hynb.config import Config
 from hynb.data import find_files
 from hynb.errors import ConfigError, HynbError
 from hynb.families import FAMILIES
 from hynb.files import read_weight_map
-from hynb.plan import zero
+from hynb.plan import ops, zero
 from hynb.runs.checkpoint import check_checkpoint, resume_checkpoint
 from hynb.runs.events import RunReader
 from hynb.runs.folder import RunDir
@@ -110,6 +111,9 @@ def check_run(config: Config, *, launched: bool = False) -> None:
     if not launched and config.hostfile is not None and not Path(config.hostfile).is_file():
         problems.append(f"hostfile = {config.hostfile}: there is no such file")
     problems += _check_deepspeed(config)
+    # On the hosts of a hostfile preflight checks it, and so do their ranks.
+    if launched or config.hostfile is None:
+        problems += _check_compiler(config)
     if not launched:
         problems += check_output_dir(
             config.output_dir, overwrite=config.overwrite_output_dir, resuming=resume is not None
@@ -193,6 +197,21 @@ def _check_deepspeed(config: Config) -> list[str]:
             "choose a ds_zero3 preset, or leave out make_moe_param_leaf_module"
         )
     return problems
+
+
+def _check_compiler(config: Config) -> list[str]:
+    """What this machine lacks to compile what the chosen preset or file makes DeepSpeed compile."""
+    on_cpu = not gpu_count()
+    try:
+        ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=on_cpu)
+    except HynbError:
+        # `_check_deepspeed` reports it.
+        return []
+    problem, fix = ops.compile_problem(ds_config, host_facts.build_tools(), on_cpu=on_cpu)
+    if not problem:
+        return []
+    presets = ", ".join(ops.without_ops(ds_config))
+    return [f"deepspeed = {config.deepspeed}: {problem}: `{fix}`, or choose a preset that needs none: {presets}"]
 
 
 def _missing_files(paths: str, parameter: str) -> list[str]:

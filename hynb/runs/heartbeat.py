@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from hynb.files import write_json
 
-Phase = Literal["starting", "checking data", "meeting", "loading", "training", "evaluating", "saving"]
+Phase = Literal["starting", "checking data", "compiling", "meeting", "loading", "training", "evaluating", "saving"]
 HEARTBEAT_SECONDS = 5.0
 # The child ends within milliseconds of the end of its pipe, unless the disk hangs; then nobody waits for it.
 _END_SECONDS = 5.0

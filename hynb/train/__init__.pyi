@@ -1,9 +1,9 @@
-from .adapter import add_adapter as add_adapter
-from .adapter import freeze_all_but_attention as freeze_all_but_attention
+from .adapter import choose_trained_parameters as choose_trained_parameters
 from .arguments import training_arguments as training_arguments
 from .byte_progress import ByteProgress as ByteProgress
 from .checkpoint import base_tensors as base_tensors
 from .checkpoint import mtp_tensors as mtp_tensors
+from .compilation import compile_ops as compile_ops
 from .datasets import DataPlan as DataPlan
 from .datasets import Datasets as Datasets
 from .datasets import broadcast_plan as broadcast_plan
@@ -27,12 +27,11 @@ from .pace import Pace as Pace
 from .pace import memory_bytes as memory_bytes
 from .pace import pace_of as pace_of
 from .process import Notes as Notes
+from .process import decided_by_rank_0 as decided_by_rank_0
 from .process import init_process_group as init_process_group
 from .process import set_up_process as set_up_process
 from .process import show_output_at_once as show_output_at_once
 from .process import start_notes as start_notes
-from .router_precision import compute_routers_in_float32 as compute_routers_in_float32
-from .router_precision import keep_frozen_routers as keep_frozen_routers
 from .router_statistics import RouterWatch as RouterWatch
 from .saving import SavedShard as SavedShard
 from .saving import plan_shards as plan_shards

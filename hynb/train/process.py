@@ -6,9 +6,13 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 from hynb.cluster import free_port
+
+T = TypeVar("T")
 
 
 class Notes(logging.Handler):
@@ -85,3 +89,25 @@ def init_process_group(limit: timedelta) -> None:
     create_process_group(backend, limit)
     # DeepSpeed takes the group that is there.
     deepspeed.init_distributed(dist_backend=backend)
+
+
+def decided_by_rank_0(decide: Callable[[int | None], T]) -> T:
+    """What rank 0 decides, on every rank: hosts may have other files and other GPUs.
+
+    Args:
+        decide: gets the memory in bytes of the smallest GPU of all ranks; None on CPUs.
+    """
+    import torch
+    import torch.distributed as dist
+
+    size_bytes = (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if (torch.cuda.is_available())
+        else None
+    )
+    sizes: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, size_bytes)
+    known = [size for size in sizes if size is not None]
+    decided: list[T | None] = [decide(min(known, default=None)) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(decided, src=0)
+    return decided[0]  # pyright: ignore[reportReturnType]  # rank 0 has sent it

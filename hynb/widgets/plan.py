@@ -6,10 +6,10 @@ import json
 import shlex
 from typing import Any
 
-from hynb.cluster import gpu_count
+from hynb.cluster import gpu_count, this_machine
 from hynb.config import Config, absolute_paths, parameters, value_text
-from hynb.plan import zero
-from hynb.runs import RunReader, check_run
+from hynb.plan import ops, zero
+from hynb.runs import RunReader, check_run, planned_slots, with_derived_limits, workload
 from hynb.supervision import command_text
 from hynb.widgets.markup import Shown, block, element
 
@@ -23,12 +23,20 @@ def deepspeed_plan(config: Config) -> Shown:
     config = absolute_paths(config)
     if RunReader(config.output_dir).status().state == "absent":
         check_run(config)
-    ds_config, notes = zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=not gpu_count())
+    on_cpu = not gpu_count()
+    ds_config, notes = zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=on_cpu)
+    gpus = this_machine().gpus
+    work = workload(config, planned_slots(config, len(gpus)))
+    gpu_bytes = min((gpu.memory_bytes for gpu in gpus), default=None)
+    ds_config, note = with_derived_limits(config, ds_config, work, gpu_bytes)
+    notes += [note] if note else []
+    compiled = [f"{op}: {reason}" for op, reason in ops.compiled_ops(ds_config, on_cpu=on_cpu).items()]
     parts = {
         'DeepSpeed\'s configuration ("auto" is filled in from the other parameters when the run starts)': json.dumps(
             ds_config, indent=2
         ),
-        **({"What differs from the file": "\n".join(notes)} if notes else {}),
+        **({"What the run changes, and why": "\n".join(notes)} if notes else {}),
+        **({"What DeepSpeed compiles first, once on each host": "\n".join(compiled)} if compiled else {}),
         "The same run from a terminal": terminal_command(config),
         "The command that starts the ranks": command_text(config),
     }

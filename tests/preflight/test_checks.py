@@ -48,6 +48,7 @@ def host_facts(gpus: str, **changes: Any) -> HostFacts:
         "cuda": {"cuda": "12.8", "nccl": "2.27.3"},
         "gpus": gpus,
         "cuda_visible_devices": None,
+        "build_tools": dict.fromkeys(("compiler", "ninja", "python", "cuda", "libaio"), True),
         "cpu_cores": 64,
         "memory": memory_facts(),
         "output_disk": disk,
@@ -169,11 +170,17 @@ def test_gpus_that_are_not_selected_may_be_in_use():
                 "memory.max",
             ),
         ),
+        (
+            TWO_GPUS,
+            {"build_tools": {"ninja": True}},
+            *("compiler", "cpu_adam (optimizer.type = AdamW, offloaded), and this host has no C++ compiler (c++)"),
+            "apt-get install g++ python3-dev",
+        ),
     ],
 )
 def test_hosts_with_gpus(gpus, changes, check, text, fix):
     first = reply("a", host_facts(TWO_GPUS), slots=2, local=True)
-    config = Config(hostfile="hosts", use_lora=True)
+    config = Config(hostfile="hosts", use_lora=True, deepspeed="ds_zero3_offload")
     assert not failed(first, config=config)
     cells = failed(reply("b", host_facts(gpus, **changes), slots=2), first, config=config)
     assert [cell.check for cell in cells] == ([check] if check else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -176,3 +177,35 @@ def test_a_model_folder_is_checked_as_a_whole(tmp_path):
     found = "\n".join(problems())
     for text in ("is quantised", "1 of 2 shards are missing: two.safetensors", "has no tokenizer", "no.jsonl: "):
         assert text in found, text
+
+
+def test_a_missing_compiler_is_named_before_a_run_starts(tmp_path):
+    """By the command, in an environment without programs, on a machine that has a GPU as far as it can tell."""
+    settings = [
+        f"model_name_or_path={tmp_path / 'no'}",
+        f"output_dir={tmp_path / 'run'}",
+        f"train_data_file={tmp_path / 'no.jsonl'}",
+        "deepspeed=ds_zero3_offload",
+    ]
+    (tmp_path / "run.yaml").write_text("\n".join(item.replace("=", ": ", 1) for item in settings))
+    command = [sys.executable, "-m", "hynb.cli", "check", "--config", str(tmp_path / "run.yaml")]
+
+    def problems(*more: str) -> str:
+        environment = os.environ | {"PATH": "/nonexistent", "CUDA_VISIBLE_DEVICES": "0"}
+        environment.pop("CXX", None)
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    found = problems()
+    for text in (
+        "deepspeed = ds_zero3_offload: DeepSpeed compiles cpu_adam",
+        "no C++ compiler (c++)",
+        "apt-get install g++",
+        "a preset that needs none: ds_zero3_no_offload, ds_zero3_param_offload",
+    ):
+        assert text in found, text
+    assert "C++" not in problems("--set", "deepspeed=ds_zero3_param_offload")
+    # Which hosts compile, and with what, is checked by preflight and by the ranks.
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    assert "C++" not in problems("--set", f"hostfile={tmp_path / 'hosts'}")

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from training_runs import config_of, losses
 from transformers import AutoModelForCausalLM
 
-from hynb.train import compute_routers_in_float32, keep_frozen_routers
 from hynb.train.checkpoint import base_tensors
+from hynb.train.router_precision import compute_routers_in_float32, keep_frozen_routers
 from hynb.train.router_statistics import routers
 
 MOE = ("hunyuan", "hunyuan_v1_moe", "hy_v3")

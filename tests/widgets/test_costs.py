@@ -32,7 +32,7 @@ def test_the_parts_add_up_to_what_a_gpu_needs(model):
     table = memory_plan(make_config(model_name_or_path=str(model)))
     names = [row[0] for row in table.rows]
     assert names[0] == "weights" and names[table.chosen] == "each GPU, in total"
-    assert names[-2:] == ["host memory", "a checkpoint on the disk"]
+    assert names[-3:] == ["host memory: processes", "host memory", "a checkpoint on the disk"]
 
 
 def test_why_there_is_no_estimate(model, tmp_path):
