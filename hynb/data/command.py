@@ -81,6 +81,12 @@ def run(args: argparse.Namespace) -> int:
         split_turns=args.split_turns,
         allow_ignored_fields=args.allow_ignored_fields,
     )
+    if not 0 <= args.max_cut_share <= 1:
+        raise DataError(f"max_cut_share = {args.max_cut_share:g}: must be from 0 to 1, a share of the samples")
+    for name in ("tokenised", "rejected"):
+        path = getattr(args, name)
+        if path and not path.parent.is_dir():
+            raise DataError(f"--{name} {path}: there is no folder {path.parent}")
     if args.tokenised and tokenizer is None:
         raise DataError("--tokenised needs a tokenizer: name its folder with --tokenizer_name_or_path")
     report = check_data(
@@ -105,6 +111,11 @@ def run(args: argparse.Namespace) -> int:
         print("no sample is left to train on")
         return 2
     too_many = report.too_long_share > args.max_cut_share
+    if too_many:
+        print(
+            f"{report.too_long_share:.1%} of the samples are left out because of max_seq_length, more than "
+            f"max_cut_share = {args.max_cut_share:g}: raise one of the two"
+        )
     return 2 if too_many or (report.invalid and args.on_bad_sample == "stop") else 0
 
 

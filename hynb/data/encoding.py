@@ -203,7 +203,14 @@ def template_arguments(
     """
     known = {**conversation.arguments}
     # The form of several data sets: arguments of the template in a mapping of their own.
-    if isinstance(nested := known.pop("chat_template_kwargs", None), Mapping):
+    if (nested := known.pop("chat_template_kwargs", None)) is not None:
+        if not isinstance(nested, Mapping):
+            raise DataError(f"{conversation.source}: chat_template_kwargs must be an object of arguments by name")
+        if twice := sorted(name for name in nested if name in known and known[name] != nested[name]):
+            raise DataError(
+                f"{conversation.source}: {', '.join(twice)} and chat_template_kwargs.{twice[0]} have different "
+                "values: keep one of them"
+            )
         known |= nested
     read = {name: value for name, value in known.items() if name in template.record_arguments}
     unknown = [name for name in known if name not in read and name not in MEANINGFUL]
@@ -218,24 +225,29 @@ def template_arguments(
                 "not learn from it: use a model whose template does, remove it from the data, or set "
                 "allow_ignored_fields: true to train without it"
             )
-        _check_thoughts_alone(conversation, ignored)
+        _check_what_is_left(conversation, ignored)
     return conversation.replaced(arguments=read), ignored, unknown
 
 
-def _check_thoughts_alone(conversation: Conversation, ignored: Sequence[str]) -> None:
+def _check_what_is_left(conversation: Conversation, ignored: Sequence[str]) -> None:
     """Refuses an answer of which nothing is left without the fields that are ignored.
 
     Raises:
-        DataError: its thought is ignored, and it has no content.
+        DataError: its thought or its tool calls are ignored, and it has no content.
     """
-    if not any(f"messages[].{name}" in ignored for name in THOUGHT_FIELDS):
-        return
+    thoughts_ignored = any(f"messages[].{name}" in ignored for name in THOUGHT_FIELDS)
     for number, message in enumerate(conversation.messages, 1):
-        if is_thought_alone(message):
-            raise DataError(
-                f"{conversation.source}: message {number}: the assistant's answer is empty but for its thought, "
-                "which the chat template does not render: write the answer, or remove the record"
-            )
+        calls_alone = bool(message.get("tool_calls")) and not (message.get("content") or "").strip()
+        if thoughts_ignored and is_thought_alone(message):
+            what = "its thought"
+        elif calls_alone and "messages[].tool_calls" in ignored:
+            what = "its tool calls"
+        else:
+            continue
+        raise DataError(
+            f"{conversation.source}: message {number}: the assistant's answer is empty but for {what}, which the "
+            "chat template does not render: write the answer, or remove the record"
+        )
 
 
 _PLAIN_FIELDS = frozenset({"role", "content", "train"})

@@ -98,12 +98,17 @@ def trained_spans(conversation: Conversation, rendered: Rendered, options: Label
     ]
     if not options.train_on_prompt:
         return [span for span, is_kept in kept if is_kept]
-    # Everything but the answers that are not trained on.
+    # Everything but the messages that are not trained on.
+    left_out = [span for span, is_kept in kept if not is_kept]
+    left_out += [
+        span
+        for message, span in zip(conversation.messages, rendered.turns, strict=True)
+        if span and message["role"] != "assistant" and not message.get("train", True)
+    ]
     spans, position = [], 0
-    for (start, end), is_kept in kept:
-        if not is_kept:
-            spans.append((position, start))
-            position = end
+    for start, end in sorted(left_out):
+        spans.append((position, start))
+        position = end
     return [span for span in [*spans, (position, len(rendered.text))] if span[0] < span[1]]
 
 

@@ -283,7 +283,8 @@ def _content_problem(message: dict[str, Any]) -> str:
     if content is None and (message.get("tool_calls") or is_thought_alone(message)):
         return ""
     if not isinstance(content, str):
-        return f"the content of the {role} must be text, not {type(content).__name__}"
+        found = "missing" if content is None else _short(content)
+        return f"the content of the {role} must be text, and is {found}: write text, or remove the record"
     return "the assistant's answer is empty" if _is_empty_answer(message) else ""
 
 

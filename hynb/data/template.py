@@ -122,13 +122,21 @@ class ChatTemplate:
     @functools.cached_property
     def end_tokens(self) -> frozenset[str]:
         """Texts of the special tokens that end an answer; empty if the template ends answers with none."""
-        exchange = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
-        traced = self._trace(exchange, self._arguments({}), "chat template")
-        span = traced.spans[-1]
-        # A template may end the last answer behind its loop.
-        tails = [traced.text[span[0] : span[1]], traced.text[span[0] :]] if span else [traced.text]
-        run = next(filter(None, map(self._trailing_tokens, tails)), [])
-        found = {run[0][0]} if run else set()
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+        found: set[str] = set()
+        # Some templates end an answer that calls a tool with another token.
+        for answer in ({"content": "…"}, {"content": "", "tool_calls": [call]}):
+            exchange = [{"role": "user", "content": "…"}, {"role": "assistant", **answer}]
+            try:
+                traced = self._trace(exchange, self._arguments({}), "chat template")
+            except DataError:
+                continue
+            span = traced.spans[-1]
+            # A template may end the last answer behind its loop.
+            tails = [traced.text[span[0] : span[1]], traced.text[span[0] :]] if span else [traced.text]
+            run = next(filter(None, map(self._trailing_tokens, tails)), [])
+            if run and run[0].start() > 0:
+                found.add(run[0][0])
         return frozenset(found | ({self._eos} if found and self._eos else set()))
 
     def render(self, conversation: Conversation, *, allow_special_tokens: bool = False) -> Rendered:
@@ -167,12 +175,13 @@ class ChatTemplate:
             DataError: the template refuses the conversation.
         """
         turns, rendering = self._rendered_turns(conversation.messages, conversation)
+        learned = self._rendering(conversation)
         found = []
         for name in conversation.arguments:
             rest = {key: value for key, value in conversation.arguments.items() if key != name}
             # The value may be the template's default, so that another one is tried as well.
             others = [rest, rest | {name: _other(conversation.arguments[name])}]
-            if all(self._rendering(conversation.replaced(arguments=other)) == rendering for other in others):
+            if all(self._rendering(conversation.replaced(arguments=other)) == learned for other in others):
                 found.append(name)
         for name in sorted({name for message in conversation.messages for name in message}):
             if name not in ("role", "content", "train") and self._ignores(conversation, name, turns, rendering):
@@ -270,11 +279,20 @@ class ChatTemplate:
             return True
 
     def _rendering(self, conversation: Conversation) -> str:
+        """The text up to the end of the last answer: on what follows it no answer depends."""
         messages = [plain_message(message) for message in conversation.messages]
         try:
-            return self._trace(messages, self._arguments(conversation.arguments), conversation.source).text
+            traced = self._trace(messages, self._arguments(conversation.arguments), conversation.source)
         except DataError:
             return ""
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        span = traced.spans[answers[-1]] if answers else None
+        if span is None:
+            return traced.text
+        try:
+            return traced.text[: self._end(traced, answers[-1], span[0], conversation.source)]
+        except DataError:
+            return traced.text[: span[1]]
 
     def _rendered_turns(self, messages: Messages, conversation: Conversation) -> tuple[list[str | None], str]:
         """What the template writes for each message, and the whole text."""
@@ -315,7 +333,14 @@ class ChatTemplate:
                 # An earlier answer may be shortened by design; `shortened_turns` finds it.
                 alone = self._trace(messages[: index + 1], arguments, source)
                 if index + 1 < len(messages) and _has_text(_segment(alone, index), content):
-                    trained.append(self._trained_span(messages, index, traced, arguments, source))
+                    shortened = self._trained_span(messages, index, traced, arguments, source)
+                    if not _is_without_thought(self.added.sub("", traced.text[slice(*shortened)]), content):
+                        raise DataError(
+                            f"{source}: the chat template cuts the answer of message {index + 1}, and not only its "
+                            "thought, because other messages follow it: remove the messages behind it, or set "
+                            "split_turns: true, which makes a sample of each answer"
+                        )
+                    trained.append(shortened)
                     continue
                 raise DataError(
                     f"{source}: the chat template changes message {index + 1} (some remove the part between <think> "
@@ -354,10 +379,14 @@ class ChatTemplate:
             prompt = found or ""
             if found is not None:
                 self._generation_prompts[key] = prompt
-        # The prompt may close a thought that the record has.
         header = _common(prompt, segment)
-        thought = _THOUGHT.search(header)
-        return header[: thought.start()] if thought else header
+        # The prompt may open a thought, or close one, which the answer has or has not: the two may agree in the first
+        # characters of a token, such as <think> and <tool_calls>.
+        for match in (*_THOUGHT.finditer(prompt), *self.added.finditer(prompt)):
+            is_thought = match[0].startswith("<think")
+            if match.start() < len(header) and (is_thought or len(header) < match.end()):
+                header = header[: match.start()]
+        return header
 
     def _generation_prompt(
         self, messages: Messages, before: str, segment: str, arguments: Mapping[str, Any], source: str
@@ -486,6 +515,12 @@ def _segment(traced: Traced, index: int) -> str:
     """What the template wrote for a message; the whole text where it was written outside of a loop."""
     span = traced.spans[index]
     return traced.text[span[0] : span[1]] if span else traced.text
+
+
+def _is_without_thought(text: str, content: str) -> bool:
+    """Whether a text is all of an answer but its thought and its tags."""
+    answer = re.sub(r"<think[^<>]*>.*?(</think[^<>]*>|$)", "", content, flags=re.DOTALL)
+    return "".join(re.sub(r"<[^<>]*>", "", text).split()) == "".join(re.sub(r"<[^<>]*>", "", answer).split())
 
 
 def _has_text(text: str, content: str) -> bool:

@@ -71,7 +71,7 @@ INVALID = [
     (json.dumps({"messages": [QUESTION, ANSWER, ANSWER]}).encode(), "message 3: the assistant's message follows"),
     (json.dumps({"messages": [QUESTION, {"role": "system", "content": "s"}, ANSWER]}).encode(), "must come first"),
     (json.dumps({"messages": [QUESTION, {"role": "assistant", "content": " "}]}).encode(), "answer is empty"),
-    (json.dumps({"messages": [{"role": "user", "content": 3}, ANSWER]}).encode(), "must be text, not int"),
+    (json.dumps({"messages": [{"role": "user", "content": 3}, ANSWER]}).encode(), "must be text, and is 3"),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}', "surrogate"),
 ]
 

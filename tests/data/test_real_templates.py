@@ -223,7 +223,62 @@ def test_a_field_that_is_not_rendered_is_refused_by_name(shared, name, record, f
         shown(record, tokenizer)
     assert f"f.jsonl:3: the chat template does not render {field}, so" in str(raised.value)
     assert "allow_ignored_fields" in str(raised.value)
-    assert "⟦" in shown(record, tokenizer, allow_ignored_fields=True)
+    if "tool_calls" not in field:
+        assert "⟦" in shown(record, tokenizer, allow_ignored_fields=True)
+        return
+    with pytest.raises(DataError, match=r"message 2: the assistant's answer is empty but for its tool calls, which"):
+        shown(record, tokenizer, allow_ignored_fields=True)
+    spoken = [message | ({"content": "I look."} if "tool_calls" in message else {}) for message in record["messages"]]
+    assert "⟦I look.<|eos|>⟧" in shown(record | {"messages": spoken}, tokenizer, allow_ignored_fields=True)
+
+
+@pytest.mark.parametrize("name", ["hunyuan-7b", "hunyuan-a13b"])
+@pytest.mark.parametrize("answer", ["<table>1</table>", "<tool>x", "text"])
+def test_an_answer_that_begins_like_a_thought_is_trained_from_its_first_character(shared, name, answer):
+    tokenizer = tokenizer_of(name, shared)
+    # With tools the template is rendered with its markers, and not from placeholders.
+    record = {"tools": [TOOL], "messages": [EXCHANGE[0], {"role": "assistant", "content": answer}]}
+    # Of Hunyuan-A13B the model itself writes who speaks, where there are tools: its generation prompt does not.
+    speaker = "助手：" if name == "hunyuan-a13b" else ""
+    assert trained_texts(record, tokenizer) == [f"{speaker}{answer}<|eos|>"]
+    call = {"tools": [TOOL], "messages": [EXCHANGE[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
+    assert trained_texts(call, tokenizer)[0].startswith("<tool_call")
+    with pytest.raises(DataError, match="does not render enable_thinking"):
+        shown(record | {"enable_thinking": False}, tokenizer)
+
+
+def test_an_earlier_answer_of_which_the_template_cuts_more_than_its_thought_is_refused(shared):
+    """Hunyuan-7B's template strips the characters of the tag `</answer>` from the ends of earlier answers."""
+    tokenizer = tokenizer_of("hunyuan-7b", shared)
+    record = {"messages": []}
+    for answer in ("answers are new", "4"):
+        content = f"<think>r</think><answer>{answer}</answer>"
+        record["messages"] += [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    with pytest.raises(DataError, match=r"cuts the answer of message 2, and not only its thought.* split_turns"):
+        shown(record, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs must be an object"),
+        (
+            {"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "low"}},
+            "reasoning_effort and chat_template_kwargs.reasoning_effort have different values",
+        ),
+    ],
+)
+def test_arguments_in_a_mapping_of_their_own_are_not_lost(shared, given, message):
+    with pytest.raises(DataError, match=message):
+        shown({"messages": EXCHANGE} | given, tokenizer_of("hy3", shared))
+
+
+def test_a_users_message_is_left_out_of_training_on_prompts(shared):
+    tokenizer = tokenizer_of("hunyuan-7b", shared)
+    record = {"messages": [EXCHANGE[0] | {"train": False}, EXCHANGE[1]]}
+    everything = trained_texts({"messages": EXCHANGE}, tokenizer, train_on_prompt=True)
+    kept = trained_texts(record, tokenizer, train_on_prompt=True)
+    assert EXCHANGE[0]["content"] in "".join(everything) and EXCHANGE[0]["content"] not in "".join(kept)
 
 
 def test_links_between_calls_and_results_need_no_rendering_where_the_order_says_the_same(shared):
