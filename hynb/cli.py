@@ -235,7 +235,8 @@ def _check(args: argparse.Namespace) -> int:
     notes.append(with_derived_limits(config, ds_config, work, gpu_bytes)[1])
     for note in filter(None, notes):
         print(f"hynb: {note}")
-    print("no problems found; this command would run:")
+    print("no problems found; the lines of the data are checked by `hynb check-data`, and when a run starts")
+    print("this command would run:")
     print(command_text(config))
     return 0
 

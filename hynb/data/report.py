@@ -201,7 +201,10 @@ class DataReport:
         if count := int(self.spelled.sum()):
             become = "becomes the token (allow_special_tokens_in_text)" if special_tokens_allowed else "stays text"
             locations = ", ".join(self.spelled_locations)
-            out.append(f"special tokens: {count:,} samples have text that spells one, which {become}: {locations}")
+            out.append(
+                f"added tokens: {count:,} samples have text that spells one, which {become} where the tokenizer "
+                f"marks it as special, and is the token otherwise: {locations}"
+            )
         if self.max_seq_length is None or not self.samples:
             return "\n".join(out)
         tokens, kept = int(self.lengths.sum()), int(self.kept.sum())

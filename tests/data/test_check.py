@@ -98,7 +98,7 @@ def test_the_report_counts_everything(tokenizer, tmp_path):
         assert report.trained[index] == sum(label != IGNORED for label in whole[index]["labels"])
     assert report.cut_samples == 1 and report.cut_answer_tokens > 0
     text = report.text(batch_size=2)
-    for part in ("8 lines = 6 samples + 2 rejected", f"{path}:7: must be", "duplicates: 2", "special tokens: 1"):
+    for part in ("8 lines = 6 samples + 2 rejected", f"{path}:7: must be", "duplicates: 2", "added tokens: 1"):
         assert part in text
     assert f"  {path}:4 repeats {path}:1" in text and "truncated at max_seq_length = 200: 1 samples" in text
     assert "packing:" in text and "padding at per_device_train_batch_size = 2" in text and "█" in text
