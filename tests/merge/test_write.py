@@ -179,8 +179,9 @@ for line in sys.stdin:
         def show(report):
             reports.append(report)
             print("report", flush=True)
-            if len(reports) == int(line):
-                time.sleep(600)
+            if len(reports) == abs(int(line)):
+                # Long enough to be killed there, or for a moment, so that the kill meets what follows.
+                time.sleep(600 if int(line) > 0 else 0.005)
         paths = dict(zip(("base_model_path", "adapter_model_path", "output_path"), sys.argv[1:]))
         m.merge_lora(**paths, progress=show)
         os._exit(0)
@@ -197,14 +198,14 @@ def test_twenty_kills_leave_the_base_and_nothing_that_looks_complete(base, adapt
 
     def merge(*, kill_at: int, wait: bool) -> tuple[int, int]:
         """Kills a merge at one of its reports, where it waits or a moment later; reports and exit status."""
-        server.stdin.write(f"{kill_at if wait else 0}\n")
+        server.stdin.write(f"{kill_at if wait else -abs(kill_at)}\n")
         server.stdin.flush()
         lines, child = [server.stdout.readline().strip()], None
         while not (child and lines[-1].isdecimal() and int(lines[-1]) != child):
             child = child or next((int(line) for line in lines if line.isdecimal()), None)
             if child and lines.count("report") == kill_at:
                 if not wait:
-                    time.sleep(rng.uniform(0, 0.002))
+                    time.sleep(rng.uniform(0, 0.01))
                 os.kill(child, signal.SIGKILL)
                 kill_at = -1
             lines.append(server.stdout.readline().strip())

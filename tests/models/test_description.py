@@ -114,6 +114,9 @@ def test_the_preset_that_fits_the_gpus(shared, tmp_path, monkeypatch, capsys):
     listed = "".join(f"GPU {number}: H100\\n" for number in range(8))
     program.write_text(f"#!/bin/sh\nif [ \"$1\" = -L ]; then printf '{listed}'; else printf '{lines}'; fi\n")
     program.chmod(0o755)
+    # As without nvidia-ml-py, which would ask the driver itself.
+    (tmp_path / "pynvml.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = describe(shared / "models" / "hunyuan-4b")
