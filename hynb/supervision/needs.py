@@ -13,7 +13,7 @@ from hynb.config import Config
 from hynb.errors import HynbError
 from hynb.files import read_json
 from hynb.plan import memory, zero
-from hynb.runs import find_base
+from hynb.runs import find_base, workload
 
 _GB = 1e9
 # A rank that loads its libraries and a tiny model.
@@ -55,29 +55,11 @@ def host_bytes(config: Config, hosts: Sequence[Host]) -> int | None:
         model_config = None if base is None else read_json(base / "config.json")
         if model_config is None:
             return None
-        slots = [host.slots for host in hosts]
-        work = workload(config, world_size=sum(slots), gpus_per_host=max(slots))
+        work = workload(config, [host.slots for host in hosts])
         return memory.estimate(model_config, work, preset=config.deepspeed).host_bytes
     except HynbError:
         # Another check names a wrong model folder.
         return None
-
-
-def workload(config: Config, *, world_size: int, gpus_per_host: int) -> memory.Workload:
-    """The parameters of a run that its memory depends on."""
-    return memory.Workload(
-        world_size=world_size,
-        gpus_per_host=gpus_per_host,
-        use_lora=config.use_lora,
-        lora_rank=config.lora_rank,
-        lora_target_modules=tuple(config.lora_target_modules),
-        train_attention_params_only=config.train_attention_params_only,
-        micro_batch_size=config.per_device_train_batch_size,
-        max_seq_length=config.max_seq_length,
-        gradient_checkpointing=config.gradient_checkpointing,
-        make_moe_param_leaf_module=config.make_moe_param_leaf_module,
-        weight_bytes=2 if config.bf16 or config.fp16 else 4,
-    )
 
 
 def shortages(facts: MemoryFacts, *, slots: int, on_gpus: bool, planned_bytes: int | None) -> list[Shortage]:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import tiny_data, tiny_model
 
 from hynb.config import Config
 from hynb.errors import ClusterError, RunFailedError
@@ -32,14 +31,6 @@ from hynb.supervision import LAUNCH_VARIABLE, Membership, command_text, make_pla
 from hynb.supervision.commands import launch_command
 
 HOST = socket.gethostname()
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    tiny_model(folder / "model", "hunyuan_v1_dense")
-    tiny_data(folder / "train.jsonl")
-    return folder
 
 
 def config_of(files: Path, folder: Path, **values) -> Config:
