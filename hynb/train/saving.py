@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,12 @@ def write_model(
         RunError: a rank cannot write; raised on all ranks, with the rank and its host.
     """
     rank = dist.get_rank()
-    with _agreement(folder):
+    with _agreed(folder):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for shard in shards:
                 _create(folder / shard.file, shard)
-    with _agreement(folder):
+    with _agreed(folder):
         if shared or rank == 0 or _is_partitioned(model):
             _Writer(model, shards, folder, shared=shared, progress=progress).write()
     # The index comes last: a folder without it is not a whole model.
@@ -156,24 +156,22 @@ def write_model(
         write_json(folder / INDEX_NAME, index)
 
 
-class _agreement:  # noqa: N801  used as a context manager, in which all ranks fail if one of them does
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if error is not None and not isinstance(error, (OSError, ModelError)):
-            return False
-        problem = None
-        if error is not None:
-            place = f"rank {dist.get_rank()} on {socket.gethostname()}"
-            problem = f"{self._folder}: the checkpoint cannot be written by {place}: {error}"
-        problems: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        if found := [text for text in problems if text]:
-            raise RunError(found) from error
-        return True
+@contextmanager
+def _agreed(folder: Path) -> Iterator[None]:
+    """Work after which all ranks fail if one of them does."""
+    failure: Exception | None = None
+    try:
+        yield
+    except (OSError, ModelError) as error:
+        failure = error
+    problem = None
+    if failure is not None:
+        place = f"rank {dist.get_rank()} on {socket.gethostname()}"
+        problem = f"{folder}: the checkpoint cannot be written by {place}: {failure}"
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if found := [text for text in problems if text]:
+        raise RunError(found) from failure
 
 
 class _Writer:
