@@ -28,6 +28,21 @@ class _LayerSums:
     tokens: torch.Tensor
 
 
+@dataclass(kw_only=True, frozen=True)
+class _Counted:
+    """What of a micro batch counts, in float32.
+
+    Args:
+        tokens: 1 for each token and 0 for padding (tokens).
+        slots: the same for each expert that a token is sent to (tokens · top-k).
+        total: the number of tokens.
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    total: torch.Tensor
+
+
 class RouterWatch:
     """Counts to which experts each router of a model sends its tokens, in forward hooks and without a device sync.
 
@@ -39,12 +54,12 @@ class RouterWatch:
         coefficient: weight of the balancing loss; 0 for none.
 
     Attributes:
-        mask: attention mask of the current batch (batch × length); None where nothing is padded.
         layers: index of each layer that has a router.
     """
 
     def __init__(self, model: nn.Module, model_type: str, coefficient: float = 0.0) -> None:
-        self.mask: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
+        self._counted: dict[tuple[int, int, torch.device], _Counted] = {}
         self.layers: list[int] = []
         self._coefficient = coefficient
         self._sigmoid = model_type in FAMILIES and FAMILIES[model_type].sigmoid_router
@@ -55,6 +70,16 @@ class RouterWatch:
             self.layers.append(int(name.split("layers.")[1].split(".")[0]))
             module.register_forward_hook(self._hook(len(self.layers) - 1))
         self.reset()
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Attention mask of the current batch (batch × length); None where nothing is padded."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: torch.Tensor | None) -> None:
+        self._mask = mask
+        self._counted = {}
 
     def reset(self) -> None:
         """Starts to count from zero."""
@@ -127,15 +152,15 @@ class RouterWatch:
                 return
             logits, chosen = output[0], next(item for item in output if not item.is_floating_point())
             scores = self._scores(logits if self._coefficient else logits.detach())
-            counted = self._counted(logits)
-            slots = torch.zeros(logits.shape[-1], device=logits.device)
-            slots.index_add_(0, chosen.reshape(-1), counted.repeat_interleave(chosen.shape[-1]))
+            counted = self._counted_of(logits, top_k=chosen.shape[-1])
             if self._coefficient:
-                loss = _balancing_loss(scores, slots, counted, top_k=chosen.shape[-1])
+                slots = torch.zeros(logits.shape[-1], device=logits.device)
+                slots.index_add_(0, chosen.reshape(-1), counted.slots)
+                loss = _balancing_loss(scores, slots, counted.tokens, top_k=chosen.shape[-1])
                 if not recomputed:
                     self._losses.append(loss)
             if not recomputed:
-                self._add(place, scores.detach(), slots, counted)
+                self._add(place, scores.detach(), chosen, counted)
 
         return hook
 
@@ -146,21 +171,27 @@ class RouterWatch:
         scores = torch.sigmoid(logits.float())
         return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
-    def _counted(self, logits: torch.Tensor) -> torch.Tensor:
-        """1 for each token that counts and 0 for padding (tokens)."""
-        if self.mask is not None and self.mask.numel() == len(logits):
-            return self.mask.reshape(-1).to(logits.device, torch.float32)
-        return torch.ones(len(logits), device=logits.device)
+    def _counted_of(self, logits: torch.Tensor, top_k: int) -> _Counted:
+        # The same for all layers, so that a step of many layers computes it once.
+        key = len(logits), top_k, logits.device
+        if key not in self._counted:
+            if self._mask is not None and self._mask.numel() == len(logits):
+                tokens = self._mask.reshape(-1).to(logits.device, torch.float32)
+            else:
+                tokens = torch.ones(len(logits), device=logits.device)
+            self._counted[key] = _Counted(tokens=tokens, slots=tokens.repeat_interleave(top_k), total=tokens.sum())
+        return self._counted[key]
 
-    def _add(self, place: int, scores: torch.Tensor, slots: torch.Tensor, counted: torch.Tensor) -> None:
-        entropy = -(torch.special.xlogy(scores, scores).sum(-1) * counted).sum()
+    def _add(self, place: int, scores: torch.Tensor, chosen: torch.Tensor, counted: _Counted) -> None:
+        entropy = torch.dot(torch.special.entr(scores).sum(-1), counted.tokens)
         sums = self._sums[place]
         if sums is None:
-            self._sums[place] = _LayerSums(slots=slots, entropy=entropy, tokens=counted.sum())
+            slots = torch.zeros(scores.shape[-1], device=scores.device)
+            sums = self._sums[place] = _LayerSums(slots=slots, entropy=entropy, tokens=counted.total.clone())
         else:
-            sums.slots += slots
             sums.entropy += entropy
-            sums.tokens += counted.sum()
+            sums.tokens += counted.total
+        sums.slots.index_add_(0, chosen.reshape(-1), counted.slots)
 
 
 def routers(model: nn.Module, model_type: str) -> list[tuple[str, nn.Module]]:
