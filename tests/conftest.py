@@ -10,7 +10,27 @@ import pytest
 # With two threads, each small matrix product waits for the other thread, above all next to a browser or other ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Files that take longest: begun first, none of them is left alone at the end.
+LONG = (
+    "test_hosts_that_fail.py",
+    "test_several_hosts.py",
+    "test_troubled_hosts.py",
+    "test_one_host.py",
+    "test_compilation.py",
+    "test_notebooks.py",
+    "test_checkpoint.py",
+    "test_examine.py",
+    "test_notebooks_in_browser.py",
+    "test_timeouts.py",
+)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 
 
 def need(present: bool, reason: str) -> None:
