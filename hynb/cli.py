@@ -227,7 +227,7 @@ def _check(args: argparse.Namespace) -> int:
 
     config = absolute_paths(read_config(args.config, args.set))
     check_run(config)
-    make_plan(config)
+    plan = make_plan(config)
     ds_config, notes = zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=not gpu_count())
     gpus = this_machine().gpus
     work = workload(config, planned_slots(config, len(gpus)))
@@ -237,7 +237,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"hynb: {note}")
     print("no problems found; the lines of the data are checked by `hynb check-data`, and when a run starts")
     print("this command would run:")
-    print(command_text(config))
+    print(command_text(config, plan))
     return 0
 
 

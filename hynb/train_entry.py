@@ -66,6 +66,8 @@ class RankState:
         folders: the run folders of hosts that share none; None where there is one folder.
         shape: what a resumed run must have in common with the run that saved its checkpoint.
         base: folder of the base model; None for a random one.
+        stored: the tensors of the base's safetensors files, whose headers are read once: there may be hundreds on a
+            network disk.
     """
 
     argv: Sequence[str]
@@ -96,6 +98,7 @@ class RankState:
     datasets: Datasets = field(init=False)
     # build_model
     arguments: TrainingArguments = field(init=False)
+    stored: Sequence[TensorEntry] = ()
     model: PreTrainedModel | PeftModel = field(init=False)
     model_type: str = field(init=False)
     # record
@@ -338,6 +341,7 @@ def build_model(state: RankState) -> None:
     from transformers import set_seed
 
     from hynb.train import (
+        base_tensors,
         choose_trained_parameters,
         data_workers,
         load_model,
@@ -358,13 +362,16 @@ def build_model(state: RankState) -> None:
     set_seed(state.config.seed)
     show_progress = state.writer.progress if state.writer else None
     with uneven_work():
-        model = load_model(state.config, state.base, state.tokenizer, show_progress=show_progress)
+        state.stored = base_tensors(state.base) if state.base else []
+        model = load_model(
+            state.config, state.base, state.tokenizer, stored=state.stored, show_progress=show_progress
+        )
     model.config.use_cache = False
     state.model_type = model.config.model_type
     save_loss_memory(model)
     if state.config.make_moe_param_leaf_module:
         mark_moe_leaves(model)
-    state.model = choose_trained_parameters(state.config, model, state.base)
+    state.model = choose_trained_parameters(state.config, model, state.base, state.stored)
 
 
 def record(state: RankState) -> None:
@@ -491,7 +498,7 @@ def _tensors_to_copy(state: RankState) -> list[TensorEntry]:
 
     if state.base is None or state.config.use_lora:
         return []
-    copied = mtp_tensors(state.base)
+    copied = mtp_tensors(state.base, state.stored)
     if copied:
         size_bytes = sum(entry.size_bytes for entry in copied)
         logger.info(
@@ -506,13 +513,12 @@ def _plan_checkpoints(state: RankState, copied: Sequence[TensorEntry]) -> None:
     from transformers import PreTrainedModel
 
     from hynb.files import INDEX_NAME
-    from hynb.train import base_tensors, plan_shards, training_dtype
+    from hynb.train import plan_shards, training_dtype
 
     assert isinstance(state.model, PreTrainedModel)
-    stored = base_tensors(state.base) if state.base else []
     has_index = state.base is not None and (state.base / INDEX_NAME).is_file()
     dtype = training_dtype(state.config)
-    state.shards = plan_shards(state.model, stored, copied, dtype=dtype, has_index=has_index)
+    state.shards = plan_shards(state.model, state.stored, copied, dtype=dtype, has_index=has_index)
 
 
 def _write_manifest(

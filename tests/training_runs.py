@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tiny import OF_FAMILY, tiny_data, tiny_model, with_code
 
@@ -143,6 +144,20 @@ def trace_gathering() -> None:
     partitioned_param_coordinator.logger = logger
 
 
+def print_headers_read() -> None:
+    """To be called in a rank before it begins: prints the name of each weight file whose header hynb reads."""
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and str(args[0]).endswith(".safetensors"):
+            frame = sys._getframe()
+            while frame.f_back and frame.f_code.co_name != "read_shard":
+                frame = frame.f_back
+            if frame.f_code.co_name == "read_shard":
+                print(f"header of {Path(args[0]).name}")
+
+    sys.addaudithook(hook)
+
+
 def save_in_both_ways() -> None:
     """To be called in a rank before it begins: each full model is also saved in transformers' own way, beside it."""
     from hynb.train import RunTrainer
@@ -198,6 +213,22 @@ def slow_save_of_rank_1() -> None:
         _delay(saving, "write_at")
 
 
+def stop_after_step_3() -> None:
+    """To be called in a rank before it begins: the run is asked to stop during step 3, and so ends at step 4."""
+    from hynb.train import RunTrainer
+
+    plain = RunTrainer.training_step
+
+    def training_step(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2 and self.run_writer:
+            self.run_dir.stop_request.touch()
+            # Rank 0 looks for the file twice per second.
+            time.sleep(0.6)
+        return plain(self, *args, **kwargs)
+
+    RunTrainer.training_step = training_step
+
+
 def _delay(owner: Any, name: str) -> None:
     plain = getattr(owner, name)
 
@@ -209,8 +240,10 @@ def _delay(owner: Any, name: str) -> None:
     setattr(owner, name, late)
 
 
-def _serve() -> None:
+def preload() -> None:
+    """Imports what ranks use, once for all that this process forks."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import gc
     import importlib
 
     for name in ("peft", "deepspeed", "torch.utils.tensorboard", "transformers.integrations", "hynb.hunyuan_large"):
@@ -221,6 +254,36 @@ def _serve() -> None:
 
     for name in hynb.train.__all__:
         getattr(hynb.train, name)
+    # DeepSpeed imports it with each engine, and torch's compiler with it.
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    # A rank's garbage collection would look at all of it, and copy its pages.
+    gc.freeze()
+
+
+def run_entry(argv: Sequence[str], before: str) -> NoReturn:
+    """Runs `hynb.train_entry` as the main module of a forked rank, and ends the process.
+
+    Args:
+        before: `module:function`, called first; empty for none.
+    """
+    import importlib
+    import runpy
+    import traceback
+
+    sys.argv = ["hynb.train_entry", *argv]
+    try:
+        if before:
+            module, _, function = before.partition(":")
+            getattr(importlib.import_module(module), function)()
+        runpy.run_module("hynb.train_entry", run_name="__main__", alter_sys=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _serve() -> None:
+    preload()
     for line in sys.stdin:
         request = json.loads(line)
         port = free_port()
@@ -245,20 +308,7 @@ def _fork(request: dict, rank: int, port: int) -> int:
     if count > 1:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    sys.argv = ["hynb.train_entry", *request["argv"]]
-    import importlib
-    import runpy
-    import traceback
-
-    try:
-        if request["before"]:
-            module, _, function = request["before"].partition(":")
-            getattr(importlib.import_module(module), function)()
-        runpy.run_module("hynb.train_entry", run_name="__main__", alter_sys=True)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
+    run_entry(request["argv"], request["before"])
 
 
 def _wait(pids: list[int]) -> list[int]:

@@ -63,14 +63,18 @@ class RunDir:
         found = [item for item in self.path.glob("checkpoint-*") if re.fullmatch(r"\d+", item.name[11:])]
         return sorted(found, key=lambda item: int(item.name[11:]))
 
-    def rank_logs(self) -> list[Path]:
-        """The newest output file of each rank, in the order of the ranks."""
+    def logs_by_rank(self) -> dict[int, Path]:
+        """The newest output file of each rank that has written one."""
         newest = {}
         # The launcher's file names begin with the time, so a resumed run's file sorts last.
         for path in sorted(self.log.glob("*_rank*.log")):
             if match := re.search(r"_rank(\d+)\.log$", path.name):
                 newest[int(match[1])] = path
-        return [newest[rank] for rank in sorted(newest)]
+        return newest
+
+    def rank_logs(self) -> list[Path]:
+        """The newest output file of each rank, in the order of the ranks."""
+        return [path for _, path in sorted(self.logs_by_rank().items())]
 
     def failure(self, rank: int) -> Path:
         """The record of a failed rank: host, time, reason, exit code."""

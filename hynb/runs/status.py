@@ -11,6 +11,7 @@ from typing import Any
 from hynb.runs.folder import ProcessId, RunDir
 from hynb.runs.heartbeat import Beat, Phase, disk_time, read_heartbeat
 from hynb.runs.records import State, read_record
+from hynb.runs.watchdog import watchdog_abort
 
 # A process on another host is considered dead when the heartbeat is this old: network disks cache for up to a minute.
 STALE_HEARTBEAT_SECONDS = 90.0
@@ -154,8 +155,14 @@ def _failure(run_dir: RunDir) -> str:
     """The first cause among the reports of failed ranks; empty when there are none."""
     failures = run_dir.failures()
     causes = [failure for failure in failures if not failure.get("lost_connection")]
+    abort = watchdog_abort(run_dir)
+    if abort:
+        # What ranks report that have waited in vain comes of that.
+        causes = [failure for failure in causes if failure["rank"] not in abort.waiting]
     if causes:
         return f"rank {causes[0]['rank']} on {causes[0]['host']}: {causes[0]['reason']}"
+    if abort:
+        return abort.reason
     if not failures:
         return ""
     world_size = (read_record(run_dir.manifest) or {}).get("world_size", 0)

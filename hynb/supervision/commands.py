@@ -19,21 +19,52 @@ from hynb.supervision.membership import PASTED_VISIBLE_VARIABLE
 from hynb.supervision.plan import CODE, Plan, filter_text, plan_unchecked
 
 
-def command_text(config: Config) -> str:
-    """The command of a run in one line, with `deepspeed` by its short name, to be typed without hynb's supervision.
+def command_text(config: Config, plan: Plan | None = None) -> str:
+    """The command of a run, with `deepspeed` by its short name, to be typed without hynb's supervision.
+
+    Where the user has chosen devices on one of several hosts, or no program reaches the others, one line for each
+    host: DeepSpeed's runner gives the ranks of a host the first devices there, whatever CUDA_VISIBLE_DEVICES is.
+
+    Args:
+        plan: as from `make_plan`, which has asked the hosts for their devices; None to ask no host.
 
     Raises:
         ClusterError: the hostfile or a filter is wrong, or a host's name is unknown here.
     """
     run_dir = RunDir(config.output_dir)
-    plan = plan_unchecked(config)
+    is_asked = plan is not None
+    plan = plan or plan_unchecked(config)
     if config.hostfile is None or (plan.launcher == "local" and plan.devices[0]):
-        command = _typed_local_command(plan, run_dir)
-    else:
+        return _line(_typed_local_command(plan, run_dir), run_dir)
+    if plan.launcher not in ("pdsh", "no_ssh"):
+        # MPI and Slurm leave the variable to each host.
         command = _runner_command(plan, run_dir) if plan.launcher == "local" else launch_command(plan, run_dir)
-    if "deepspeed.launcher.runner" not in command:
-        return shlex.join([*command, str(run_dir.config)])
-    return shlex.join(["deepspeed", *command[3:], str(run_dir.config)])
+        return _line(command, run_dir)
+    if plan.launcher == "no_ssh" or any(plan.devices):
+        lines = []
+        for node, host in enumerate(plan.hosts):
+            lines += [f"# on {host.name}:", _line(node_command(plan, run_dir, node), run_dir)]
+    else:
+        lines = [_line(_runner_command(plan, run_dir), run_dir)]
+    if plan.launcher == "no_ssh" or not is_asked:
+        lines.append(_unknown_devices(plan))
+    return "\n".join(lines)
+
+
+def _line(command: list[str], run_dir: RunDir) -> str:
+    """A command, as a line of a shell."""
+    if "deepspeed.launcher.runner" in command:
+        command = ["deepspeed", *command[3:]]
+    return shlex.join([*command, str(run_dir.config)])
+
+
+def _unknown_devices(plan: Plan) -> str:
+    """A comment on the other hosts, which nobody has asked for their choice of devices."""
+    slots = [f"{host.name}: {','.join(map(str, host.slot_ids or range(host.slots)))}" for host in plan.others]
+    return (
+        f"# {VISIBLE_VARIABLE} of the other hosts is not known here: the ranks get these devices "
+        f"({'; '.join(slots)}). `hynb launch` keeps to the variable on each host"
+    )
 
 
 def _typed_local_command(plan: Plan, run_dir: RunDir) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from hynb.cluster import Ssh
 from hynb.files import write_json
-from hynb.runs import RunDir, RunReader, RunWriter
+from hynb.runs import RunDir, RunReader, RunWriter, watchdog_abort
 from hynb.supervision.connections import Connections, Node
 from hynb.supervision.logs import LaunchLogs
 from hynb.supervision.membership import Membership
@@ -370,14 +370,7 @@ class Supervisor:
 
     def _failure_record(self) -> dict[str, Any]:
         """The heaviest cause, in the failed rank's own words where it left some, with the end of its log."""
-        failures = self._all_failures()
-        reports = [record for record in failures if not record.get("lost_connection")]
-        cause = self._heaviest_cause(failures)
-        if cause.weight < 2 and reports:
-            rank = reports[0]["rank"]
-            host = self._nodes[self._membership.node_of(rank)].name
-            reason = f"rank {rank} on {host}: {reports[0]['reason']}"
-            cause = Cause(reason=reason, host=host, rank=rank, weight=2)
+        cause = self._found_cause()
         reason = cause.reason
         if tail := self._log_tail(cause):
             reason += f"\nThe end of its log:\n{tail}"
@@ -395,6 +388,27 @@ class Supervisor:
                 max_steps=known.max_steps,
             )
         return {"state": "failed", "exit_code": 1, "reason": reason, "host": cause.host, "rank": cause.rank}
+
+    def _found_cause(self) -> Cause:
+        """The cause to report: what a rank recorded, or NCCL's watchdog printed, says more than how a rank ended."""
+        failures = self._all_failures()
+        cause = self._heaviest_cause(failures)
+        if cause.weight >= 2:
+            return cause
+        reports = [record for record in failures if not record.get("lost_connection")]
+        abort = watchdog_abort(self._dir, self._membership.hosts)
+        if abort:
+            # What ranks report that have waited in vain comes of that.
+            reports = [record for record in reports if record["rank"] not in abort.waiting]
+        if reports:
+            rank = reports[0]["rank"]
+            host = self._nodes[self._membership.node_of(rank)].name
+            return Cause(reason=f"rank {rank} on {host}: {reports[0]['reason']}", host=host, rank=rank, weight=2)
+        if abort:
+            rank = next(iter(abort.late), None)
+            host = None if rank is None else self._nodes[self._membership.node_of(rank)].name
+            return Cause(reason=abort.reason, host=host, rank=rank, weight=2)
+        return cause
 
     def _all_failures(self) -> list[dict[str, Any]]:
         """The ranks' records, in the order in which they arrived, before those that are in the run folder alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,19 +12,20 @@ from transformers import PreTrainedModel
 
 from hynb.config import Config
 from hynb.errors import ModelError
-from hynb.train.checkpoint import base_tensors
+from hynb.merge import TensorEntry
 from hynb.train.router_precision import compute_routers_in_float32, keep_frozen_routers
 
 logger = logging.getLogger(__name__)
 
 
 def choose_trained_parameters(
-    config: Config, model: PreTrainedModel, base: Path | None
+    config: Config, model: PreTrainedModel, base: Path | None, stored: Sequence[TensorEntry]
 ) -> PreTrainedModel | PeftModel:
     """The model with what a Config trains of it: an adapter, the attention alone, or all.
 
     Args:
         base: the folder that the model was loaded from; None for a random one.
+        stored: the tensors of the base; untrained routers keep those of them that are float32.
 
     Raises:
         ModelError: no module of the model has the name of a target.
@@ -34,8 +36,8 @@ def choose_trained_parameters(
     elif config.train_attention_params_only:
         freeze_all_but_attention(model)
     adapted = config.lora_target_modules if config.use_lora else ()
-    stored = base_tensors(base) if base is not None and (config.bf16 or config.fp16) else []
-    if kept := keep_frozen_routers(model, stored, adapted=adapted):
+    rounded = stored if config.bf16 or config.fp16 else []
+    if kept := keep_frozen_routers(model, rounded, adapted=adapted):
         logger.info(f"{len(kept)} routers, which are not trained, keep the base's float32 weights")
     if config.use_lora:
         # A frozen embedding's output needs a gradient, or checkpointed layers would have none to pass back.

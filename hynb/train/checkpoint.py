@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,27 @@ _TRAINING_FILES = ("trainer_state.json", "latest", "zero_to_fp32.py", CHECKPOINT
 
 
 def base_tensors(base: Path) -> list[TensorEntry]:
-    """The tensors of a base; empty if its weights are not in safetensors files."""
+    """The tensors of a base; empty if its weights are not in safetensors files.
+
+    Raises:
+        ModelError: a file is truncated, corrupt or not a safetensors file.
+    """
     weight_map = read_weight_map(base)
     names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
     return [entry for name in names if (base / name).is_file() for entry in read_shard(base / name).tensors]
 
 
-def mtp_tensors(base: Path) -> list[TensorEntry]:
-    """The tensors of a base's MTP layers, which transformers does not load and a full checkpoint gets unchanged."""
+def mtp_tensors(base: Path, stored: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """The tensors of a base's MTP layers, which transformers does not load and a full checkpoint gets unchanged.
+
+    Args:
+        stored: all tensors of the base, as from `base_tensors`.
+    """
     model_config = read_json(base / "config.json") or {}
     family = FAMILIES.get(model_config.get("model_type") or "")
     if family is None or not family.mtp_layers or not model_config.get(family.mtp_layers):
         return []
-    found = [entry for entry in base_tensors(base) if family.is_mtp_tensor(entry.name, model_config)]
+    found = [entry for entry in stored if family.is_mtp_tensor(entry.name, model_config)]
     if not found:
         logger.info(
             f"{base}: config.json has {family.mtp_layers} = {model_config[family.mtp_layers]}, but the safetensors "

@@ -22,7 +22,7 @@ _GRACE_SECONDS = 5.0
 _MISTAKE_CODE = HynbError.exit_code
 _LOST_CONNECTION = (
     *("Connection closed by peer", "Connection reset by peer", "gloo/transport", "remote process exited"),
-    "ncclRemoteError",
+    *("ncclRemoteError", "Connection was likely closed"),
 )
 # torch.save reports no errno (torch 2.13, caffe2/serialize/inline_container.cc).
 _TORCH_CANNOT_WRITE = ("inline_container.cc", "PytorchStreamWriter failed", "iostream error")

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +23,14 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from transformers import PreTrainedModel
 
 from hynb.errors import ModelError
-from hynb.merge import DTYPE_BYTES, TORCH_DTYPES, TensorEntry, model_shards
+from hynb.merge import DTYPE_BYTES, TORCH_DTYPES, TensorEntry
 from hynb.train.byte_progress import ByteProgress
+from hynb.train.staging import PIECE_BYTES, Staging
 from hynb.train.stored_tensors import Part, range_of, stored_parts
 
 logger = logging.getLogger(__name__)
 
 _LOADER = "_load_state_dict_into_zero3_model"
-# Large enough for the rate of a disk, small enough for a progress report several times per second.
-_PIECE_BYTES = 32 << 20
 # A disk of today needs several requests at a time for its full rate.
 _READERS = 4
 
@@ -53,23 +51,24 @@ class _Read:
 
 
 @contextmanager
-def partitions_from_files(base: Path, progress: ByteProgress) -> Iterator[None]:
-    """While it is active, `from_pretrained(base)` under ZeRO-3 loads each rank's partitions from safetensors files.
+def partitions_from_files(stored: Sequence[TensorEntry], progress: ByteProgress) -> Iterator[None]:
+    """While it is active, `from_pretrained` under ZeRO-3 loads each rank's partitions from safetensors files.
 
     Where the weights are in other files, or DeepSpeed keeps partitions elsewhere (NVMe, quantised, hpZ), transformers
     loads them in its own way.
 
     Args:
+        stored: the tensors of the base; empty where they are in other files.
         progress: called with the bytes that this rank has read, and those that it reads in all.
     """
-    if not any(base.glob("*.safetensors")):
+    if not stored:
         yield
         return
     plain = getattr(transformers.modeling_utils, _LOADER)
 
     def load(model: Any, state_dict: Mapping[str, Any], load_config: Any = None) -> Any:
         conversions = getattr(load_config, "weight_mapping", None) or []
-        entries = {entry.name: entry for shard in model_shards(base) for entry in shard.tensors}
+        entries = {entry.name: entry for entry in stored}
         parts = stored_parts(model, {name: entry.shape for name, entry in entries.items()}, conversions)
         if parts is None or not all(_is_plain_partition(weight) for weight in model.parameters()):
             logger.info("the weights are read by rank 0 and sent to the other ranks, because of the ZeRO settings")
@@ -189,7 +188,7 @@ def _reads_of(value: Any, pieces: Sequence[Part], entries: Mapping[str, TensorEn
     for part in range_of(pieces, begin, end):
         entry = entries[part.stored]
         item_bytes = DTYPE_BYTES[entry.dtype]
-        step = _PIECE_BYTES // item_bytes
+        step = PIECE_BYTES // item_bytes
         for first in range(part.begin, part.end, step):
             last = min(first + step, part.end)
             at = part.at - begin + first - part.begin
@@ -205,7 +204,7 @@ def _execute(reads: Sequence[_Read], progress: ByteProgress) -> None:
     total = sum(read.end - read.begin for read in reads)
     done = 0
     lock = threading.Lock()
-    buffers = threading.local()
+    staging = Staging()
     with ExitStack() as stack:
         paths = {read.entry.shard for read in reads}
         files = {path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths}
@@ -213,7 +212,7 @@ def _execute(reads: Sequence[_Read], progress: ByteProgress) -> None:
         def execute(read: _Read) -> None:
             nonlocal done
             with torch.no_grad():
-                _read(files[read.entry.shard], read, buffers)
+                _read(files[read.entry.shard], read, staging)
             with lock:
                 done += read.end - read.begin
                 progress(done, total)
@@ -224,17 +223,14 @@ def _execute(reads: Sequence[_Read], progress: ByteProgress) -> None:
     progress.end(total)
 
 
-def _read(file_number: int, read: _Read, buffers: threading.local) -> None:
+def _read(file_number: int, read: _Read, staging: Staging) -> None:
     dtype = TORCH_DTYPES[read.entry.dtype]
     if read.target.device.type == "cpu" and read.target.dtype == dtype:
         _fill(file_number, read, read.target.view(torch.uint8))
         return
-    # On the way to another dtype, or to a GPU, which copies faster from pinned memory.
-    if not hasattr(buffers, "staging"):
-        buffers.staging = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=read.target.device.type == "cuda")
-    staging = buffers.staging[: read.end - read.begin]
-    _fill(file_number, read, staging)
-    read.target.copy_(staging.view(dtype))
+    data = staging.bytes(read.end - read.begin, pinned=read.target.device.type == "cuda")
+    _fill(file_number, read, data)
+    read.target.copy_(data.view(dtype))
 
 
 def _fill(file_number: int, read: _Read, data: torch.Tensor) -> None:

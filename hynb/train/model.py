@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from hynb.config import MODEL_SIZE_NAMES, Config, random_model_config
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
 from hynb.hunyuan_large import PACKED_SDPA, HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
+from hynb.merge import TensorEntry
 from hynb.train.byte_progress import ByteProgress
-from hynb.train.checkpoint import copy_model_files
+from hynb.train.checkpoint import base_tensors, copy_model_files
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def load_model(
     base: Path | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    stored: Sequence[TensorEntry] | None = None,
     show_progress: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """The model that a run begins with: with the base's weights, or random with the sizes of the Config.
@@ -75,6 +77,7 @@ def load_model(
     Under ZeRO-3 each rank holds its shard of the weights, provided that the TrainingArguments exist already.
 
     Args:
+        stored: the tensors of the base, as from `base_tensors`; None to read the headers of its files here.
         show_progress: takes a text such as "312 of 777 GB, 4.1 GB/s" once per second.
 
     Raises:
@@ -87,7 +90,7 @@ def load_model(
     if ignored:
         logger.info(f"ignored, because the model folder decides them: {', '.join(ignored)}")
     try:
-        with _loading(base, show_progress):
+        with _loading(base, stored, show_progress):
             # A pair only because of output_loading_info, which the annotation does not know.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base, trust_remote_code=config.trust_remote_code, output_loading_info=True, **options
@@ -211,7 +214,9 @@ def _attention(config: Config) -> str:
     return sdpa
 
 
-def _loading(base: Path, show_progress: Callable[[str], None] | None) -> AbstractContextManager[None]:
+def _loading(
+    base: Path, stored: Sequence[TensorEntry] | None, show_progress: Callable[[str], None] | None
+) -> AbstractContextManager[None]:
     """Within it, from_pretrained reads only this rank's share of the weights where ZeRO-3 shards them."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
@@ -219,7 +224,8 @@ def _loading(base: Path, show_progress: Callable[[str], None] | None) -> Abstrac
     from hynb.train.loading import partitions_from_files
 
     factor = torch.distributed.get_world_size()
-    return partitions_from_files(base, ByteProgress("loading", factor=factor, show=show_progress))
+    stored = base_tensors(base) if stored is None else stored
+    return partitions_from_files(stored, ByteProgress("loading", factor=factor, show=show_progress))
 
 
 def _random_model(config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedModel:

@@ -28,12 +28,12 @@ from hynb.files import INDEX_NAME, write_json
 from hynb.merge import DTYPE_BYTES, TORCH_DTYPES, TensorEntry, copy_range, file_header, write_at
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.router_statistics import routers
+from hynb.train.staging import PIECE_BYTES, Staging
 from hynb.train.stored_tensors import Part, stored_parts
 
 _STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Of a model without a base; transformers' own limit was as high for years.
 _SHARD_BYTES = 5_000_000_000
-_PIECE_BYTES = 32 << 20
 _WRITERS = 2
 
 
@@ -193,7 +193,7 @@ class _Writer:
         self._total = sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)
         self._done = 0
         self._lock = threading.Lock()
-        self._buffers = threading.local()
+        self._staging = Staging()
 
     def write(self) -> None:
         with ExitStack() as stack:
@@ -231,10 +231,10 @@ class _Writer:
         self._advance(source.numel() * DTYPE_BYTES[dtype])
 
     def _copies(self, entry: TensorEntry, position: int) -> Iterator[tuple[Any, str, int]]:
-        for begin in range(entry.begin, entry.end, _PIECE_BYTES):
+        for begin in range(entry.begin, entry.end, PIECE_BYTES):
             offset = position + begin - entry.begin
             if self._is_mine(offset):
-                yield (entry, begin, min(begin + _PIECE_BYTES, entry.end)), entry.dtype, offset
+                yield (entry, begin, min(begin + PIECE_BYTES, entry.end)), entry.dtype, offset
 
     def _own(self, value: Any, tensor: SavedTensor, position: int) -> Iterator[tuple[Any, str, int]]:
         """The pieces of a tensor that this rank writes: of its partition, or its share of what all ranks have."""
@@ -243,7 +243,7 @@ class _Writer:
         flat = value.data.reshape(-1) if partition is None else partition.data
         first = 0 if partition is None else dist.get_rank(value.ds_process_group) * flat.numel()
         begin, end = max(first, tensor.begin), min(first + flat.numel(), tensor.begin + count)
-        step = _PIECE_BYTES // item_bytes
+        step = PIECE_BYTES // item_bytes
         for at in range(begin, end, step):
             offset = position + (at - tensor.begin) * item_bytes
             if partition is not None or self._is_mine(offset):
@@ -254,24 +254,21 @@ class _Writer:
         with deepspeed.zero.GatheredParameters([value]):
             if file_number is not None:
                 flat = value.data.reshape(-1)[tensor.begin : tensor.begin + math.prod(tensor.shape)]
-                step = _PIECE_BYTES // DTYPE_BYTES[tensor.dtype]
+                step = PIECE_BYTES // DTYPE_BYTES[tensor.dtype]
                 for at in range(0, flat.numel(), step):
                     offset = position + at * DTYPE_BYTES[tensor.dtype]
                     self._run(file_number, flat[at : at + step], tensor.dtype, offset)
 
     def _is_mine(self, offset: int) -> bool:
         """Whether a piece of what all ranks have, which is to stand there in its file, is this rank's to write."""
-        return offset // _PIECE_BYTES % self._world_size == self._rank or not self._shared
+        return offset // PIECE_BYTES % self._world_size == self._rank or not self._shared
 
     def _bytes(self, piece: torch.Tensor, dtype: str) -> memoryview:
         target = TORCH_DTYPES[dtype]
         piece = piece.detach()
         if piece.device.type == "cpu":
             return _view(piece.to(target).contiguous())
-        # A GPU copies faster into pinned memory.
-        if not hasattr(self._buffers, "staging"):
-            self._buffers.staging = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
-        staging = self._buffers.staging[: piece.numel() * target.itemsize].view(target)
+        staging = self._staging.bytes(piece.numel() * target.itemsize, pinned=True).view(target)
         staging.copy_(piece)
         return _view(staging)
 

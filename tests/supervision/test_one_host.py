@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from nccl_messages import waited
 
 from hynb.config import Config
 from hynb.errors import ClusterError, RunFailedError
@@ -108,6 +109,35 @@ def test_a_frozen_rank_and_a_killed_guard_end_the_run(files, tmp_path):
         # The guard's folder in /tmp goes with the guard.
         until(lambda run=run: not processes(run), run, 30)
     until(lambda: nothing_left(frozen), frozen, 30)
+
+
+def test_a_rank_that_nccls_watchdog_aborts_is_not_the_cause_but_the_one_that_was_late(files, tmp_path, monkeypatch):
+    """Rank 1 prints what NCCL's watchdog prints, and dies as a rank on a GPU would: in a thread, by SIGABRT."""
+    (tmp_path / "messages").write_text(waited(1, 78, "BROADCAST"))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, resource, sys, threading, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "def watchdog():\n"
+        "    while not (folder / 'due').exists():\n"
+        "        time.sleep(0.05)\n"
+        "    os.write(2, (folder / 'messages').read_bytes())\n"
+        "    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "    os.abort()\n"
+        "if os.environ.get('RANK') == '1' and 'hynb.train_entry' in sys.orig_argv:\n"
+        "    threading.Thread(target=watchdog, daemon=True).start()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    run = launch(config_of(files, tmp_path / "run"))
+    until_trains(run)
+    (tmp_path / "due").touch()
+    status = run.wait(timeout_seconds=60)
+    assert (status.state, status.host, status.rank) == ("failed", HOST, 0), status
+    assert status.reason.startswith(
+        f"rank 0 on {HOST} did not come in time (collective_timeout_minutes) to where the other ranks waited, "
+        "training at step "
+    )
+    assert ": NCCL's watchdog gave up BROADCAST (number 78) after 600 seconds\nThe end of its log:" in status.reason
+    until(lambda: nothing_left(run), run, 30)
 
 
 def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_is_named(files, tmp_path):

@@ -67,8 +67,9 @@ def test_ranks_see_the_devices_that_the_user_chose_on_their_host(together):
         config = job.config(hostfile=str(hostfile), ssh_config=str(alpha.disk / "cluster" / "ssh_config"))
         config = config.replace(include="alpha:1@beta:1")
         alpha.path(file).write_text(to_yaml(config))
-        command = [sys.executable, "-m", "hynb.cli", "launch", "--config", file]
-        alpha.run(command, env={"PYTHONPATH": str(CODE), "CUDA_VISIBLE_DEVICES": "MIG-a,5"})
+        env = {"PYTHONPATH": str(CODE), "CUDA_VISIBLE_DEVICES": "MIG-a,5"}
+        assert devices_when_typed(together, file, env) == ["5", "MIG-c"]
+        alpha.run([sys.executable, "-m", "hynb.cli", "launch", "--config", file], env=env)
         job.until_trains()
         # Children of the ranks, by which the ranks' own environment shows.
         guards = {
@@ -88,6 +89,34 @@ def test_ranks_see_the_devices_that_the_user_chose_on_their_host(together):
         for host in together:
             host.stop_sshd()
             host.start_sshd()
+
+
+def devices_when_typed(hosts, file, env) -> list[str]:
+    """What each rank sees where a person types the lines that `hynb check` prints, on their hosts."""
+    alpha = hosts.alpha
+    checked = alpha.run([sys.executable, "-m", "hynb.cli", "check", "--config", file], env=env)
+    *_, on_alpha, line_of_alpha, on_beta, line_of_beta = checked.stdout.splitlines()
+    assert (on_alpha, on_beta) == ("# on alpha:", "# on beta:")
+    # In the notebook, no host is asked.
+    show = f"print(command_text(read_yaml({str(file)!r}).config('')))"
+    imports = "from hynb.config import read_yaml; from hynb.supervision import command_text; "
+    shown = alpha.run([sys.executable, "-c", imports + show], env=env).stdout.splitlines()
+    assert shown[::2] == [
+        "# on alpha:",
+        "# on beta:",
+        "# CUDA_VISIBLE_DEVICES of the other hosts is not known here: the ranks get these devices (beta: 1). "
+        "`hynb launch` keeps to the variable on each host",
+    ]
+    script = alpha.disk / "see.py"
+    alpha.path(script).write_text(
+        "import os, pathlib\n"
+        "place = pathlib.Path(__file__).with_name(f'seen by rank {os.environ[\"RANK\"]}')\n"
+        "place.write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    for host, line in ((hosts.alpha, line_of_alpha), (hosts.beta, line_of_beta)):
+        assert " --module " in line and " hynb.train_entry " in line
+        host.run(["sh", "-c", line.replace(" --module ", " ").replace("hynb.train_entry", str(script))], env=env)
+    return [alpha.path(alpha.disk / f"seen by rank {rank}").read_text() for rank in (0, 1)]
 
 
 def test_a_host_whose_disk_is_full_is_named(apart):

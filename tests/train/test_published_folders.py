@@ -157,3 +157,18 @@ def test_an_adapter_trained_on_an_older_a13b_folder_merges(published, files, ran
     verify_merge(tmp_path / "merged")
     assert_same_but_for_values(base, tmp_path / "merged")
     assert any(".experts.3." in key for key in changed(base, tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("values", [{"make_moe_param_leaf_module": True}, {"use_lora": True}], ids=["full", "LoRA"])
+def test_each_header_of_the_base_is_read_once_by_each_rank(values, published, files, ranks, tmp_path):
+    """Loading, routers that stay float32, MTP layers and the plan of checkpoints all need them."""
+    values |= {"max_steps": 1, "save_steps": 1, "bf16": True, "deepspeed": "ds_zero3_no_offload"}
+    run = ranks.train(
+        config_of({"hy_v3": published["hy_v3"], "data": files["data"]}, "hy_v3", tmp_path / "run", **values),
+        before="training_runs:print_headers_read",
+    )
+    names = sorted(path.name for path in published["hy_v3"].glob("*.safetensors"))
+    assert len(names) == 2
+    for path in run.dir.rank_logs():
+        read = [line.removeprefix("header of ") for line in path.read_text().splitlines() if "header of" in line]
+        assert sorted(read) == names, path.name
