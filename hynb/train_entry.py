@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 
-from hynb.config import Config, Reading, read_flags, read_yaml, to_yaml, use_upstream_defaults
+from hynb.config import Config, Reading, check_ranks, read_flags, read_yaml, to_yaml, use_upstream_defaults
 from hynb.errors import ConfigError
 from hynb.files import read_json, replace_text, size_text, write_json
 from hynb.plan import zero
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from hynb.merge import TensorEntry
-    from hynb.train import DataPlan, Datasets, NodeLocalFolders, RunCallback, RunTrainer, SavedShard
+    from hynb.train import DataPlan, Datasets, NodeLocalFolders, RowParts, RunCallback, RunTrainer, SavedShard
 
 # Named by hand: as a script this module is called __main__.
 logger = logging.getLogger("hynb.train_entry")
@@ -101,6 +101,7 @@ class RankState:
     stored: Sequence[TensorEntry] = ()
     model: PreTrainedModel | PeftModel = field(init=False)
     model_type: str = field(init=False)
+    parts: RowParts = field(init=False)
     # record
     shards: Sequence[SavedShard] = ()
     # build_trainer
@@ -200,6 +201,8 @@ def prepare_run_folder(state: RankState) -> None:
     run_dir = RunDir(state.config.output_dir)
     if state.membership:
         state.run_dir = run_dir
+    if problems := check_ranks(state.config, int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ConfigError(problems)
     if state.rank != 0:
         if state.joined and state.joined.first:
             # A model or data file may be missing on this host only.
@@ -312,9 +315,10 @@ def choose_checkpoint(state: RankState) -> None:
     stage = state.ds_config.get("zero_optimization", {}).get("stage", 0)
     world_size = torch.distributed.get_world_size()
     state.shape = {"world_size": world_size, "zero_stage": stage, "use_lora": state.config.use_lora}
+    state.shape["sequence_parallel_size"] = size = state.config.sequence_parallel_size
     if state.resume and (problems := check_same_shape(state.resume, **state.shape)):
         raise ConfigError(problems)
-    micro_batches = state.config.gradient_accumulation_steps * world_size
+    micro_batches = state.config.gradient_accumulation_steps * world_size // size
     state.shape["global_batch_size"] = state.config.per_device_train_batch_size * micro_batches
 
 
@@ -347,6 +351,7 @@ def build_model(state: RankState) -> None:
         load_model,
         mark_moe_leaves,
         save_loss_memory,
+        share_rows,
         training_arguments,
         uneven_work,
     )
@@ -369,6 +374,7 @@ def build_model(state: RankState) -> None:
     model.config.use_cache = False
     state.model_type = model.config.model_type
     save_loss_memory(model)
+    state.parts = share_rows(model, state.config.sequence_parallel_size)
     if state.config.make_moe_param_leaf_module:
         mark_moe_leaves(model)
     state.model = choose_trained_parameters(state.config, model, state.base, state.stored)
@@ -403,10 +409,10 @@ def build_trainer(state: RankState) -> None:
     Raises:
         ConfigError: transformers' Trainer refuses the TrainingArguments.
     """
-    from hynb.data import Collator
     from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, training_sampler
 
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
+    coefficient = state.config.router_aux_loss_coef
     run_dir = RunDir(state.config.output_dir)
     state.callback = RunCallback(run_dir=run_dir, writer=state.writer, model=state.model, sampler=sampler)
     try:
@@ -415,9 +421,9 @@ def build_trainer(state: RankState) -> None:
             args=state.arguments,
             train_dataset=state.datasets.train,
             eval_dataset=state.datasets.evaluation,
-            data_collator=Collator(pad_token_id=_pad_token_id(state.tokenizer), flatten=True),
+            data_collator=state.parts.collator(_pad_token_id(state.tokenizer)),
             sampler=sampler,
-            routers=RouterWatch(state.model, state.model_type, state.config.router_aux_loss_coef),
+            routers=RouterWatch(state.model, state.model_type, coefficient, state.parts.group),
             callbacks=[state.callback],
             base=state.base,
             shards=state.shards,
@@ -428,6 +434,7 @@ def build_trainer(state: RankState) -> None:
             writer=state.writer,
             pace=pace_of(state.model.config.to_dict(), use_lora=state.config.use_lora),
             folders=state.folders,
+            parts=state.parts,
         )
     except ValueError as error:
         # TrainingArguments that contradict each other or need more than is given.

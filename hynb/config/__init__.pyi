@@ -10,6 +10,7 @@ from .reading import read_settings as read_settings
 from .reading import read_yaml as read_yaml
 from .reading import to_yaml as to_yaml
 from .rules import check_config as check_config
+from .rules import check_ranks as check_ranks
 from .schema import GROUPS as GROUPS
 from .schema import MODEL_SIZE_NAMES as MODEL_SIZE_NAMES
 from .schema import SCHEDULERS_WITH_MIN_LR as SCHEDULERS_WITH_MIN_LR

@@ -6,6 +6,9 @@ import dataclasses
 
 from hynb.config.schema import Config, parameters
 
+# TrainingArguments by which transformers would scale the loss or deal out the data in another way.
+_NOT_IN_PARTS = ("accelerator_config", "label_smoothing_factor", "parallelism_config")
+
 
 def check_config(config: Config) -> list[str]:
     """One message for each mistake in a Config that shows without looking at the disk."""
@@ -22,6 +25,7 @@ def _contradictions(config: Config) -> list[str]:
         *_lora_contradictions(config),
         *_data_contradictions(config),
         *_host_contradictions(config),
+        *_sequence_contradictions(config),
     ]
     if config.model_name_or_path is None and config.resume_from_checkpoint is None:
         if config.tokenizer_name_or_path is None:
@@ -106,6 +110,39 @@ def _host_contradictions(config: Config) -> list[str]:
             f"num_processes = {config.num_processes} and hostfile are both given: the hostfile's slots set the "
             "number of ranks on each host; leave num_processes out"
         )
+    return problems
+
+
+def check_ranks(config: Config, ranks: int) -> list[str]:
+    """Why a run cannot have so many ranks, one message per reason; empty when it can."""
+    size = config.sequence_parallel_size
+    if ranks % size == 0:
+        return []
+    sizes = [str(number) for number in range(1, ranks + 1) if ranks % number == 0]
+    return [
+        f"sequence_parallel_size = {size}: does not divide the run's {ranks} rank{'s' * (ranks > 1)}; set it to "
+        f"{' or '.join(sizes)}, or change the number of ranks to a multiple of {size}"
+    ]
+
+
+def _sequence_contradictions(config: Config) -> list[str]:
+    size = config.sequence_parallel_size
+    if size == 1:
+        return []
+    problems = check_ranks(config, config.num_processes) if config.num_processes is not None else []
+    if config.attention == "flex":
+        problems.append(
+            f"sequence_parallel_size = {size} and attention = flex: GPUs can share a sequence under sdpa and flash "
+            "only; choose one of them, or set sequence_parallel_size to 1"
+        )
+    given = [name for name in _NOT_IN_PARTS if config.training_args.get(name)]
+    if config.training_args.get("average_tokens_across_devices") in (False, "false", "False", 0):
+        given.append("average_tokens_across_devices")
+    problems += [
+        f"sequence_parallel_size = {size} and {name} = {config.training_args[name]}: transformers would compute "
+        f"another loss from the parts of a sequence; leave {name} out, or set sequence_parallel_size to 1"
+        for name in given
+    ]
     return problems
 
 

@@ -169,6 +169,13 @@ class Config:
     max_seq_length: int = _parameter(
         2048, "data", "Longer samples are truncated to this length.", minimum=8, maximum=1 << 20, unit="tokens"
     )
+    sequence_parallel_size: int = _parameter(
+        1,
+        "data",
+        "GPUs that share each sequence (Ulysses), for sequences too long for one GPU. It must divide the number of "
+        "GPUs and the number of the model's attention heads.",
+        minimum=1,
+    )
     model_max_length: int | None = _parameter(
         None,
         "data",
@@ -229,12 +236,17 @@ class Config:
         1.0, "schedule", "Passes over the data, if max_steps is automatic.", above=0, unit="epochs"
     )
     per_device_train_batch_size: int = _parameter(
-        1, "schedule", "Micro-batch size: samples that a GPU processes at once.", minimum=1, unit="samples"
+        1,
+        "schedule",
+        "Micro-batch size: samples that a GPU processes at once, or that GPUs with sequence_parallel_size share.",
+        minimum=1,
+        unit="samples",
     )
     gradient_accumulation_steps: int = _parameter(
         1,
         "schedule",
-        "Micro-batches accumulated before each optimizer step. Global batch = micro-batch × this × GPUs.",
+        "Micro-batches accumulated before each optimizer step. Global batch = micro-batch × this × GPUs / "
+        "sequence_parallel_size.",
         minimum=1,
     )
     weight_decay: float = _parameter(0.0, "schedule", "AdamW's weight decay.", minimum=0, maximum=1)

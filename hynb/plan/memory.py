@@ -121,6 +121,7 @@ class Workload:
 
     Args:
         max_seq_length: tokens.
+        sequence_parallel_size: GPUs that share each sequence.
         weight_bytes: bytes per weight in training: 2 for bf16 and fp16, 4 for float32.
     """
 
@@ -132,9 +133,15 @@ class Workload:
     train_attention_params_only: bool = False
     micro_batch_size: int = 1
     max_seq_length: int = 2048
+    sequence_parallel_size: int = 1
     gradient_checkpointing: bool = True
     make_moe_param_leaf_module: bool = False
     weight_bytes: int = 2
+
+    @property
+    def tokens_per_gpu(self) -> int:
+        """Tokens of a micro-batch on one GPU."""
+        return -(-self.micro_batch_size * self.max_seq_length // self.sequence_parallel_size)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -322,7 +329,7 @@ def _largest_gathered(count: ParameterCount, leaf: bool) -> int:
 
 def _activation_bytes(hidden_size: int, count: ParameterCount, workload: Workload) -> int:
     """Saved activations of the layers (arXiv 2205.05198); with recomputation their inputs and one whole layer."""
-    tokens = workload.micro_batch_size * workload.max_seq_length
+    tokens = workload.tokens_per_gpu
     # Residual, norms, q, k, v, attention's output and projection; gate, up, product of the MLPs of each token.
     layers = [tokens * (10 * hidden_size + 4 * layer.active_width) * workload.weight_bytes for layer in count.layers]
     if workload.gradient_checkpointing:
@@ -332,4 +339,4 @@ def _activation_bytes(hidden_size: int, count: ParameterCount, workload: Workloa
 
 def _logits_bytes(vocab_size: int, workload: Workload) -> int:
     """Logits and their gradient in float32, and the logits in the model's own dtype."""
-    return workload.micro_batch_size * workload.max_seq_length * vocab_size * (8 + workload.weight_bytes)
+    return workload.tokens_per_gpu * vocab_size * (8 + workload.weight_bytes)

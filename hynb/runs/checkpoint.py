@@ -47,16 +47,22 @@ def check_checkpoint(folder: Path) -> list[str]:
     return []
 
 
-def check_same_shape(folder: Path, *, world_size: int, zero_stage: int, use_lora: bool) -> list[str]:
+def check_same_shape(
+    folder: Path, *, world_size: int, zero_stage: int, use_lora: bool, sequence_parallel_size: int = 1
+) -> list[str]:
     """The settings that differ between the run that saved a checkpoint and this one, one message per setting."""
     record = read_json(folder / CHECKPOINT_RECORD)
     if record is None:
         return []
+    # Checkpoints of runs that could not share a row.
+    record = {"sequence_parallel_size": 1} | record
     now = {"world_size": world_size, "zero_stage": zero_stage, "use_lora": use_lora}
+    now["sequence_parallel_size"] = sequence_parallel_size
     hints = {
         "world_size": "resume with the same number of ranks",
         "zero_stage": "resume with a preset of the same stage",
         "use_lora": "resume with the same use_lora",
+        "sequence_parallel_size": "resume with the same sequence_parallel_size, which decides the order of data",
     }
     return [
         f"{folder}: was saved with {name} = {record[name]}, this run has {value}: {hints[name]}"

@@ -17,6 +17,7 @@ from hynb.families import FAMILIES
 from hynb.files import read_weight_map
 from hynb.plan import ops, zero
 from hynb.runs.checkpoint import check_checkpoint, resume_checkpoint
+from hynb.runs.deepspeed import model_config
 from hynb.runs.events import RunReader
 from hynb.runs.folder import RunDir
 
@@ -111,6 +112,7 @@ def check_run(config: Config, *, launched: bool = False) -> None:
     if not launched and config.hostfile is not None and not Path(config.hostfile).is_file():
         problems.append(f"hostfile = {config.hostfile}: there is no such file")
     problems += _check_deepspeed(config)
+    problems += _check_sequence_parallel(config)
     # On the hosts of a hostfile preflight checks it, and so do their ranks.
     if launched or config.hostfile is None:
         problems += _check_compiler(config)
@@ -197,6 +199,52 @@ def _check_deepspeed(config: Config) -> list[str]:
             "choose a ds_zero3 preset, or leave out make_moe_param_leaf_module"
         )
     return problems
+
+
+def _check_sequence_parallel(config: Config) -> list[str]:
+    """Why the GPUs cannot share the sequences of the model that is trained; empty when they can."""
+    size, name = config.sequence_parallel_size, f"sequence_parallel_size = {config.sequence_parallel_size}"
+    if size == 1:
+        return []
+    try:
+        model, ds_config = model_config(config), zero.load(config.deepspeed)
+    except (HynbError, ValueError, OSError):
+        # Another check names the folder or the file.
+        return []
+    problems = []
+    if (batch := ds_config.get("train_batch_size", "auto")) != "auto":
+        problems.append(
+            f"{name} and train_batch_size = {batch} in {config.deepspeed}: DeepSpeed would count each sequence "
+            f'{size} times; set train_batch_size to "auto"'
+        )
+    if model.get("model_type") not in FAMILIES:
+        return [*problems, f"{name}: not known to be right for model_type {model.get('model_type')}; set it to 1"]
+    heads = model.get("num_attention_heads")
+    if not isinstance(heads, int):
+        # Loading the model reports it.
+        return problems
+    key_value_heads = model.get("num_key_value_heads") or heads
+    possible = [number for number in range(1, heads + 1) if not _head_problem(number, heads, key_value_heads)]
+    if problem := _head_problem(size, heads, key_value_heads):
+        problems.append(f"{name}: {problem}; possible for this model: {', '.join(map(str, possible))}")
+    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    kind, limit = rope.get("rope_type") or rope.get("type"), model.get("max_position_embeddings") or 0
+    is_dynamic = kind == "dynamic" and not rope.get("alpha") and config.max_seq_length > limit
+    if is_dynamic or kind == "longrope":
+        problems.append(
+            f"{name}: the model's {kind} RoPE depends on the length of a sequence, which no GPU sees as a whole; set "
+            f"it to 1{f', or max_seq_length to {limit}' if is_dynamic else ''}"
+        )
+    return problems
+
+
+def _head_problem(size: int, heads: int, key_value_heads: int) -> str:
+    """Why a number of GPUs cannot share attention's heads; empty when it can."""
+    if heads % size:
+        return f"does not divide the model's {heads} attention heads"
+    if key_value_heads % size and size % key_value_heads:
+        return f"neither divides the model's {key_value_heads} key and value heads nor is a multiple of them"
+    return ""
 
 
 def _check_compiler(config: Config) -> list[str]:

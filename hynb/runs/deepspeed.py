@@ -55,6 +55,7 @@ def workload(config: Config, slots: list[int]) -> memory.Workload:
         train_attention_params_only=config.train_attention_params_only,
         micro_batch_size=config.per_device_train_batch_size,
         max_seq_length=config.max_seq_length,
+        sequence_parallel_size=config.sequence_parallel_size,
         gradient_checkpointing=config.gradient_checkpointing,
         make_moe_param_leaf_module=config.make_moe_param_leaf_module,
         weight_bytes=2 if config.bf16 or config.fp16 else 4,

@@ -25,7 +25,7 @@ from hynb.cluster import (
     own_address,
     resolve,
 )
-from hynb.config import Config
+from hynb.config import Config, check_ranks
 from hynb.errors import ClusterError
 from hynb.supervision.needs import memory_problems
 
@@ -94,9 +94,11 @@ def make_plan(config: Config) -> Plan:
     """Looks at everything about the hosts that would stop a run before it starts.
 
     Raises:
-        ClusterError: every mistake found, at once, with its host.
+        ClusterError: every mistake found, at once, with its host; or a number of ranks that the run cannot have.
     """
     hosts = chosen_hosts(config)
+    if problems := check_ranks(config, sum(host.slots for host in hosts)):
+        raise ClusterError(problems)
     if is_local_run(hosts):
         plan = _local_plan(config, hosts[0])
         if problems := memory_problems(config, hosts, 0, None):

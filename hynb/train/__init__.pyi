@@ -35,6 +35,8 @@ from .process import start_notes as start_notes
 from .router_statistics import RouterWatch as RouterWatch
 from .saving import SavedShard as SavedShard
 from .saving import plan_shards as plan_shards
+from .sequence_parallel import RowParts as RowParts
+from .sequence_parallel import share_rows as share_rows
 from .timeouts import uneven_work as uneven_work
 from .trainer import RunCallback as RunCallback
 from .trainer import RunTrainer as RunTrainer

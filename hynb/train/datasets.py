@@ -162,7 +162,8 @@ def build_datasets(config: Config, tokenizer: PreTrainedTokenizerBase, plan: Dat
 
 def training_sampler(config: Config, datasets: Datasets, world_size: int) -> SeededSampler:
     """The sampling order of the training set, which depends on seed and epoch only."""
-    group = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
+    replicas = world_size // config.sequence_parallel_size
+    group = config.per_device_train_batch_size * config.gradient_accumulation_steps * replicas
     # An array serves as the sequence that the annotation names; a list of 100 million samples would take gigabytes.
     lengths: Any = datasets.lengths
     return SeededSampler(len(datasets.train), config.seed, lengths=lengths, group=group)

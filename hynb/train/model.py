@@ -201,7 +201,7 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 def _attention(config: Config) -> str:
     """transformers' name of the attention implementation."""
-    sdpa = PACKED_SDPA if config.packing else "sdpa"
+    sdpa = PACKED_SDPA if config.packing or config.sequence_parallel_size > 1 else "sdpa"
     wanted = "flash" if config.attention == "auto" and config.use_flash_attn else config.attention
     if wanted in ("auto", "sdpa"):
         return sdpa

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from hynb.errors import ModelError
@@ -52,16 +53,24 @@ class RouterWatch:
         model: with or without an adapter around it.
         model_type: of its config.
         coefficient: weight of the balancing loss; 0 for none.
+        group: the ranks that share each row, whose tokens are balanced together; None where none do.
 
     Attributes:
         layers: index of each layer that has a router.
     """
 
-    def __init__(self, model: nn.Module, model_type: str, coefficient: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        model_type: str,
+        coefficient: float = 0.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self._mask: torch.Tensor | None = None
         self._counted: dict[tuple[int, int, torch.device], _Counted] = {}
         self.layers: list[int] = []
         self._coefficient = coefficient
+        self._group = group
         self._sigmoid = model_type in FAMILIES and FAMILIES[model_type].sigmoid_router
         self._sums: list[_LayerSums | None] = []
         self._losses: list[torch.Tensor] = []
@@ -156,7 +165,7 @@ class RouterWatch:
             if self._coefficient:
                 slots = torch.zeros(logits.shape[-1], device=logits.device)
                 slots.index_add_(0, chosen.reshape(-1), counted.slots)
-                loss = _balancing_loss(scores, slots, counted.tokens, top_k=chosen.shape[-1])
+                loss = self._balancing_loss(scores, slots, counted.tokens, top_k=chosen.shape[-1])
                 if not recomputed:
                     self._losses.append(loss)
             if not recomputed:
@@ -182,6 +191,20 @@ class RouterWatch:
             self._counted[key] = _Counted(tokens=tokens, slots=tokens.repeat_interleave(top_k), total=tokens.sum())
         return self._counted[key]
 
+    def _balancing_loss(
+        self, scores: torch.Tensor, slots: torch.Tensor, counted: torch.Tensor, *, top_k: int
+    ) -> torch.Tensor:
+        sums = torch.cat([slots, counted.sum()[None]])
+        ranks = 1
+        if self._group is not None:
+            # Of whole rows; this rank's loss is its part, times the ranks over which the engine averages gradients.
+            dist.all_reduce(sums, group=self._group)
+            ranks = dist.get_world_size(self._group)
+        total = sums[-1].clamp(min=1)
+        mean = (scores * counted[:, None]).sum(0) / total
+        fraction = sums[:-1] / (total * top_k)
+        return ranks * scores.shape[-1] * (fraction * mean).sum()
+
     def _add(self, place: int, scores: torch.Tensor, chosen: torch.Tensor, counted: _Counted) -> None:
         entropy = torch.dot(torch.special.entr(scores).sum(-1), counted.tokens)
         sums = self._sums[place]
@@ -201,10 +224,3 @@ def routers(model: nn.Module, model_type: str) -> list[tuple[str, nn.Module]]:
     if router_class is None:
         return []
     return [(name, module) for name, module in model.named_modules() if type(module) is router_class]
-
-
-def _balancing_loss(scores: torch.Tensor, slots: torch.Tensor, counted: torch.Tensor, *, top_k: int) -> torch.Tensor:
-    total = counted.sum().clamp(min=1)
-    mean = (scores * counted[:, None]).sum(0) / total
-    fraction = slots / (total * top_k)
-    return scores.shape[-1] * (fraction * mean).sum()

@@ -25,6 +25,7 @@ from hynb.train.node_local import NodeLocalFolders
 from hynb.train.pace import Pace
 from hynb.train.router_statistics import RouterWatch
 from hynb.train.saving import SavedShard, write_model
+from hynb.train.sequence_parallel import TOKEN_MASK, RowParts
 from hynb.train.stop_flag import StopFlag
 from hynb.train.timeouts import collective_limit, limited, save_limit
 
@@ -44,6 +45,7 @@ class RunTrainer(Trainer):
         routers: the statistics of the model's routers, and their balancing loss.
         pace: measures the steps.
         folders: the run folders of hosts that share none; None where there is one folder.
+        parts: which part of which rows this rank computes; None for rows of its own.
 
     Attributes:
         phase: what this rank does now.
@@ -63,6 +65,7 @@ class RunTrainer(Trainer):
         routers: RouterWatch,
         pace: Pace,
         folders: NodeLocalFolders | None,
+        parts: RowParts | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -80,6 +83,7 @@ class RunTrainer(Trainer):
         self._sampler = sampler
         self._routers = routers
         self._folders = folders
+        self._parts = parts or RowParts(rank=self.args.process_index, world_size=self.args.world_size)
         self._saving = False
         self._pace = pace
         self._times_optimizer = False
@@ -95,10 +99,23 @@ class RunTrainer(Trainer):
             engine: Any = self.deepspeed
             if engine is not None:
                 engine.step = self._pace.timed(engine.step)
-        mask = inputs.get("attention_mask")
+        mask = inputs.pop(TOKEN_MASK, inputs.get("attention_mask"))
         self._pace.add_tokens(mask.sum() if mask is not None else inputs["input_ids"].numel())
         self._routers.mask = mask
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """The batches of this rank; ranks that share rows get the same samples."""
+        loader = super().get_train_dataloader()
+        if self._parts.size > 1:
+            # accelerate's BatchSamplerShard, which deals batches out to as many processes as there are ranks.
+            shard: Any = loader.batch_sampler
+            shard.num_processes, shard.process_index = self._parts.replicas, self._parts.replica
+        return loader
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Samples of a global step."""
+        return super().get_total_train_batch_size(args) // self._parts.size
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The next batches, for which the rank may wait."""
@@ -164,19 +181,21 @@ class RunTrainer(Trainer):
 
     def _evaluation_sums(self, dataset: Any) -> tuple[float, int]:
         """Sum of the losses of all supervised tokens of a data set, and their number."""
-        size, ranks, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        size, parts = self.args.per_device_eval_batch_size, self._parts
         model, collate = self.model_wrapped, self.data_collator
         assert model is not None and collate is not None
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(dataset), size * ranks):
-            first = start + rank * size
+        for start in range(0, len(dataset), size * parts.replicas):
+            first = start + parts.replica * size
             samples = [dataset[index] for index in range(first, min(first + size, len(dataset)))]
             if not samples:
                 # ZeRO-3 gathers weights on all ranks at once, so a rank without samples runs one uncounted.
                 samples = [{**dataset[0], "labels": [IGNORED] * len(dataset[0]["labels"])}]
             inputs: Any = self._prepare_inputs(collate(samples))
-            count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            inputs.pop(TOKEN_MASK, None)
+            predicted = inputs.get("shift_labels", inputs["labels"][:, 1:])
+            count = int((predicted != IGNORED).sum())
             with self.compute_loss_context_manager():
                 loss = model(**inputs).loss
             if count:

@@ -25,6 +25,16 @@ RANDOM = {"model_name_or_path": None, "tokenizer_name_or_path": "/tokenizer"}
         ({"hostfile": "hosts", "num_processes": 2}, "num_processes = 2 and hostfile are both given"),
         ({"model_name_or_path": None}, "model_name_or_path and tokenizer_name_or_path are both missing"),
         ({"train_data_file": None}, "train_data_file is missing"),
+        ({"sequence_parallel_size": 2, "num_processes": 3}, "does not divide the run's 3 ranks; set it to 1 or 3"),
+        ({"sequence_parallel_size": 2, "attention": "flex"}, "share a sequence under sdpa and flash only"),
+        (
+            {"sequence_parallel_size": 2, "training_args": {"label_smoothing_factor": 0.1}},
+            "and label_smoothing_factor = 0.1: transformers would compute another loss",
+        ),
+        (
+            {"sequence_parallel_size": 2, "training_args": {"average_tokens_across_devices": False}},
+            "and average_tokens_across_devices = False: transformers would compute another loss",
+        ),
         (RANDOM | {"hidden_size": 100, "num_attention_heads": 8}, "hidden_size = 100 is not a multiple of"),
         (
             RANDOM | {"num_attention_heads": 8, "num_key_value_heads": 3},

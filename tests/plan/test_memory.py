@@ -176,6 +176,14 @@ def test_activations_grow_with_the_experts_of_a_token():
     assert activations(use_mixed_mlp_moe=False) == activations() - 64 * 2048 * 4 * 18304 * 2
 
 
+def test_gpus_that_share_a_sequence_share_its_activations():
+    whole = estimated("ds_zero3_offload", max_seq_length=1 << 16)
+    shared = estimated("ds_zero3_offload", max_seq_length=1 << 16, sequence_parallel_size=8)
+    for part in ("activations", "logits"):
+        assert shared.parts[part] == whole.parts[part] / 8
+    assert shared.parts["gathered layers"] == whole.parts["gathered layers"]
+
+
 def test_the_checkpoint_of_an_adapter_is_small_and_a_full_one_is_not():
     assert estimated("ds_zero3_offload", use_lora=True).disk_bytes < 4e9
     assert estimated("ds_zero3_offload").disk_bytes > 5e12

@@ -88,6 +88,10 @@ def test_what_differs_between_two_runs_is_named(tmp_path):
     assert check_same_shape(tmp_path, **shape) == []
     found = check_same_shape(tmp_path, **shape | {"world_size": 1, "use_lora": False})
     assert len(found) == 2 and "world_size = 2, this run has 1" in found[0] and "use_lora" in found[1]
+    (found,) = check_same_shape(tmp_path, **shape, sequence_parallel_size=2)
+    assert "sequence_parallel_size = 1, this run has 2" in found, (
+        "also of a checkpoint that is older than the parameter"
+    )
 
 
 def test_the_identity_of_a_base_changes_with_its_content_alone(model, tmp_path):

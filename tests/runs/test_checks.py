@@ -209,3 +209,44 @@ def test_a_missing_compiler_is_named_before_a_run_starts(tmp_path):
     # Which hosts compile, and with what, is checked by preflight and by the ranks.
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     assert "C++" not in problems("--set", f"hostfile={tmp_path / 'hosts'}")
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "message"),
+    [
+        (5, {}, "does not divide the model's 12 attention heads; possible for this model: 1, 2, 4, 12"),
+        (6, {}, "neither divides the model's 4 key and value heads nor is a multiple of them"),
+        (2, {"model_type": "other"}, "not known to be right for model_type other; set it to 1"),
+        (2, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "set it to 1, or max_seq_length to 64"),
+        (2, {"rope_parameters": {"rope_type": "longrope"}}, "longrope RoPE depends on the length of a sequence"),
+        (2, {"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}, None),
+        (12, {}, None),
+        (1, {"model_type": "other"}, None),
+    ],
+)
+def test_whether_gpus_can_share_a_models_sequences(tmp_path, size, changes, message):
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4}
+    content = {"model_type": "hunyuan_v1_dense", "max_position_embeddings": 64} | heads | changes
+    write_json(tmp_path / "config.json", content)
+    config = Config(model_name_or_path=str(tmp_path), output_dir=str(tmp_path / "run"), sequence_parallel_size=size)
+    with pytest.raises(ConfigError) as raised:
+        check_run(config)
+    found = [text for text in raised.value.problems if "sequence_parallel_size" in text]
+    assert len(found) == (message is not None)
+    if message:
+        assert found[0].startswith(f"sequence_parallel_size = {size}: ") and message in found[0]
+
+
+def test_a_batch_size_that_deepspeed_would_count_otherwise_is_refused(tmp_path):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    write_json(tmp_path / "config.json", {"model_type": "hunyuan_v1_dense"} | heads)
+    write_json(tmp_path / "ds.json", {"train_batch_size": 8})
+    config = Config(
+        model_name_or_path=str(tmp_path), output_dir=str(tmp_path / "run"), deepspeed=str(tmp_path / "ds.json")
+    )
+    with pytest.raises(ConfigError) as raised:
+        check_run(config.replace(sequence_parallel_size=2))
+    assert any("would count each sequence 2 times; set train_batch_size" in text for text in raised.value.problems)
+    with pytest.raises(ConfigError) as raised:
+        check_run(config)
+    assert not any("train_batch_size" in text for text in raised.value.problems)

@@ -416,3 +416,17 @@ def test_a_secret_that_cannot_be_read_says_where_it_comes_from(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     problem = f"{tmp_path / 'absent'} on {HOST}: cannot be read: No such file or directory. Copy the file there from"
     assert f"{problem} alpha" in done.stderr
+
+
+@pytest.mark.parametrize(("visible", "hosts"), [("0,1,2", None), (None, "localhost slots=4\n")])
+def test_ranks_that_cannot_share_sequences_are_refused(files, tmp_path, monkeypatch, visible, hosts):
+    """However their number follows: one per GPU, or what a filter leaves of a hostfile."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    values = {"num_processes": None, "sequence_parallel_size": 2}
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if hosts is not None:
+        (tmp_path / "hosts").write_text(hosts)
+        values |= {"hostfile": str(tmp_path / "hosts"), "exclude": "localhost:3"}
+    with pytest.raises(ClusterError, match="does not divide the run's 3 ranks; set it to 1 or 3, or change"):
+        make_plan(config_of(files, tmp_path / "run", **values))

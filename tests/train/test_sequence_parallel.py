@@ -1,136 +1,111 @@
-"""One row over several ranks by DeepSpeed's Ulysses sequence parallelism (arXiv 2309.14509), without the Trainer."""
+"""Sequences that ranks share, beside one rank that has them whole: losses, gradient norms, evaluation, resume."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from datetime import timedelta
+import functools
 
 import pytest
-import torch
-from tiny import OF_FAMILY, tiny_model
+from training_runs import config_of
 
-LENGTHS = (37, 20, 20, 9, 1, 33)
-
-
-def row(vocab_size: int) -> dict[str, torch.Tensor]:
-    """A packed row of 120 tokens, of which the last fifth has no label, so that a rank of four has almost none."""
-    random = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, vocab_size, (1, sum(LENGTHS)), generator=random)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=random) < 0.3, -100)
-    labels[:, 96:] = -100
-    starts = torch.tensor((0, *LENGTHS[:-1])).cumsum(0)
-    labels[:, starts] = -100
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    return {"input_ids": ids, "position_ids": positions, "labels": shifted, "shift_labels": shifted}
-
-
-def train_once(folders: dict[str, str], target: str) -> None:
-    """What each rank runs: loss and gradients of its part of the row, summed over the ranks."""
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-    from transformers import AutoModelForCausalLM
-
-    from hynb.hunyuan_large import PACKED_SDPA
-    from hynb.train import init_process_group, save_loss_memory
-
-    init_process_group(timedelta(minutes=30))
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found = {}
-    for number, (family, folder) in enumerate(folders.items()):
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED_SDPA, dtype=torch.float32)
-        model.train()
-        save_loss_memory(model, piece_tokens=16)
-        if number == 0:
-            # All families have as many heads, and DeepSpeed knows one model per process.
-            UlyssesSPAttentionHF.register_with_transformers(
-                model_name_or_path=model,
-                core_attn_implementation=PACKED_SDPA,
-                sequence_parallel_size=size,
-                micro_batch_size=1,
-            )
-        whole = row(model.config.vocab_size)
-        part = {name: value.chunk(size, dim=1)[rank] for name, value in whole.items()}
-        count = int((whole["shift_labels"] != -100).sum())
-        loss = model(**part, num_items_in_batch=count, use_cache=False).loss
-        loss.backward()
-        total = loss.detach().clone()
-        torch.distributed.all_reduce(total)
-        gradients = {}
-        for name, weight in model.named_parameters():
-            gradients[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            torch.distributed.all_reduce(gradients[name])
-        found[family] = {"loss": total.item(), "gradients": gradients}
-    if rank == 0:
-        torch.save(found, target)
-
-
-def serve(folders: dict[str, str], target: str) -> None:
-    """Forks the ranks of each run from one process, which has imported the libraries."""
-    import deepspeed  # noqa: F401
-    import transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense
-    import transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe
-    import transformers.models.hy_v3.modeling_hy_v3  # noqa: F401
-
-    import hynb.train
-    from hynb.cluster import free_port
-
-    assert hynb.train.init_process_group and hynb.train.save_loss_memory
-    for size in (1, 2, 4):
-        port, pids = free_port(), []
-        for rank in range(size):
-            if pid := os.fork():
-                pids.append(pid)
-                continue
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_PORT": port}
-            os.environ |= {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            code = 1
-            try:
-                train_once(folders, f"{target}/{size}.pt")
-                code = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        assert not any(codes), codes
+STEPS = 4
+TWO, THREE = "ds_zero2_no_offload", "ds_zero3_no_offload"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ulysses")
-    folders = {family: str(tiny_model(folder / family, family)) for family in OF_FAMILY}
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, __file__, json.dumps(folders), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return {size: torch.load(folder / f"{size}.pt") for size in (1, 2, 4)}
+def run(files, ranks, tmp_path_factory):
+    """A function that trains a family for four steps, each run once."""
+
+    @functools.cache
+    def train(family, *, ranks_per_row=1, replicas=1, **values):
+        folder = tmp_path_factory.mktemp("run") / "run"
+        given = {
+            "num_processes": ranks_per_row * replicas,
+            "sequence_parallel_size": ranks_per_row,
+            "per_device_train_batch_size": 2,
+            "max_steps": STEPS,
+            "learning_rate": 2e-3,
+            "lr_scheduler_type": "constant",
+            "eval_data_file": str(files["few"]),
+            "eval_steps": STEPS // 2,
+            "save_strategy": "no",
+        }
+        return ranks.train(config_of(files, family, folder, **(given | values)))
+
+    return train
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("family", OF_FAMILY)
-def test_a_row_over_several_ranks_has_the_loss_of_one_rank(results, family, size):
-    """Conversations apart, cross-layer K and V, and fewer K and V heads than ranks; gradients as well."""
-    expected, found = results[1][family], results[size][family]
-    assert abs(found["loss"] - expected["loss"]) < 1e-5
-    for name, gradient in expected["gradients"].items():
-        torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+def of_kind(run, kind):
+    return [event for event in run.events() if event["kind"] == kind]
 
 
-@pytest.mark.parametrize("family", OF_FAMILY)
-def test_one_rank_has_the_loss_of_transformers_dense_mask(results, tmp_path, family):
-    from transformers import AutoModelForCausalLM
+def assert_equal(found, expected, *, steps=STEPS):
+    """Loss, gradient norm, tokens and routing of each step, and the evaluations."""
+    logs, expected_logs = of_kind(found, "log")[-steps:], of_kind(expected, "log")[-steps:]
+    assert [event["global_step"] for event in logs] == list(range(STEPS - steps + 1, STEPS + 1))
+    for event, other in zip(logs, expected_logs, strict=True):
+        assert event["loss"] == pytest.approx(other["loss"], abs=1e-5), event["global_step"]
+        assert event["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), event["global_step"]
+        assert event["epoch"] == other["epoch"]
+    if steps == STEPS:
+        assert logs[-1]["tokens"] == expected_logs[-1]["tokens"], "padding does not count"
+    routing, expected_routing = of_kind(found, "moe")[-steps:], of_kind(expected, "moe")[-steps:]
+    assert len(routing) == len(expected_routing)
+    for event, other in zip(routing, expected_routing, strict=True):
+        for name in ("max_share", "min_share", "dead", "entropy"):
+            assert event[name] == pytest.approx(other[name], abs=2e-4), (event["global_step"], name)
+    evaluations, expected_evaluations = of_kind(found, "eval"), of_kind(expected, "eval")
+    assert evaluations
+    for event, other in zip(reversed(evaluations), reversed(expected_evaluations), strict=False):
+        assert event["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-5)
+        assert event["eval_tokens"] == other["eval_tokens"]
 
-    folder = tiny_model(tmp_path, family)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    batch = row(model.config.vocab_size)
-    with torch.no_grad():
-        loss = model(**batch, use_cache=False).loss.item()
-    assert abs(results[1][family]["loss"] - loss) < 1e-5
+
+CASES = {
+    "2 ranks, ZeRO-2": {"ranks_per_row": 2, "deepspeed": TWO},
+    "2 ranks, ZeRO-3": {"ranks_per_row": 2, "deepspeed": THREE},
+    "4 ranks, ZeRO-2": {"ranks_per_row": 4, "deepspeed": TWO, "gradient_checkpointing": True},
+    "4 ranks, ZeRO-3": {"ranks_per_row": 4, "deepspeed": THREE, "gradient_checkpointing": True},
+}
 
 
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]), sys.argv[2])
-    os._exit(0)
+@pytest.mark.parametrize(
+    ("family", "packing", "case"),
+    [
+        ("hunyuan", False, "2 ranks, ZeRO-3"),
+        ("hunyuan", False, "4 ranks, ZeRO-2"),
+        ("hunyuan", True, "2 ranks, ZeRO-2"),
+        ("hunyuan", True, "4 ranks, ZeRO-3"),
+        ("hunyuan_v1_moe", True, "2 ranks, ZeRO-3"),
+        ("hunyuan_v1_moe", True, "4 ranks, ZeRO-2"),
+        ("hunyuan_v1_dense", False, "2 ranks, ZeRO-2"),
+        ("hunyuan_v1_dense", False, "4 ranks, ZeRO-3"),
+        ("hy_v3", False, "2 ranks, ZeRO-3"),
+        ("hy_v3", False, "4 ranks, ZeRO-2"),
+    ],
+)
+def test_ranks_that_share_sequences_equal_one_rank(run, family, packing, case):
+    """With fewer K and V heads than ranks, layers that share K and V, and lengths that no number of ranks divides."""
+    assert_equal(run(family, packing=packing, **CASES[case]), run(family, packing=packing))
+
+
+def test_groups_of_ranks_get_the_samples_of_as_many_ranks(run):
+    """And balance the experts over whole sequences."""
+    values = {"gradient_accumulation_steps": 2, "router_aux_loss_coef": 0.5, "group_by_length": True}
+    expected = run("hunyuan", replicas=2, **values)
+    shared = {"ranks_per_row": 2, "deepspeed": THREE, "gradient_checkpointing": True, "dataloader_num_workers": 1}
+    found = run("hunyuan", replicas=2, **shared, **values)
+    assert_equal(found, expected)
+    sizes = [item.reader.manifest()["global_batch_size"] for item in (expected, found)]
+    assert sizes == [8, 8]
+
+
+def test_an_adapter_and_a_resume_in_the_middle_of_an_epoch(run):
+    values = {"use_lora": True, "lora_dropout": 0.0, "save_strategy": "steps", "save_steps": STEPS // 2}
+    values |= {"ranks_per_row": 2, "deepspeed": THREE, "max_seq_length": 128}
+    whole = run("hunyuan", **values)
+    assert_equal(whole, run("hunyuan", use_lora=True, lora_dropout=0.0, max_seq_length=128))
+    middle = str(whole.checkpoints()[0])
+    assert middle.endswith(f"checkpoint-{STEPS // 2}")
+    resumed = run("hunyuan", resume_from_checkpoint=middle, **values)
+    assert of_kind(resumed, "resume")
+    assert_equal(resumed, whole, steps=STEPS // 2)
