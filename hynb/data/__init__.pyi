@@ -22,4 +22,6 @@ from .records import read_conversations as read_conversations
 from .report import DataReport as DataReport
 from .template import ChatTemplate as ChatTemplate
 from .template import Features as Features
+from .tokenizer_folder import load_tokenizer_folder as load_tokenizer_folder
+from .tokenizer_folder import missing_tokenizer_files as missing_tokenizer_files
 from .tokens import kept_tokens as kept_tokens

@@ -57,7 +57,7 @@ def check_data(
 
     Args:
         max_seq_length: tokens; required with a tokenizer.
-        on_bad_sample: stop: raise if a line is invalid. skip: raise only if no sample is left. report: never raise.
+        on_bad_sample: stop: raise if a line is invalid. skip: raise only if no sample is left. report: for no line.
         max_cut_share: largest fraction of samples that may be left out because nothing of their answers is left
             within max_seq_length.
         rejected_path: file for the rejected lines with their locations and problems; written if there are any.
@@ -67,7 +67,8 @@ def check_data(
         parameter: the parameter that messages name.
 
     Raises:
-        DataError: unreadable files, no samples, invalid lines under `stop`, or too many samples that are too long.
+        DataError: unreadable files, no samples, invalid lines under `stop`, too many samples that are too long, or a
+            chat template that ends no answer, whatever `on_bad_sample` says.
     """
     if tokenizer is not None and max_seq_length is None:
         raise DataError("max_seq_length: must be given with a tokenizer")
@@ -187,7 +188,7 @@ def _check(
     rejected: list[Rejected] = []
     unknown_keys: Counter[str] = Counter()
     ignored_fields: Counter[str] = Counter()
-    done_bytes = 0
+    done_bytes, written_time = 0, ""
     for found in scan_all(dataset, line_ranges(dataset), processes, tokens):
         for name, values in found.columns.items():
             columns[name].append(values)
@@ -195,6 +196,7 @@ def _check(
         unknown_keys.update(found.unknown_keys)
         ignored_fields.update(found.ignored_fields)
         done_bytes += found.size_bytes
+        written_time = written_time or found.written_time
         if progress:
             progress(done_bytes, total_bytes)
     arrays = {name: column.array() for name, column in columns.items()}
@@ -211,6 +213,7 @@ def _check(
         duplicate_count=duplicate_count,
         unknown_keys=dict(unknown_keys),
         ignored_fields=dict(ignored_fields),
+        written_time=written_time,
         spelled_locations=[dataset.location(index) for index in _first_spelled(arrays)],
         **named,
     )

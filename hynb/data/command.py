@@ -15,13 +15,20 @@ from hynb.data.dataset import ChatDataset
 from hynb.data.pieces import LabelOptions
 from hynb.data.preview import as_text
 from hynb.data.report import DataReport
+from hynb.data.tokenizer_folder import load_tokenizer_folder
 from hynb.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hynb check-data`."""
-    parser.description = "Check training data line by line before a GPU is used."
-    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL files or globs; .gz and .zst too")
+    parser.description = (
+        "Check training data line by line before a GPU is used: JSONL with one conversation per line, or a JSON "
+        "array of them, plain or compressed (.gz, .zst); messages with role and content, or the "
+        "forms of ShareGPT (conversations) and Alpaca (instruction, input, output)."
+    )
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="files or globs of JSONL or JSON arrays; .gz, .zst too"
+    )
     parser.add_argument("--tokenizer_name_or_path", help="folder; without it only the format is checked")
     parser.add_argument(
         "--max_seq_length", type=int, default=2048, help="tokens at which samples are truncated [2048]"
@@ -68,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         The exit code: 2 if no sample is left, or lines are invalid and not to be skipped; otherwise 0.
 
     Raises:
-        DataError: files that cannot be read, or a tokenizer that cannot be loaded.
+        DataError: files that cannot be read, or a tokenizer without a chat template.
+        ModelError: the tokenizer cannot be loaded.
     """
     for name in ("max_seq_length", "per_device_train_batch_size"):
         if getattr(args, name) < 1:
@@ -143,16 +151,9 @@ def _print_preview(
 
 
 def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    import hynb.hunyuan_large  # noqa: F401  registers its tokenizer
-
     if not Path(folder).is_dir():
         raise DataError(f"tokenizer_name_or_path = {folder}: no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"tokenizer_name_or_path = {folder}: cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer_folder(Path(folder))
     if not tokenizer.chat_template:
         raise DataError(
             f"tokenizer_name_or_path = {folder}: has no chat template; use the tokenizer of an instruct model"

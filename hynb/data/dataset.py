@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hynb.data.encoding import as_sample, encode, up_to_answer
-from hynb.data.files import Conversation, Paths, find_files, seekable_file, without_bom
+from hynb.data.files import Conversation, Paths, find_files, location, seekable_file, split_location, without_bom
 from hynb.data.line_index import LineIndex
 from hynb.data.pieces import DEFAULT, IGNORED, LabelOptions
 from hynb.data.records import parse_line
@@ -81,11 +81,11 @@ class ChatDataset(torch.utils.data.Dataset):
         """The lines that are not at one of these locations."""
         numbers = {str(path): number for number, path in enumerate(self.files)}
         is_left = np.ones(int(self._firsts[-1]), dtype=bool)
-        for location in rejected:
-            name, _, line_number = location.rpartition(":")
+        for source in rejected:
+            name, line_number = split_location(source)
             if name in numbers:
                 file_number = numbers[name]
-                index = self._indexes[file_number].index(int(line_number))
+                index = self._indexes[file_number].index(line_number)
                 if index < len(self._indexes[file_number]):
                     is_left[int(self._firsts[file_number]) + index] = False
         return np.flatnonzero(is_left).astype(np.uint32)
@@ -188,7 +188,7 @@ class ChatDataset(torch.utils.data.Dataset):
             start, file_number, line = start + count, file_number + 1, 0
 
     def _lines_of(self, file_number: int, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
-        index, name = self._indexes[file_number], str(self.files[file_number])
+        index, path = self._indexes[file_number], self.files[file_number]
         with self._seekable[file_number].open("rb", buffering=1 << 20) as file:
             position = int(index.offsets[start])
             file.seek(position)
@@ -197,13 +197,17 @@ class ChatDataset(torch.utils.data.Dataset):
                     position = begin
                     file.seek(position)
                 line = file.readline()
-                yield f"{name}:{index.number(number)}", without_bom(line, 1 if position == 0 else 2)
+                yield (
+                    location(path, self._seekable[file_number], index.number(number)),
+                    without_bom(line, 1 if position == 0 else 2),
+                )
                 position += len(line)
 
     def location(self, index: int) -> str:
-        """A sample's location as file:line."""
+        """A sample's location, as `hynb.data.files.location` makes it."""
         file_number, line = self._place(index)
-        return f"{self.files[file_number]}:{self._indexes[file_number].number(line)}"
+        number = self._indexes[file_number].number(line)
+        return location(self.files[file_number], self._seekable[file_number], number)
 
     def conversation(self, index: int) -> Conversation:
         """The messages of a sample.

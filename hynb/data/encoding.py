@@ -220,6 +220,8 @@ def template_arguments(
     if not checked and (meaningful or any(message.keys() - _PLAIN_FIELDS for message in conversation.messages)):
         ignored = [name for name in template.ignored_fields(chosen) if not _is_redundant(name, chosen)]
         if ignored and not options.allow_ignored_fields:
+            if problem := _result_problem(conversation, ignored):
+                raise DataError(f"{conversation.source}: {problem}")
             raise DataError(
                 f"{conversation.source}: the chat template does not render {', '.join(ignored)}, so the model would "
                 "not learn from it: use a model whose template does, remove it from the data, or set "
@@ -270,6 +272,29 @@ def _is_redundant(name: str, conversation: Conversation) -> bool:
         elif name == "messages[].name" and message.get("name"):
             return False
     return True
+
+
+def _result_problem(conversation: Conversation, ignored: Sequence[str]) -> str:
+    """Where a result of a tool is not at the place of its call, under a template that shows no ids or names."""
+    calls: list[dict[str, Any]] = []
+    count = 0
+    for number, message in enumerate(conversation.messages, 1):
+        if message["role"] == "assistant":
+            calls, count = message.get("tool_calls") or [], 0
+        if message["role"] != "tool" or count >= len(calls):
+            continue
+        ids, names = [call.get("id") for call in calls], [call["function"]["name"] for call in calls]
+        for field, known in (("tool_call_id", ids), ("name", names)):
+            given, expected = message.get(field), known[count]
+            if f"messages[].{field}" not in ignored or None in (given, expected) or given == expected:
+                continue
+            ignores = f"the chat template does not render messages[].{field}, and message {number} is the result of"
+            if given in known:
+                return f"{ignores} {given!r} where that of {expected!r} belongs: put results in the order of calls"
+            if field == "tool_call_id":
+                return f"{ignores} {given!r}, which none of the calls before it has as its id: correct it"
+        count += 1
+    return ""
 
 
 def render_prompt(

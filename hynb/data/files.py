@@ -26,6 +26,10 @@ _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
 # A JSON array has to be in memory as a whole, in which it takes several times its size.
 _ARRAY_LIMIT_BYTES = 1 << 30
+# Longer objects over several lines are not recognised as such.
+_OBJECT_LIMIT_BYTES = 64 << 20
+# How the name of a copy in the cache ends that has a line for each record of a JSON array.
+_RECORDS = "-records.jsonl"
 # Compressed bytes that are decompressed at once, in memory.
 _ZSTD_BLOCK_BYTES = 1 << 16
 Paths = str | Path | Sequence[str | Path]
@@ -37,7 +41,7 @@ class Conversation:
 
     Args:
         messages: each with `role` and `content`, and what else the record has for it.
-        source: its location as file:line.
+        source: its location as `location` makes it.
         arguments: the record's other keys, such as `tools` and `reasoning_effort`.
     """
 
@@ -98,12 +102,30 @@ def _glob(pattern: str) -> list[str]:
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Location (file:line) and bytes of every line that is not blank."""
-    with open_data(seekable_file(path)) as file:
+    """Location and bytes of every line that is not blank, or of every record of a JSON array."""
+    seekable = seekable_file(path)
+    with open_data(seekable) as file:
         for number, line in enumerate(file, 1):
             line = without_bom(line, number)
             if line.strip():
-                yield f"{path}:{number}", line
+                yield location(path, seekable, number), line
+
+
+def location(path: Path, seekable: Path, number: int) -> str:
+    """Where a line is, for messages: file:line, or the number of the record in a JSON array.
+
+    Args:
+        seekable: what `seekable_file` returns for the file.
+        number: of the line in it, from 1.
+    """
+    is_array = seekable != path and seekable.name.endswith(_RECORDS)
+    return f"{path}: record {number}" if is_array else f"{path}:{number}"
+
+
+def split_location(text: str) -> tuple[str, int]:
+    """The file and the number of a location that `location` has made."""
+    path, _, number = text.rpartition(":")
+    return path, int(number.removeprefix(" record "))
 
 
 @contextlib.contextmanager
@@ -192,7 +214,8 @@ def seekable_file(path: Path) -> Path:
     number of the record.
 
     Raises:
-        DataError: it cannot be read or decompressed, or it is a JSON array that is invalid or too large.
+        DataError: it cannot be read or decompressed, it is a JSON array that is invalid or too large, or one JSON
+            object over several lines.
     """
     plain = _decompressed_file(path)
     try:
@@ -200,14 +223,64 @@ def seekable_file(path: Path) -> Path:
             beginning = file.read(_BLOCK_BYTES).removeprefix(_BOM).lstrip()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return _lines_of_array(path, plain) if beginning.startswith(b"[") else plain
+    if beginning.startswith(b"["):
+        return _lines_of_array(path, plain)
+    if beginning.startswith(b"{"):
+        _refuse_long_object(path, plain)
+    return plain
+
+
+def _refuse_long_object(path: Path, plain: Path) -> None:
+    """Refuses a file that begins with an object over several lines, as programs write it for people to read.
+
+    Raises:
+        DataError: it does.
+    """
+    with plain.open("rb") as file:
+        first = file.readline().removeprefix(_BOM)
+        try:
+            json.loads(first or b"{}")
+            return
+        except (ValueError, RecursionError):
+            # The first line is no record.
+            content = first + file.read(_OBJECT_LIMIT_BYTES)
+    try:
+        text = content.decode("utf-8").lstrip()
+        record, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return
+    if "\n" not in text[:end]:
+        return
+    lists = [
+        key for key, value in record.items() if isinstance(value, list) and key not in ("messages", "conversations")
+    ]
+    records = f".{lists[0]}[]" if len(record) == 1 and lists else "."
+    raise DataError(
+        f"{path}: begins with a JSON object over several lines, where one record per line is needed, or an array of "
+        f"records. Write one per line: {_jq(path, records)}"
+    )
+
+
+def _jq(path: Path, records: str) -> str:
+    """The command that writes a file's records line by line.
+
+    Args:
+        records: jq's expression for them.
+    """
+    reader = {".gz": "zcat", ".zst": "zstdcat"}.get(path.suffix)
+    target = path.with_suffix("").stem if reader else path.stem
+    # The file may have the name that the result would have.
+    target += "-lines" if path.suffix == ".jsonl" else ""
+    if reader:
+        return f"{reader} {path.name} | jq -c '{records}' > {target}.jsonl"
+    return f"jq -c '{records}' {path.name} > {target}.jsonl"
 
 
 def _lines_of_array(path: Path, plain: Path) -> Path:
     if plain.stat().st_size > _ARRAY_LIMIT_BYTES:
         raise DataError(
             f"{path}: is a JSON array of more than {_ARRAY_LIMIT_BYTES >> 30} GB, which has to be read as a whole. "
-            f"Write one record per line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+            f"Write one record per line: {_jq(path, '.[]')}"
         )
 
     def write(target: Path) -> None:
@@ -222,7 +295,7 @@ def _lines_of_array(path: Path, plain: Path) -> Path:
         with target.open("w", encoding="utf-8") as copy:
             copy.writelines(json.dumps(record) + "\n" for record in records)
 
-    return _cached(path, f"{content_hash(plain)}-records.jsonl", write)
+    return _cached(path, f"{content_hash(plain)}{_RECORDS}", write)
 
 
 def _decompressed_file(path: Path) -> Path:

@@ -23,10 +23,13 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.visitor
 
-_MARK = "_mark_message"
+_MARK, _END = "_mark_message", "_mark_end"
 # Noncharacters (Unicode 23.7), which are not for text: messages that have one are refused when they are read.
 _START, _STOP = "\ufdd0", "\ufdd1"
 _MARKER = re.compile(f"{_START}(\\d*){_STOP}")
+# Templates that write the present time write this one in training: check, stored tokens, all ranks and a resumed run
+# have to find the same token ids. On this day Hunyuan-A13B was published, whose template does so.
+TRAINING_TIME = datetime(2025, 6, 27, 12, 0, 0)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -49,6 +52,8 @@ class TracedTemplate:
         arguments: names of variables that a caller may set.
         sought: texts that the template looks for inside of others, such as messages.
         equal: texts that it compares others with.
+        writes_time: whether it has a call of `strftime_now`, with which templates write the present time.
+        has_written_time: whether it has come to such a call without a time of the caller's.
 
     Raises:
         jinja2.TemplateError: it is not a Jinja template.
@@ -59,10 +64,16 @@ class TracedTemplate:
         tree = environment.parse(source)
         self.arguments = _arguments(tree) - set(environment.globals)
         self.sought, self.equal = _literals(tree)
+        self.writes_time = any(
+            isinstance(call.node, jinja2.nodes.Name) and call.node.name == "strftime_now"
+            for call in tree.find_all(jinja2.nodes.Call)
+        )
+        self.has_written_time = False
         # Markers in a block that is stored or filtered may change what is done with the block.
         blocks = (jinja2.nodes.AssignBlock, jinja2.nodes.FilterBlock, jinja2.nodes.CallBlock)
-        has_stored_loops = any(block.find(jinja2.nodes.For) for block in tree.find_all(blocks))
-        self._unmarked = environment.from_string(source) if has_stored_loops else None
+        self._has_stored_loops = any(block.find(jinja2.nodes.For) for block in tree.find_all(blocks))
+        has_macro_loops = any(macro.find(jinja2.nodes.For) for macro in tree.find_all(jinja2.nodes.Macro))
+        self._unmarked = environment.from_string(source) if self._has_stored_loops or has_macro_loops else None
         self._template = jinja2.Template.from_code(
             environment, environment.compile(_Marking().visit(tree)), environment.make_globals(None)
         )
@@ -77,16 +88,58 @@ class TracedTemplate:
             jinja2.TemplateError: the template refuses them.
             Exception: whatever else a template's expressions raise.
         """
-        numbers = {id(message): number for number, message in enumerate(messages)}
-
-        def mark(*items: object) -> str:
-            found = next((numbers[id(item)] for item in items if id(item) in numbers), "")
-            return f"{_START}{found}{_STOP}"
-
-        traced = _traced(self._template.render(messages=messages, **arguments, **{_MARK: mark}), len(messages))
-        if self._unmarked and self._unmarked.render(messages=messages, **arguments) != traced.text:
-            raise jinja2.TemplateError("it changes a block in which it has collected messages")
+        if self.writes_time:
+            arguments = {"strftime_now": self._training_time, **arguments}
+        markers = _Markers(messages)
+        given = {**arguments, _MARK: markers.begin, _END: markers.end}
+        traced = _traced(self._template.render(messages=messages, **given), len(messages))
+        if self._unmarked and (self._has_stored_loops or markers.in_macro):
+            text = self._unmarked.render(messages=messages, **arguments)
+            if text != traced.text and self._has_stored_loops:
+                raise jinja2.TemplateError("it changes a block in which it has collected messages")
+            if text != traced.text:
+                return Traced(text=text, spans=(None,) * len(messages))
         return traced
+
+    def _training_time(self, form: str) -> str:
+        self.has_written_time = True
+        return TRAINING_TIME.strftime(form)
+
+
+class _Markers:
+    """Writes the markers of one rendering.
+
+    Attributes:
+        in_macro: whether one was written inside of a macro, whose output the template may change.
+    """
+
+    def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        self._numbers = {id(message): number for number, message in enumerate(messages)}
+        # The loop that handles a message at present.
+        self._loop: int | None = None
+        self.in_macro = False
+
+    def begin(self, loop: int, in_macro: bool, *items: object) -> str:
+        """The marker at the beginning of an iteration.
+
+        Args:
+            loop: number of the loop in the template.
+            in_macro: the loop is inside of a macro, where a loop over parts of a message is none over messages.
+            items: what the iteration may handle.
+        """
+        number = next((self._numbers[id(item)] for item in items if id(item) in self._numbers), None)
+        if in_macro and (self._loop not in (None, loop) or (number is None and self._loop is None)):
+            return ""
+        self.in_macro |= in_macro
+        self._loop = None if number is None else loop
+        return f"{_START}{'' if number is None else number}{_STOP}"
+
+    def end(self, loop: int, in_macro: bool) -> str:
+        """The marker behind a loop."""
+        if in_macro and self._loop != loop:
+            return ""
+        self._loop = None
+        return f"{_START}{_STOP}"
 
 
 def _traced(marked: str, count: int) -> Traced:
@@ -110,20 +163,29 @@ def _traced(marked: str, count: int) -> Traced:
 class _Marking(jinja2.visitor.NodeTransformer):
     """Adds the markers to the syntax tree: to outer loops, since a loop inside of one handles parts of a message."""
 
+    def __init__(self) -> None:
+        self._loops = 0
+        self._in_macro = False
+
     def visit_Macro(self, node: jinja2.nodes.Macro) -> Any:  # noqa: N802  the name that Jinja calls
-        # What a macro writes belongs to the message that its caller handles.
+        before, self._in_macro = self._in_macro, True
+        self.generic_visit(node)
+        self._in_macro = before
         return node
 
     def visit_For(self, node: jinja2.nodes.For) -> Any:  # noqa: N802  the name that Jinja calls
-        if isinstance(node.target, jinja2.nodes.Name):
-            item = jinja2.nodes.Name(node.target.name, "load")
-            node.body.insert(0, _output(item, *_indexed(node)))
-        return [node, _output(jinja2.nodes.Const(None))]
+        self._loops += 1
+        place = [jinja2.nodes.Const(self._loops), jinja2.nodes.Const(self._in_macro)]
+        targets = node.target.items if isinstance(node.target, jinja2.nodes.Tuple) else [node.target]
+        items = [jinja2.nodes.Name(item.name, "load") for item in targets if isinstance(item, jinja2.nodes.Name)]
+        node.body.insert(0, _output(_MARK, *place, *items, *_indexed(node)))
+        return [node, _output(_END, *place)]
 
 
 def _indexed(loop: jinja2.nodes.For) -> list[jinja2.nodes.Expr]:
     """What a loop over numbers takes by its number, such as `messages[i]`; None where the list is not defined yet."""
-    assert isinstance(loop.target, jinja2.nodes.Name)
+    if not isinstance(loop.target, jinja2.nodes.Name):
+        return []
     lists = {
         item.node.name
         for part in loop.body
@@ -140,8 +202,8 @@ def _indexed(loop: jinja2.nodes.For) -> list[jinja2.nodes.Expr]:
     return found
 
 
-def _output(*arguments: jinja2.nodes.Expr) -> jinja2.nodes.Output:
-    call = jinja2.nodes.Call(jinja2.nodes.Name(_MARK, "load"), list(arguments), [], None, None)
+def _output(name: str, *arguments: jinja2.nodes.Expr) -> jinja2.nodes.Output:
+    call = jinja2.nodes.Call(jinja2.nodes.Name(name, "load"), list(arguments), [], None, None)
     return jinja2.nodes.Output([call])
 
 
@@ -176,9 +238,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    # One time for all of a process: a record that is rendered twice has to give the same text.
-    now = datetime.now()
-    environment.globals["strftime_now"] = now.strftime
+    environment.globals["strftime_now"] = TRAINING_TIME.strftime
     return environment
 
 

@@ -13,8 +13,10 @@ from hynb.errors import DataError
 
 # Noncharacters, as in jinja_trace: inside of a special token's text, it stays text; around a probed content.
 BREAK = "\ufdd2"
-_PLACEHOLDER = "\ufdd3{}\ufdd4"
-_PLACEHOLDERS = re.compile("(\u2003?)\ufdd3(\\d+)\ufdd4(\u2003?)")
+# A capital and a small letter, of a script that no template looks for, show whether it changes between the two.
+_LETTERS = "\U00010400\U00010428"
+_PLACEHOLDER = f"\ufdd3{_LETTERS}{{}}\ufdd4"
+_PLACEHOLDERS = re.compile(f"(\u2003?)\ufdd3{_LETTERS}(\\d+)\ufdd4(\u2003?)")
 # White space (an em space) that no template writes itself: where it is missing, the template strips contents.
 _PADDING = "\u2003"
 # Of each message: its role, and whether its content is empty.
@@ -103,8 +105,9 @@ class Placeholders:
         self._cuts = [(match.start(), match.end()) for match in _PLACEHOLDERS.finditer(rendered.text)]
         found = [part.number for part in self._parts if isinstance(part, Slot)]
         for number in (number for number, (_, empty) in enumerate(shape) if not empty):
-            if found.count(number) != 1:
-                raise DataError(f"{source}: the chat template leaves out, repeats or changes message {number + 1}")
+            if (times := found.count(number)) != 1:
+                what = "repeats" if times else "leaves out or changes"
+                raise DataError(f"{source}: the chat template {what} message {number + 1}")
 
     def fill(self, messages: Messages) -> Rendered:
         """The rendering of messages."""

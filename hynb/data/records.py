@@ -51,9 +51,7 @@ def parse_line(line: bytes, source: str) -> Conversation:
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: invalid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{source}:{error.colno}: invalid JSON: {error.msg}; the line begins {excerpt(line)}"
-        ) from None
+        raise DataError(f"{source}:{error.colno}: invalid JSON: {error.msg}; it begins {excerpt(line)}") from None
     except (RecursionError, ValueError) as error:
         raise DataError(f"{source}: JSON that cannot be read: {error or 'nested too deeply'}") from None
     messages, keys = (
@@ -64,6 +62,8 @@ def parse_line(line: bytes, source: str) -> Conversation:
         return Conversation(messages=messages, source=source)
     if problem := _text_problem(arguments):
         raise DataError(f"{source}: {problem}")
+    if not isinstance(effort := arguments.get("reasoning_effort", ""), str):
+        raise DataError(f"{source}: reasoning_effort: must be text, not {_short(effort)} ({_kind(effort)})")
     return Conversation(messages=messages, source=source, arguments=_with_tools(arguments, source))
 
 
@@ -129,7 +129,7 @@ def _checked(record: Any, source: str, line: bytes) -> tuple[list[dict[str, Any]
     """
     found = _messages(record, source)
     if found is None or not isinstance(found[0], list) or not found[0]:
-        raise DataError(f"{source}: must be {FORMATS}; the line begins {excerpt(line)}")
+        raise DataError(f"{source}: must be {FORMATS}; it begins {excerpt(line)}")
     messages, keys = found
     messages = [_normalised(message) for message in messages]
     for number, message in enumerate(messages, 1):
@@ -173,8 +173,16 @@ def _with_tools(arguments: dict[str, Any], source: str) -> dict[str, Any]:
             raise DataError(f"{source}: tools: is text that is not JSON: {error}") from None
     if isinstance(tools, dict):
         tools = [tools]
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{source}: tools: must be a list of tool descriptions, not {_short(tools)}")
+    if not isinstance(tools, list):
+        raise DataError(f"{source}: tools: must be a list of tool descriptions, not {_short(tools)} ({_kind(tools)})")
+    for number, tool in enumerate(tools, 1):
+        if not isinstance(tool, dict):
+            raise DataError(f"{source}: tools: tool {number} must be an object, not {_short(tool)} ({_kind(tool)})")
+        if not isinstance(tool.get("function", {}), dict):
+            raise DataError(
+                f"{source}: tools: the function of tool {number} must be an object, not "
+                f"{_short(tool['function'])} ({_kind(tool['function'])})"
+            )
     return {key: value for key, value in arguments.items() if key != "tools"} | ({"tools": tools} if tools else {})
 
 
@@ -271,7 +279,8 @@ def _message_problem(message: Any, before: dict[str, Any] | None) -> str:
     role = message["role"]
     if role not in ROLES:
         return f"role {_short(role)} is unknown; it must be one of {', '.join(ROLES)}"
-    if problem := _content_problem(message) or _calls_problem(message) or _text_problem(message):
+    problem = _content_problem(message) or _calls_problem(message) or _type_problem(message) or _text_problem(message)
+    if problem:
         return problem
     if not isinstance(message.get("train", True), bool):
         return f"train must be true or false, not {_short(message['train'])}"
@@ -284,7 +293,8 @@ def _content_problem(message: dict[str, Any]) -> str:
         return ""
     if not isinstance(content, str):
         found = "missing" if content is None else _short(content)
-        return f"the content of the {role} must be text, and is {found}: write text, or remove the record"
+        kind = "" if content is None else f" ({_kind(content)})"
+        return f"the content of the {role} must be text, and is {found}{kind}: write text, or remove the record"
     return "the assistant's answer is empty" if _is_empty_answer(message) else ""
 
 
@@ -308,7 +318,7 @@ def _calls_problem(message: dict[str, Any]) -> str:
         return f"tool_calls: only the assistant calls tools, not the {message['role']}"
     calls = message["tool_calls"]
     if not isinstance(calls, list):
-        return f"tool_calls must be a list, not {type(calls).__name__}"
+        return f"tool_calls must be a list, not {_kind(calls)}"
     for number, call in enumerate(calls, 1):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -320,8 +330,32 @@ def _calls_problem(message: dict[str, Any]) -> str:
             except ValueError as error:
                 return f"tool call {number}: its arguments are text that is not JSON: {error}"
         if not isinstance(arguments, dict):
-            return f"tool call {number}: its arguments must be an object, not {type(arguments).__name__}"
+            return f"tool call {number}: its arguments must be an object, not {_kind(arguments)}"
+        for name in ("id", "type"):
+            if not isinstance(call.get(name), (str, type(None))):
+                return f"tool call {number}: its {name} must be text, not {_kind(call[name])}"
     return ""
+
+
+def _type_problem(message: dict[str, Any]) -> str:
+    """Fields of a message that have to be text and are not."""
+    for name in (*THOUGHT_FIELDS, "name", "tool_call_id"):
+        if not isinstance(message.get(name), (str, type(None))):
+            return f"{name} must be text, and is {_short(message[name])} ({_kind(message[name])})"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    """A value's type, named as in JSON."""
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
+    return kinds.get(type(value), "null")
 
 
 def _text_problem(message: dict[str, Any]) -> str:

@@ -31,10 +31,11 @@ class Rejected:
 
     Args:
         index: among all lines.
-        source: its location as file:line.
+        source: its location as file:line, or as file: record number for a JSON array.
         excerpt: its beginning.
         needed_tokens: of a valid sample of whose answers nothing is left after truncation, the max_seq_length from
             which on it is trained on; None for an invalid line.
+        samples: number of these samples, of which a line has several under `split_turns`.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Rejected:
     problem: str
     excerpt: str
     needed_tokens: int | None = None
+    samples: int = 1
 
 
 @dataclass(kw_only=True)
@@ -66,6 +68,7 @@ class DataReport:
         from_cache: whether this is the stored result of an earlier check.
         tokens: the file with the token ids and labels of all samples, in order; None if they are not kept.
         tokens_note: why they are not kept.
+        written_time: what a chat template that writes the present time writes instead; empty if it writes none.
     """
 
     files: list[str]
@@ -88,6 +91,7 @@ class DataReport:
     from_cache: bool = False
     tokens: Path | None = None
     tokens_note: str = ""
+    written_time: str = ""
 
     @property
     def samples(self) -> int:
@@ -101,13 +105,14 @@ class DataReport:
 
     @property
     def too_long(self) -> list[Rejected]:
-        """Valid samples of whose answers nothing is left after truncation."""
+        """Lines with valid samples of whose answers nothing is left after truncation."""
         return [item for item in self.rejected if item.needed_tokens is not None]
 
     @property
     def too_long_share(self) -> float:
         """Fraction of valid samples that are left out because nothing of their answers is left."""
-        return len(self.too_long) / max(1, self.samples + len(self.too_long))
+        count = sum(item.samples for item in self.too_long)
+        return count / max(1, self.samples + count)
 
     @property
     def rejected_locations(self) -> list[str]:
@@ -152,11 +157,18 @@ class DataReport:
 
     def too_long_text(self) -> str:
         """How many samples are left out for their length, with the first of them and the length that keeps all."""
-        count, first = len(self.too_long), self.too_long[0].source
+        count, first = sum(item.samples for item in self.too_long), self.too_long[0].source
         needed = max(item.needed_tokens or 0 for item in self.too_long)
         return (
             f"{count:,} samples ({self.too_long_share:.1%}), since nothing of their answers is left within "
             f"max_seq_length = {self.max_seq_length}, the first at {first}; max_seq_length = {needed} keeps all"
+        )
+
+    def time_text(self) -> str:
+        """Which time the chat template writes in training."""
+        return (
+            f"time: where the chat template writes the present time, samples have {self.written_time}, so that every "
+            "check, rank and run finds the same tokens; a record's key current_time sets its own"
         )
 
     def problems(self) -> list[str]:
@@ -179,6 +191,11 @@ class DataReport:
             special_tokens_allowed: text that spells a special token becomes the token.
         """
         counts = f"{self.lines:,} lines = {self.samples:,} samples + {len(self.rejected):,} rejected"
+        if self.answers.any():
+            counts = (
+                f"{self.lines:,} lines, {len(self.rejected):,} of them rejected or without one of their answers; "
+                f"{self.samples:,} samples, one for each answer"
+            )
         out = [f"{', '.join(self.files)}: {counts}"]
         out += [f"  {problem}" for problem in self.problems()]
         if self.too_long:
@@ -190,6 +207,8 @@ class DataReport:
             if counts:
                 named = ", ".join(f"{name} ({count:,} samples)" for name, count in sorted(counts.items()))
                 out.append(f"{title}: {named}")
+        if self.written_time:
+            out.append(self.time_text())
         if shortened := int(self.shortened.sum()):
             out.append(
                 f"shortened answers: {shortened:,} earlier answers are rendered without a part, such as their "

@@ -25,6 +25,7 @@ from hynb.data.pieces import Prepared
 from hynb.data.records import excerpt, parse_line
 from hynb.data.report import COLUMNS as REPORTED
 from hynb.data.report import Rejected
+from hynb.data.template import ChatTemplate, NoEndTokenError
 from hynb.data.tokens import TokenWriter, marked
 from hynb.errors import DataError
 
@@ -111,6 +112,7 @@ class Found:
         columns: an array for each of `COLUMNS` with one number per sample.
         unknown_keys, ignored_fields: number of samples with each of the records' keys that nothing reads, and with
             each field that the template does not render.
+        written_time: what the template wrote instead of the present time; empty if it wrote none.
     """
 
     columns: dict[str, np.ndarray]
@@ -118,6 +120,7 @@ class Found:
     ignored_fields: Counter[str]
     rejected: list[Rejected]
     size_bytes: int
+    written_time: str = ""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -144,7 +147,11 @@ class _Scan:
         self.tokens = tokens
 
     def __call__(self, lines: Range) -> Found:
-        """What is found in a range of lines."""
+        """What is found in a range of lines.
+
+        Raises:
+            DataError: the chat template ends no answer, so that no line could be used.
+        """
         found = Found(
             columns={}, unknown_keys=Counter(), ignored_fields=Counter(), rejected=[], size_bytes=lines.size_bytes
         )
@@ -165,8 +172,16 @@ class _Scan:
                 batch, batch_bytes = [], 0
         parts.append(self._columns(batch, found))
         found.columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-        found.rejected.sort(key=lambda item: item.index)
+        found.rejected = _one_per_line(found.rejected)
+        found.written_time = self._written_time()
         return found
+
+    def _written_time(self) -> str:
+        tokenizer = self.dataset.tokenizer
+        if tokenizer is None:
+            return ""
+        # Some tokenizers have another template for conversations with tools.
+        return ChatTemplate.of(tokenizer).written_time or ChatTemplate.of(tokenizer, [{}]).written_time
 
     def _add_samples(
         self, index: int, line: bytes, conversation: Conversation, batch: list[_Parsed], found: Found
@@ -181,9 +196,29 @@ class _Scan:
             try:
                 prepared = prepare(part, tokenizer, options) if tokenizer is not None else None
             except DataError as error:
+                if isinstance(error, NoEndTokenError):
+                    self._check_template(conversation)
                 found.rejected.append(_rejected(index, conversation.source, error, line))
                 continue
             batch.append(_Parsed(index=index, line=line, conversation=part, prepared=prepared, answer=number))
+
+    def _check_template(self, conversation: Conversation) -> None:
+        """Refuses a template that ends no answer, instead of every line.
+
+        Raises:
+            DataError: it is such a template.
+        """
+        tokenizer = self.dataset.tokenizer
+        assert tokenizer is not None
+        template = ChatTemplate.of(tokenizer, conversation.arguments.get("tools"))
+        # An argument of the record may decide it.
+        if conversation.arguments.keys() & (template.record_arguments - {"tools"}) or not template.never_ends:
+            return
+        raise DataError(
+            f"{tokenizer.name_or_path}: its chat template writes no end token after an answer, so the model would "
+            f"not learn to stop (found at {conversation.source}; the lines behind it are not checked). Use the "
+            "tokenizer of an instruct model, or a template that takes is_training"
+        )
 
     def _columns(self, batch: list[_Parsed], found: Found) -> dict[str, np.ndarray]:
         columns = {name: np.zeros(len(batch), dtype) for name, dtype in COLUMNS.items()}
@@ -250,6 +285,21 @@ class _Scan:
 
 def _rejected(index: int, location: str, error: DataError, line: bytes) -> Rejected:
     return Rejected(index=index, source=location, problem=str(error), excerpt=excerpt(line))
+
+
+def _one_per_line(rejected: list[Rejected]) -> list[Rejected]:
+    """One for each line, by their order: under `split_turns` several samples of a line may be left out.
+
+    That the line is invalid counts more than that a sample is too long.
+    """
+    kept: dict[int, Rejected] = {}
+    for item in sorted(rejected, key=lambda item: (item.index, item.needed_tokens is not None)):
+        first = kept.setdefault(item.index, item)
+        if first is item or first.needed_tokens is None or item.needed_tokens is None:
+            continue
+        needed = max(first.needed_tokens, item.needed_tokens)
+        kept[item.index] = dataclasses.replace(first, needed_tokens=needed, samples=first.samples + item.samples)
+    return list(kept.values())
 
 
 def _hash(content: memoryview) -> int:

@@ -12,14 +12,17 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from hynb.data.compared import UntraceableError, compared_spans
+from hynb.data.contents import THOUGHT, change_of, has_content, is_without_thought
 from hynb.data.files import Conversation
-from hynb.data.jinja_trace import Traced, TracedTemplate
+from hynb.data.jinja_trace import TRAINING_TIME, Traced, TracedTemplate
 from hynb.data.message_forms import THOUGHT_FIELDS, Messages, message_forms, plain_message
 from hynb.data.placeholders import (
     BREAK,
@@ -30,14 +33,16 @@ from hynb.data.placeholders import (
     shape_of,
     without_placeholders,
 )
+from hynb.data.template_tokens import TemplateTokenizer, pattern_of, token_texts
 from hynb.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_THOUGHT = re.compile(r"<think[^<>]*>")
 # Variables of a template that are not taken from a record.
 _OWN_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "is_training", "documents"})
+# The record's own time, for templates that write the present one by calling `strftime_now`.
+_TIME_ARGUMENT, _OTHER_TIME = "current_time", "1999-12-31"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -59,23 +64,8 @@ class Features:
     end_tokens: tuple[str, ...]
 
 
-class TemplateTokenizer(Protocol):
-    """What a chat template takes of a tokenizer, named as in transformers."""
-
-    @property
-    def special_tokens_map(self) -> Mapping[str, Any]:
-        """Texts of the special tokens that have names, such as eos_token."""
-        ...
-
-    @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """Tokens beside the vocabulary by their ids, with `content` and `special`."""
-        ...
-
-    @property
-    def all_special_tokens(self) -> Sequence[str]:
-        """Texts of all special tokens that have names."""
-        ...
+class NoEndTokenError(DataError):
+    """An answer that the chat template ends with no end token."""
 
 
 class ChatTemplate:
@@ -92,9 +82,9 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template is not valid: {error}") from None
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self.special_texts = _token_texts(tokenizer, special_only=True)
-        self.added_texts = _token_texts(tokenizer, special_only=False)
-        self.special, self.added = _pattern(self.special_texts), _pattern(self.added_texts)
+        self.special_texts = token_texts(tokenizer, special_only=True)
+        self.added_texts = token_texts(tokenizer, special_only=False)
+        self.special, self.added = pattern_of(self.special_texts), pattern_of(self.added_texts)
         eos = self._special_tokens.get("eos_token")
         self._eos = eos if isinstance(eos, str) else None
         self._takes_text_arguments = bool(re.search(r"arguments\s+is\s+(not\s+)?(string|mapping)", source))
@@ -117,7 +107,13 @@ class ChatTemplate:
     @property
     def record_arguments(self) -> frozenset[str]:
         """Names that a record may set beside its messages, `tools` included."""
-        return self._template.arguments - _OWN_ARGUMENTS - self._special_tokens.keys()
+        known = self._template.arguments - _OWN_ARGUMENTS - self._special_tokens.keys()
+        return known | {_TIME_ARGUMENT} if self._template.writes_time else known
+
+    @property
+    def written_time(self) -> str:
+        """The time that it has written where a record named none, so far in this process; empty if it has not."""
+        return TRAINING_TIME.isoformat(" ") if self._template.has_written_time else ""
 
     @functools.cached_property
     def end_tokens(self) -> frozenset[str]:
@@ -128,7 +124,7 @@ class ChatTemplate:
         for answer in ({"content": "…"}, {"content": "", "tool_calls": [call]}):
             exchange = [{"role": "user", "content": "…"}, {"role": "assistant", **answer}]
             try:
-                traced = self._trace(exchange, self._arguments({}), "chat template")
+                traced = self._located(exchange, self._arguments({}), "chat template")
             except DataError:
                 continue
             span = traced.spans[-1]
@@ -138,6 +134,20 @@ class ChatTemplate:
             if run and run[0].start() > 0:
                 found.add(run[0][0])
         return frozenset(found | ({self._eos} if found and self._eos else set()))
+
+    @functools.cached_property
+    def never_ends(self) -> bool:
+        """Whether it ends no answer in plain text, so that conversations that end with one cannot be trained on."""
+        exchange = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+        for system in ([], [{"role": "system", "content": "…"}]):
+            try:
+                self._render_traced([*system, *exchange], {}, "chat template")
+            except NoEndTokenError:
+                return True
+            except DataError:
+                continue
+            return False
+        return False
 
     def render(self, conversation: Conversation, *, allow_special_tokens: bool = False) -> Rendered:
         """The text of a conversation and what of it is trained on.
@@ -166,6 +176,8 @@ class ChatTemplate:
         """
         plain = [{**self._broken(plain_message(message)), "role": message["role"]} for message in messages]
         given = {**self._special_tokens, "tools": None, "documents": None, **self._broken(dict(arguments))}
+        if self._template.writes_time and not given.get(_TIME_ARGUMENT):
+            given[_TIME_ARGUMENT] = datetime.now().isoformat()
         return self._trace(plain, {**given, "add_generation_prompt": True}, source).text
 
     def ignored_fields(self, conversation: Conversation) -> list[str]:
@@ -180,7 +192,8 @@ class ChatTemplate:
         for name in conversation.arguments:
             rest = {key: value for key, value in conversation.arguments.items() if key != name}
             # The value may be the template's default, so that another one is tried as well.
-            others = [rest, rest | {name: _other(conversation.arguments[name])}]
+            value = _OTHER_TIME if name == _TIME_ARGUMENT else _other(conversation.arguments[name])
+            others = [rest, rest | {name: value}]
             if all(self._rendering(conversation.replaced(arguments=other)) == learned for other in others):
                 found.append(name)
         for name in sorted({name for message in conversation.messages for name in message}):
@@ -207,7 +220,7 @@ class ChatTemplate:
     def _may_be_shortened(self, message: Mapping[str, Any]) -> bool:
         """Whether an answer has a thought, or a text that the template looks for."""
         content = message.get("content") or ""
-        if any(message.get(name) for name in THOUGHT_FIELDS) or _THOUGHT.search(content):
+        if any(message.get(name) for name in THOUGHT_FIELDS) or THOUGHT.search(content):
             return True
         return any(text in content for text in self._template.sought if text.strip())
 
@@ -282,7 +295,7 @@ class ChatTemplate:
         """The text up to the end of the last answer: on what follows it no answer depends."""
         messages = [plain_message(message) for message in conversation.messages]
         try:
-            traced = self._trace(messages, self._arguments(conversation.arguments), conversation.source)
+            traced = self._located(messages, self._arguments(conversation.arguments), conversation.source)
         except DataError:
             return ""
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -297,7 +310,7 @@ class ChatTemplate:
     def _rendered_turns(self, messages: Messages, conversation: Conversation) -> tuple[list[str | None], str]:
         """What the template writes for each message, and the whole text."""
         plain = [plain_message(message) for message in messages]
-        traced = self._trace(plain, self._arguments(conversation.arguments), conversation.source)
+        traced = self._located(plain, self._arguments(conversation.arguments), conversation.source)
         return [traced.text[span[0] : span[1]] if span else None for span in traced.spans], traced.text
 
     def _arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,6 +320,7 @@ class ChatTemplate:
 
     def _trace(self, messages: Messages, arguments: Mapping[str, Any], source: str) -> Traced:
         """Renders messages in the first of their forms that the template takes."""
+        arguments = self._with_time(arguments, source)
         problem: Exception | None = None
         for form in message_forms(messages, parse_first=not self._takes_text_arguments):
             try:
@@ -316,25 +330,66 @@ class ChatTemplate:
                 problem = problem or error
         raise DataError(f"{source}: the chat template refuses the conversation: {problem}") from problem
 
+    def _with_time(self, arguments: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """Arguments with a `strftime_now` that has the record's time, if it names one and the template writes one."""
+        if not self._template.writes_time or not (time := arguments.get(_TIME_ARGUMENT)):
+            return arguments
+        try:
+            return {**arguments, "strftime_now": datetime.fromisoformat(time).strftime}
+        except (TypeError, ValueError):
+            raise DataError(
+                f'{source}: {_TIME_ARGUMENT} = {time!r}: must be a time such as "{TRAINING_TIME.isoformat(" ")}"'
+            ) from None
+
+    def _located(self, messages: Messages, arguments: Mapping[str, Any], source: str) -> Traced:
+        """The same, with the part of each message also where the template writes it outside of a loop."""
+        traced = self._trace(messages, arguments, source)
+        lost = [
+            message
+            for message, span in zip(messages, traced.spans, strict=True)
+            if span is None and message["role"] != "system"
+        ]
+        if not lost:
+            return traced
+        try:
+            spans = compared_spans(
+                traced.text, messages, lambda part: self._trace(part, arguments, source).text, self.special
+            )
+        except UntraceableError as error:
+            answers = [
+                span for message, span in zip(messages, traced.spans, strict=True) if message["role"] == "assistant"
+            ]
+            # Other messages may be written outside of a loop, unless that is where an answer is written too.
+            apart = not any(
+                message.get("content") and has_content(traced.text[span[0] : span[1]], message["content"])
+                for message in lost
+                for span in answers
+                if span
+            )
+            if all(answers) and apart:
+                return traced
+            raise DataError(f"{source}: {error}") from None
+        return Traced(text=traced.text, spans=spans)
+
     def _render_traced(self, messages: Messages, given: Mapping[str, Any], source: str) -> Rendered:
         arguments = self._arguments(given)
-        traced = self._trace(messages, arguments, source)
+        traced = self._located(messages, arguments, source)
         trained = []
         for index, message in enumerate(messages):
             span = traced.spans[index]
             content = message.get("content")
             if message["role"] != "assistant":
-                if isinstance(content, str) and not _has_text(_segment(traced, index), content):
-                    raise DataError(f"{source}: the chat template leaves out or changes message {index + 1}")
+                if isinstance(content, str) and not has_content(_segment(traced, index), content):
+                    raise DataError(_changed(message, index, _segment(traced, index), source))
                 continue
             if span is None:
                 raise DataError(f"{source}: the chat template leaves out message {index + 1}")
-            if isinstance(content, str) and not _has_text(_segment(traced, index), content):
+            if isinstance(content, str) and not has_content(_segment(traced, index), content):
                 # An earlier answer may be shortened by design; `shortened_turns` finds it.
-                alone = self._trace(messages[: index + 1], arguments, source)
-                if index + 1 < len(messages) and _has_text(_segment(alone, index), content):
+                alone = self._located(messages[: index + 1], arguments, source)
+                if index + 1 < len(messages) and has_content(_segment(alone, index), content):
                     shortened = self._trained_span(messages, index, traced, arguments, source)
-                    if not _is_without_thought(self.added.sub("", traced.text[slice(*shortened)]), content):
+                    if not is_without_thought(self.added.sub("", traced.text[slice(*shortened)]), content):
                         raise DataError(
                             f"{source}: the chat template cuts the answer of message {index + 1}, and not only its "
                             "thought, because other messages follow it: remove the messages behind it, or set "
@@ -342,10 +397,7 @@ class ChatTemplate:
                         )
                     trained.append(shortened)
                     continue
-                raise DataError(
-                    f"{source}: the chat template changes message {index + 1} (some remove the part between <think> "
-                    "and </think>): write the message as the model is to answer"
-                )
+                raise DataError(_changed(message, index, _segment(alone, index), source))
             trained.append(self._trained_span(messages, index, traced, arguments, source))
         written = [span for span in traced.spans if span]
         if any(one[1] > other[0] for one, other in itertools.pairwise(written)):
@@ -382,7 +434,7 @@ class ChatTemplate:
         header = _common(prompt, segment)
         # The prompt may open a thought, or close one, which the answer has or has not: the two may agree in the first
         # characters of a token, such as <think> and <tool_calls>.
-        for match in (*_THOUGHT.finditer(prompt), *self.added.finditer(prompt)):
+        for match in (*THOUGHT.finditer(prompt), *self.added.finditer(prompt)):
             is_thought = match[0].startswith("<think")
             if match.start() < len(header) and (is_thought or len(header) < match.end()):
                 header = header[: match.start()]
@@ -422,7 +474,7 @@ class ChatTemplate:
             ends = [match.end() for match in itertools.takewhile(lambda match: match[0] in self.end_tokens, ending)]
             if ends:
                 return start + ends[-1]
-        raise DataError(
+        raise NoEndTokenError(
             f"{source}: the chat template writes no end token after message {index + 1}, so the model would not "
             "learn to stop. Use the template of an instruct model, or one that takes is_training"
         )
@@ -472,30 +524,17 @@ class ChatTemplate:
         if shape not in self._placeholders:
             try:
                 rendered = self._render_traced(placeholder_messages(shape), {}, source)
+                self._placeholders[shape] = Placeholders(rendered, shape, source)
             except DataError as error:
                 # Name what is wrong with this conversation, not with its placeholders.
+                self._render_traced(messages, {}, source)
                 raise DataError(without_placeholders(str(error))) from error
-            self._placeholders[shape] = Placeholders(rendered, shape, source)
         return self._placeholders[shape]
 
 
 @functools.lru_cache(maxsize=16)
 def _template_of(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTemplate:
     return ChatTemplate(tokenizer, source)
-
-
-def _token_texts(tokenizer: TemplateTokenizer, *, special_only: bool) -> frozenset[str]:
-    """The texts of special tokens, or of all added tokens.
-
-    Args:
-        special_only: leave out added tokens that are part of the text, such as `<think>` in some tokenizers.
-    """
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special or not special_only]
-    return frozenset(str(name) for name in [*tokenizer.all_special_tokens, *added] if name)
-
-
-def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def _other(value: Any) -> Any:
@@ -517,15 +556,5 @@ def _segment(traced: Traced, index: int) -> str:
     return traced.text[span[0] : span[1]] if span else traced.text
 
 
-def _is_without_thought(text: str, content: str) -> bool:
-    """Whether a text is all of an answer but its thought and its tags."""
-    answer = re.sub(r"<think[^<>]*>.*?(</think[^<>]*>|$)", "", content, flags=re.DOTALL)
-    return "".join(re.sub(r"<[^<>]*>", "", text).split()) == "".join(re.sub(r"<[^<>]*>", "", answer).split())
-
-
-def _has_text(text: str, content: str) -> bool:
-    """Whether a content is in a text, as it is or as a JSON string."""
-    content = content.strip()
-    return content in text or any(
-        json.dumps(content, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True)
-    )
+def _changed(message: Mapping[str, Any], index: int, text: str, source: str) -> str:
+    return f"{source}: the chat template changes message {index + 1}: {change_of(message, text)}"

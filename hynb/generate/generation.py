@@ -245,16 +245,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the folder holds neither a model nor an adapter, or it has no tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    import hynb.hunyuan_large  # noqa: F401  registers the tokenizer with the Auto classes
+    from hynb.data import load_tokenizer_folder
 
     base = find_base(folder)
     own = folder if (folder / "tokenizer_config.json").is_file() else base
-    try:
-        return AutoTokenizer.from_pretrained(own, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{own}: its tokenizer cannot be loaded: {error}") from error
+    return load_tokenizer_folder(own)
 
 
 def _load_model(folder: Path) -> Any:

@@ -75,8 +75,8 @@ def _precision(found: Description) -> str:
     if weights.kind == "pickled":
         return f"pickled files, whose dtype is not read; {weights.size_bytes / 1e9:.1f} GB"
     total = sum(weights.parameters.values()) or 1
-    shares = ", ".join(f"{name} {number / total:.4g}" for name, number in _shares(weights.parameters))
-    text = f"{shares}; {weights.files} file(s), {weights.size_bytes / 1e9:.2f} GB"
+    shares = ", ".join(f"{name} {100 * number / total:.4g}%" for name, number in _shares(weights.parameters))
+    text = f"{shares} of the parameters; {weights.files} file(s), {weights.size_bytes / 1e9:.2f} GB"
     return text + (f"; MISSING: {', '.join(weights.missing)}" if weights.missing else "")
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hynb.cluster import this_machine
-from hynb.data import ChatTemplate, Features
+from hynb.data import ChatTemplate, Features, missing_tokenizer_files
 from hynb.errors import HynbError, ModelError
 from hynb.families import family_of
 from hynb.files import read_json
-from hynb.models.tokenizer_files import missing_files, read_tokenizer_files
+from hynb.models.tokenizer_files import read_tokenizer_files
 from hynb.models.weights import Weights, read_weights
 from hynb.plan import memory
 from hynb.runs import find_base
@@ -110,7 +110,7 @@ def describe(folder: str | Path, *, max_seq_length: int = 2048, lora_rank: int =
         mtp_layers=config.get("num_nextn_predict_layers") or 0,
         weights=read_weights(base),
         context_tokens=config.get("max_position_embeddings"),
-        tokenizer_problem=missing_files(tokenizer_folder),
+        tokenizer_problem=missing_tokenizer_files(tokenizer_folder),
         template=features,
         template_problem=problem,
         lora_targets=tuple(

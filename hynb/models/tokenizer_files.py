@@ -14,8 +14,6 @@ from hynb.files import read_json
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 # Of Hunyuan-Large's tokenizer where its config names none (hynb.hunyuan_large.tokenization).
 _TIKTOKEN_NAMES = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
-# One of them holds the vocabulary.
-_VOCABULARIES = ("tokenizer.json", "hy.tiktoken", "tokenizer.model", "vocab.json")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -70,16 +68,6 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
         special_tokens_map=names,
         added_tokens_decoder=dict(enumerate(_added(folder, config))),
     )
-
-
-def missing_files(folder: Path) -> str:
-    """Which files a folder lacks to load its tokenizer, and what to do; empty if it lacks none."""
-    missing = [] if (folder / "tokenizer_config.json").is_file() else ["tokenizer_config.json"]
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        missing.append("tokenizer.json (or hy.tiktoken)")
-    if not missing:
-        return ""
-    return f"MISSING: {', '.join(missing)}; copy the tokenizer's files of the model into {folder}"
 
 
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

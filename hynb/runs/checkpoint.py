@@ -123,6 +123,8 @@ def find_base(source: Config | Path) -> Path | None:
 
 def _base_of_folder(folder: Path, given: Path | None) -> Path:
     """The base of a checkpoint; `given` replaces the path that an adapter names."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: there is no such folder")
     adapter = read_json(folder / ADAPTER_CONFIG)
     if adapter is None:
         if not (folder / "config.json").is_file():

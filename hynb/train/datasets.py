@@ -272,6 +272,8 @@ def _check(config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, r
         logger.info(f"the key {name} of {count} samples is not used: neither hynb nor the chat template reads it")
     for name, count in report.ignored_fields.items():
         logger.info(f"allow_ignored_fields: {name} of {count} samples is not rendered by the chat template")
+    if report.written_time:
+        logger.info(report.time_text())
     if shortened := int(report.shortened.sum()):
         logger.info(
             f"{shortened} earlier answers are rendered without a part, such as their thought; split_turns: true "

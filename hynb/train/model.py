@@ -15,7 +15,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils.generic import ModelOutput
 
 from hynb.config import MODEL_SIZE_NAMES, Config, random_model_config
+from hynb.data import load_tokenizer_folder
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
 from hynb.hunyuan_large import PACKED_SDPA, HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
@@ -53,10 +53,7 @@ def load_tokenizer(config: Config, base: Path | None) -> tuple[PreTrainedTokeniz
     if named is None:
         raise ModelError("tokenizer_name_or_path: is needed where there is neither a base model nor a checkpoint")
     folder = Path(named).expanduser().absolute()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer_folder(folder, trust_remote_code=config.trust_remote_code)
     if config.model_max_length is not None:
         tokenizer.model_max_length = config.model_max_length
     if tokenizer.chat_template is None:

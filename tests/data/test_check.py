@@ -266,3 +266,71 @@ def test_the_tokenised_samples_are_written_for_comparison(tokenizer, tmp_path, c
     dataset = ChatDataset(path, tokenizer, 50)
     for item, index in zip(written, (0, 2), strict=True):
         assert {name: item[name] for name in ("input_ids", "labels")} == dataset[index]
+
+
+def test_a_record_is_refused_once_however_many_answers_it_has(tokenizer, tmp_path, monkeypatch):
+    stripping = tokenizer.chat_template.replace("message['content']", "message['content'].split('</think>')[-1]")
+    monkeypatch.setattr(tokenizer, "chat_template", stripping)
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(8)]
+    broken = [*turns[:3], turns[3] | {"content": "<think>t</think>text 3"}, *turns[4:]]
+    path = write_lines(tmp_path / "a.jsonl", {"messages": turns}, {"messages": broken})
+    rejected_path = tmp_path / "rejected.jsonl"
+    options = LabelOptions(split_turns=True)
+    found = {"options": options, "on_bad_sample": "skip", "rejected_path": rejected_path}
+    report = check_data(path, tokenizer, 99, **found)
+    assert len(report.invalid) == 1 and report.problems()[0].startswith(f"{path}:2: the chat template changes")
+    assert len(rejected_path.read_text().splitlines()) == 1
+    assert report.answers.tolist() == [1, 2, 3, 4, 1]
+    assert "2 lines, 1 of them rejected or without one of their answers; 5 samples, one for each" in report.text()
+    # Answers that are too long: one entry with their number, and the length that keeps all.
+    path = write_lines(tmp_path / "b.jsonl", {"messages": turns}, exchange("q"))
+    needed = check_data(path, tokenizer, 99, options=options).lengths.tolist()
+    report = check_data(path, tokenizer, needed[1], **(found | {"max_cut_share": 1}))
+    assert len(report.too_long) == 1 and report.too_long[0].samples == 2 and report.samples == 3
+    assert report.too_long_share == 2 / 5 and "2 samples (40.0%)" in report.text()
+    kept = check_data(path, tokenizer, report.too_long[0].needed_tokens, options=options)
+    assert kept.samples == 5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_template_that_ends_no_answer_is_refused_once_by_its_folder(tokenizer, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("+ '<|eos|>'", ""))
+    monkeypatch.setattr("hynb.data.scan._RANGE_BYTES", 5000)
+    path = tiny_data(tmp_path / "a.jsonl", 300)
+    seen = []
+    for on_bad_sample in ("stop", "skip", "report"):
+        with pytest.raises(DataError) as caught:
+            check_data(
+                path,
+                tokenizer,
+                99,
+                on_bad_sample=on_bad_sample,
+                processes=processes,
+                progress=lambda done, total: seen.append(done),
+                cache=False,
+            )
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"{tokenizer.name_or_path}: its chat template writes no end token")
+        assert f"{path}:1;" in problem
+    assert not seen
+
+
+def test_a_time_that_the_template_writes_is_reported_and_is_the_records_own(tokenizer, tmp_path, monkeypatch):
+    plain = tokenizer.chat_template
+    dated = "{{ strftime_now('%d.%m.%Y %H:%M') }}" + plain
+    monkeypatch.setattr(tokenizer, "chat_template", dated)
+    path = write_lines(tmp_path / "a.jsonl", exchange("q"), exchange("q") | {"current_time": "2024-02-29 08:30"})
+    report = check_data(path, tokenizer, 99)
+    assert f"samples have {report.written_time}, so" in report.text() and not report.unknown_keys
+    dataset = ChatDataset(path, tokenizer, 99)
+    year, month, day = report.written_time[:10].split("-")
+    texts = [tokenizer.decode(dataset[index]["input_ids"]) for index in range(2)]
+    assert texts[0].startswith(f"{day}.{month}.{year} ") and texts[1].startswith("29.02.2024 08:30<")
+    # A template that writes the time elsewhere, but not here.
+    only = "{% if messages[0].role == 'system' %}{{ strftime_now('%Y') }}{% endif %}" + plain
+    monkeypatch.setattr(tokenizer, "chat_template", only)
+    assert "time:" not in check_data(write_lines(tmp_path / "b.jsonl", exchange("q")), tokenizer, 99).text()
+    monkeypatch.setattr(tokenizer, "chat_template", dated)
+    write_lines(path, exchange("q") | {"current_time": "yesterday"})
+    with pytest.raises(DataError, match=rf"{path}:1: current_time = 'yesterday': must be a time such as"):
+        check_data(path, tokenizer, 99)

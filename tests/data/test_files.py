@@ -184,7 +184,9 @@ def test_a_json_array_is_read_record_by_record(tmp_path, suffix):
     path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
     dataset = ChatDataset(path, None, None)
     assert [dataset.conversation(index).messages[0]["content"] for index in range(len(dataset))] == ["ä", "b"]
-    assert dataset.location(1) == f"{path}:2"
+    assert dataset.location(1) == f"{path}: record 2"
+    rest = ChatDataset(path, None, None, rejected=[dataset.location(0)])
+    assert [rest.conversation(0).messages[0]["content"], len(rest)] == ["b", 1]
     report = check_data(path, cache=False)
     assert (report.lines, report.samples) == (2, 2)
 
@@ -197,3 +199,88 @@ def test_a_json_array_that_cannot_be_read_is_refused_in_one_line(tmp_path, monke
     monkeypatch.setattr("hynb.data.files._ARRAY_LIMIT_BYTES", 10)
     with pytest.raises(DataError, match=r"jq -c '\.\[\]' data\.json > data\.jsonl$"):
         ChatDataset(path, None, None)
+
+
+def test_a_record_of_a_json_array_is_named_by_its_number(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([exchange("q"), {"messages": 3}], indent=2))
+    with pytest.raises(DataError, match=rf"^{path}: record 2: must be "):
+        list(read_conversations(path))
+    with pytest.raises(DataError, match=rf"^{path}: record 2: must be "):
+        check_data(path, cache=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "command"),
+    [
+        ("one.json", exchange("q"), "jq -c '.' one.json > one.jsonl"),
+        ("one.jsonl", exchange("q"), "jq -c '.' one.jsonl > one-lines.jsonl"),
+        ("all.json", {"data": [exchange("q")]}, "jq -c '.data[]' all.json > all.jsonl"),
+        ("all.json.gz", {"data": [exchange("q")]}, "zcat all.json.gz | jq -c '.data[]' > all.jsonl"),
+    ],
+)
+def test_an_object_over_several_lines_is_refused_in_one_line(tmp_path, name, record, command):
+    path = tmp_path / name
+    content = json.dumps(record, indent=2).encode()
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for read in (lambda: list(read_conversations(path)), lambda: check_data(path, on_bad_sample="skip", cache=False)):
+        with pytest.raises(DataError) as caught:
+            read()
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"{path}: begins with a JSON object over several lines") and command in problem
+
+
+def test_a_first_line_that_is_broken_is_an_invalid_line(tmp_path):
+    good = json.dumps(exchange("q"))
+    for number, first in enumerate((good[:-2], good + " x", "{")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(f"{first}\n{good}\n")
+        report = check_data(path, on_bad_sample="skip", cache=False)
+        assert report.samples == 1 and report.rejected[0].problem.startswith(f"{path}:1:")
+
+
+CALL = {"id": "1", "function": {"name": "f", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"messages": [QUESTION, ANSWER | {"reasoning_content": 5}]},
+            "message 2: reasoning_content must be text, and is 5 (a number)",
+        ),
+        (
+            {"messages": [QUESTION, ANSWER | {"thinking": ["a"]}]},
+            "message 2: thinking must be text, and is ['a'] (a list)",
+        ),
+        ({"messages": [QUESTION | {"name": {}}, ANSWER]}, "message 1: name must be text, and is {} (an object)"),
+        ({"messages": [QUESTION | {"tool_call_id": 1}, ANSWER]}, "message 1: tool_call_id must be text, and is 1"),
+        (
+            {"messages": [QUESTION | {"content": {"a": 1}}, ANSWER]},
+            "the user must be text, and is {'a': 1} (an object)",
+        ),
+        ({"messages": [QUESTION, ANSWER | {"tool_calls": "f"}]}, "message 2: tool_calls must be a list, not text"),
+        (
+            {"messages": [QUESTION, ANSWER | {"tool_calls": [CALL | {"id": 1}]}]},
+            "call 1: its id must be text, not a number",
+        ),
+        (
+            {"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
+            "message 2: tool call 1: its arguments must be an object, not a list",
+        ),
+        (
+            {"messages": [QUESTION, ANSWER], "tools": 3},
+            "tools: must be a list of tool descriptions, not 3 (a number)",
+        ),
+        ({"messages": [QUESTION, ANSWER], "tools": ["f"]}, "tools: tool 1 must be an object, not 'f' (text)"),
+        (
+            {"messages": [QUESTION, ANSWER], "tools": [{"function": 1}]},
+            "tools: the function of tool 1 must be an object",
+        ),
+        ({"messages": [QUESTION, ANSWER], "reasoning_effort": 3}, "reasoning_effort: must be text, not 3 (a number)"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named_with_its_place_key_and_type(record, message):
+    with pytest.raises(DataError) as caught:
+        parse_line(json.dumps(record).encode(), "f:1")
+    assert str(caught.value).startswith("f:1: ") and message in str(caught.value)

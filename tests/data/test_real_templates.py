@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime
 
 import pytest
 from real_models import MODELS, tokenizer_of
@@ -292,6 +293,12 @@ def test_links_between_calls_and_results_need_no_rendering_where_the_order_says_
     swapped = {"tools": [TOOL], "messages": [start, asking, *reversed(results), end]}
     with pytest.raises(DataError, match=r"does not render messages\[\].tool_call_id"):
         shown(swapped, tokenizer)
+    order = r"f.jsonl:3: .* message 3 is the result of 'two' where that of 'one' belongs: put results in the order of"
+    with pytest.raises(DataError, match=order):
+        shown(swapped, tokenizer)
+    foreign = {"tools": [TOOL], "messages": [start, asking, results[0], results[1] | {"tool_call_id": "six"}, end]}
+    with pytest.raises(DataError, match=r"message 4 is the result of 'six', which none of the calls before it has"):
+        shown(foreign, tokenizer)
 
 
 def test_a_template_that_never_ends_an_answer_is_refused(shared):
@@ -445,6 +452,23 @@ def test_a_record_with_tools_is_rendered_the_same_at_any_time(shared, monkeypatc
     first = encode(conversation(WITH_TOOLS), tokenizer, 1 << 20)
     time.sleep(1.1)
     assert encode(conversation(WITH_TOOLS), tokenizer, 1 << 20) == first
+
+
+def test_hunyuan_a13bs_time_is_one_in_training_the_records_own_or_the_present_one_in_prompts(shared):
+    tokenizer = tokenizer_of("hunyuan-a13b", shared)
+    template = ChatTemplate.of(tokenizer)
+    text = shown(WITH_TOOLS, tokenizer)
+    assert template.written_time and f"当前时间：{template.written_time} 星期五" in text
+    own = WITH_TOOLS | {"current_time": "2024-02-29T08:30"}
+    assert "当前时间：2024-02-29 08:30:00 星期四" in shown(own, tokenizer)
+    with pytest.raises(DataError, match="does not render current_time"):
+        shown({"messages": EXCHANGE, "tools": [], "current_time": "2024-02-29"}, tokenizer)
+    before = datetime.now().strftime("%Y-%m-%d")
+    prompt = tokenizer.decode(render_prompt(WITH_TOOLS["messages"][:1], tokenizer, {"tools": [TOOL]}))
+    assert any(f"当前时间：{day}" in prompt for day in (before, datetime.now().strftime("%Y-%m-%d")))
+    own = render_prompt(WITH_TOOLS["messages"][:1], tokenizer, {"tools": [TOOL], "current_time": "2024-02-29"})
+    assert "2024-02-29 00:00:00" in tokenizer.decode(own)
+    assert "current_time" in template.features().arguments
 
 
 @pytest.mark.parametrize("text", ["\ufdd01\ufdd1 x", "\ud800"])

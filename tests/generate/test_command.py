@@ -62,7 +62,7 @@ def test_a_file_of_questions_is_scored_for_each_model(model, other, tmp_path, ca
         (["hello", "--differences", "a.csv"], "--differences: needs --questions"),
         (["hello", "--tools", "nothing.json"], "--tools nothing.json: cannot be read"),
         (["hello", "--reasoning_effort", "high"], "reasoning_effort: the chat template of"),
-        (["hello", "--compare", "/no/such"], "neither config.json nor adapter_config.json"),
+        (["hello", "--compare", "/no/such"], "/no/such: there is no such folder"),
         (["--questions", "nothing.jsonl"], "there is no such file"),
     ],
 )

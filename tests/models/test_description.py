@@ -99,7 +99,12 @@ def test_an_adapter_is_described_with_its_base(files, tmp_path, capsys):
     assert main(["models", str(adapter)]) == 0
     out = capsys.readouterr().out
     assert f"LoRA of rank 4 on q_proj, v_proj, for the base {files['hunyuan_v1_moe']}" in out
-    for text in ("hunyuan_v1_moe (HunYuanMoEV1ForCausalLM)", "4 experts per layer", "F32 1; 1 file(s)", "512 tokens"):
+    for text in (
+        "hunyuan_v1_moe (HunYuanMoEV1ForCausalLM)",
+        "4 experts per layer",
+        "F32 100% of the parameters; 1 file(s)",
+        "512 tokens",
+    ):
         assert text in out, text
     assert main(["models", str(adapter), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

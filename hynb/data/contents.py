@@ -1,0 +1,70 @@
+"""A message's content in the text that a chat template writes: whether it is there, and what has become of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hynb.data.placeholders import BREAK
+
+THOUGHT = re.compile(r"<think[^<>]*>")
+_WHOLE_THOUGHT = re.compile(r"<think[^<>]*>.*?(</think[^<>]*>|$)", re.DOTALL)
+# A beginning that is shorter is found in most texts.
+_MIN_FOUND = 3
+_SHOWN = 20
+
+
+def has_content(text: str, content: str) -> bool:
+    """Whether a content is in a text, as it is or as a JSON string."""
+    content = content.strip()
+    return content in text or any(
+        json.dumps(content, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True)
+    )
+
+
+def is_without_thought(text: str, content: str) -> bool:
+    """Whether a text is all of an answer but its thought and its tags."""
+    answer = _WHOLE_THOUGHT.sub("", content)
+    return "".join(re.sub(r"<[^<>]*>", "", text).split()) == "".join(re.sub(r"<[^<>]*>", "", answer).split())
+
+
+def change_of(message: Mapping[str, Any], text: str) -> str:
+    """What a template has done to a content that is not in its text, and what to do.
+
+    Args:
+        text: what the template wrote of the message.
+    """
+    content = message["content"].strip()
+    kept = _found_beginning(content, text)
+    rest = _WHOLE_THOUGHT.sub("", content).strip()
+    if message["role"] == "assistant" and THOUGHT.search(content) and rest and rest in text:
+        return (
+            "it removes the part between <think> and </think>: move the thought to reasoning_content if the template "
+            "renders that, or remove it"
+        )
+    if message.get("tool_calls") and kept < _MIN_FOUND:
+        return "it does not write the content beside the tool calls: remove the content, or the tool calls"
+    if kept < min(_MIN_FOUND, len(content)):
+        return "it leaves its content out or rewrites it: use a model whose template does not, or remove the record"
+    position = text.find(content[:kept]) + kept
+    given, written = (_excerpt(part) for part in (content[kept:], text[position:]))
+    return (
+        f"from character {kept + 1} of its content on, it writes {written} instead of {given}: write the content as "
+        "the template does"
+    )
+
+
+def _found_beginning(content: str, text: str) -> int:
+    """Length of the longest beginning of a content that is in a text."""
+    low, high = 0, len(content)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if content[:middle] in text else (low, middle - 1)
+    return low
+
+
+def _excerpt(text: str) -> str:
+    text = text.replace(BREAK, "")
+    return repr(text[:_SHOWN] + "…" if len(text) > _SHOWN else text)
