@@ -25,31 +25,29 @@ logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 from pathlib import Path
 from hynb.data import ChatDataset
 print("ready", flush=True)
-while not Path(sys.argv[2]).exists():
+while not Path(sys.argv[1]).exists():
     time.sleep(0.01)
-dataset = ChatDataset(sys.argv[1], None, None)
-print("lines", len(dataset), dataset.location(len(dataset) - 1), flush=True)
+for path in sys.argv[2:]:
+    dataset = ChatDataset(path, None, None)
+    print("lines", len(dataset), dataset.location(len(dataset) - 1), flush=True)
 """
 
 
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "json"])
-def test_several_processes_unpack_a_file_once(tmp_path, suffix):
+def test_several_processes_unpack_a_file_once(tmp_path):
     plain = tiny_data(tmp_path / "plain.jsonl", 8000)
-    path = tmp_path / f"data.{suffix}"
-    if suffix == "json":
-        path.write_text("[" + ",".join(plain.read_text().splitlines()) + "]")
-    else:
-        compress = gzip.compress if suffix.endswith("gz") else zstandard.ZstdCompressor().compress
-        path.write_bytes(compress(plain.read_bytes()))
-    command = [sys.executable, "-c", UNPACK, str(path), str(tmp_path / "go")]
+    zipped, packed, array = (tmp_path / f"data.{suffix}" for suffix in ("jsonl.gz", "jsonl.zst", "json"))
+    zipped.write_bytes(gzip.compress(plain.read_bytes()))
+    packed.write_bytes(zstandard.ZstdCompressor().compress(plain.read_bytes()))
+    array.write_text("[" + ",".join(plain.read_text().splitlines()) + "]")
+    command = [sys.executable, "-c", UNPACK, str(tmp_path / "go"), *map(str, (zipped, packed, array))]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(5)]
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     (tmp_path / "go").touch()
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    last = f"{path}: record 8000" if suffix == "json" else f"{path}:8000"
-    assert all(f"lines 8000 {last}" in output for output in outputs)
-    assert sum(output.count("unpacked to") for output in outputs) == 1
+    for path, last in ((zipped, ":8000"), (packed, ":8000"), (array, ": record 8000")):
+        assert all(f"lines 8000 {path}{last}" in output for output in outputs)
+        assert sum(output.count(f"{path}: unpacked to") for output in outputs) == 1
     # One more finds it, and nothing but what is kept remains.
     assert "unpacked" not in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert not list(cache_folder().glob(".*"))
