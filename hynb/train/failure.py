@@ -134,7 +134,8 @@ def _hint(error: Exception) -> str:
         presets = ", ".join(zero.PRESETS)
         return (
             "the GPU's memory is not enough. Try, in this order: per_device_train_batch_size: 1, "
-            f"gradient_checkpointing: true, the next preset of {presets}, a smaller max_seq_length, more GPUs"
+            f"gradient_checkpointing: true, the next preset of {presets}, sequence_parallel_size: 2 or more (GPUs "
+            "share each sequence), a smaller max_seq_length, more GPUs"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'output_dir'}: the disk is full ({error.strerror}). Free some space, then resume"

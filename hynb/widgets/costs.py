@@ -80,7 +80,9 @@ def _gpus() -> tuple[Gpu, ...]:
 def _title(config: Config) -> str:
     method = f"LoRA of rank {config.lora_rank}" if config.use_lora else "full fine-tuning"
     model = Path(config.model_name_or_path).name if config.model_name_or_path else "a random model"
-    return f"Estimated memory: {model}, {method}, {config.max_seq_length} tokens"
+    size = config.sequence_parallel_size
+    shared = f", each sequence on {size} GPUs" if size > 1 else ""
+    return f"Estimated memory: {model}, {method}, {config.max_seq_length} tokens{shared}"
 
 
 def _fits(needed_bytes: int, available_bytes: int) -> str:
