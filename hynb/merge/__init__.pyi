@@ -4,7 +4,6 @@ from .shards import SAVE_DTYPES as SAVE_DTYPES
 from .shards import TensorEntry as TensorEntry
 from .shards import copy_range as copy_range
 from .shards import file_header as file_header
-from .shards import model_shards as model_shards
 from .shards import read_shard as read_shard
 from .shards import write_at as write_at
 from .tensors import TORCH_DTYPES as TORCH_DTYPES

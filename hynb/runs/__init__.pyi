@@ -23,5 +23,4 @@ from .folder import RunDir as RunDir
 from .heartbeat import Phase as Phase
 from .records import read_record as read_record
 from .status import RunStatus as RunStatus
-from .watchdog import WatchdogAbort as WatchdogAbort
 from .watchdog import watchdog_abort as watchdog_abort
