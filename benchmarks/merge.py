@@ -25,16 +25,16 @@ from pathlib import Path
 peak_bytes = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 began = time.monotonic()
 from hynb.merge import merge_lora
-imported = time.monotonic()
+imported, busy = time.monotonic(), time.process_time()
 idle = peak_bytes()
 result = merge_lora(base_model_path=sys.argv[1], adapter_model_path=sys.argv[2], output_path=sys.argv[3],
                     save_dtype=sys.argv[4], link="link" in sys.argv)
-merged = time.monotonic()
+merged, busy = time.monotonic(), time.process_time() - busy
 peak = peak_bytes()
 if "verify" in sys.argv:
     from hynb.merge import verify_merge
     verify_merge(sys.argv[3])
-print(merged - imported, imported - began, idle, peak, time.monotonic() - merged)
+print(merged - imported, imported - began, idle, peak, time.monotonic() - merged, busy)
 """
 
 
@@ -123,13 +123,15 @@ def copied(base: Path, target: Path) -> float:
     return seconds
 
 
-def merged(base: Path, adapter: Path, target: Path, dtype: str, *more: str) -> tuple[float, float, int, int, float]:
-    """Seconds of the merge and of its imports, bytes after the imports and at the peak, seconds to verify."""
+def merged(
+    base: Path, adapter: Path, target: Path, dtype: str, *more: str
+) -> tuple[float, float, int, int, float, float]:
+    """Seconds of merge and imports, bytes after the imports and at the peak, seconds to verify, CPU time."""
     command = [sys.executable, "-c", MERGE, str(base), str(adapter), str(target), dtype, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, imports, idle, peak, verify = map(float, done.stdout.split())
+    seconds, imports, idle, peak, verify, busy = map(float, done.stdout.split())
     shutil.rmtree(target)
-    return seconds, imports, int(idle), int(peak), verify
+    return seconds, imports, int(idle), int(peak), verify, busy
 
 
 def main() -> None:
@@ -154,7 +156,7 @@ def main() -> None:
                 subprocess.run(["sync"], check=True)
                 rounds.append((cp, *merged(base, adapter, target, "keep")))
             rounds.sort(key=lambda row: row[1] / row[0])
-            cp, seconds, imports, idle, peak, _ = rounds[len(rounds) // 2]
+            cp, seconds, imports, idle, peak, *_ = rounds[len(rounds) // 2]
             print(
                 f"{gigabytes:g} GB: cp -r {cp:.2f} s, merge {seconds:.2f} s = {seconds / cp:.2f}× "
                 f"(with imports {seconds + imports:.2f} s = {(seconds + imports) / cp:.2f}×), "
@@ -163,8 +165,11 @@ def main() -> None:
                 flush=True,
             )
             subprocess.run(["sync"], check=True)
-            seconds, _, _, peak, _ = merged(base, adapter, target, "fp16")
-            print(f"  to fp16 {seconds:.2f} s = {seconds / cp:.2f}×, peak {peak / 1e6:.0f} MB", flush=True)
+            seconds, _, _, peak, _, busy = merged(base, adapter, target, "fp16")
+            print(
+                f"  to fp16 {seconds:.2f} s = {seconds / cp:.2f}×, CPU {busy:.2f} s, peak {peak / 1e6:.0f} MB",
+                flush=True,
+            )
             one = work / "one_layer"
             make_adapter(one, base, only=".layers.0.")
             seconds, *_ = merged(base, one, target, "keep", "link")
@@ -178,10 +183,10 @@ def main() -> None:
                 subprocess.run(["sync"], check=True)
                 rounds.append((cp, *merged(base, experts, target, "keep", "verify")))
             rounds.sort(key=lambda row: row[1] / row[0])
-            cp, seconds, _, _, peak, verify = rounds[len(rounds) // 2]
+            cp, seconds, _, _, peak, verify, busy = rounds[len(rounds) // 2]
             print(
                 f"  LoRA on all experts: cp -r {cp:.2f} s, merge {seconds:.2f} s = {seconds / cp:.2f}×, "
-                f"peak {peak / 1e6:.0f} MB; verify {verify:.2f} s = {verify / cp:.2f}×",
+                f"CPU {busy:.2f} s, peak {peak / 1e6:.0f} MB; verify {verify:.2f} s = {verify / cp:.2f}×",
                 flush=True,
             )
             shutil.rmtree(experts)

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
+
+from hynb.errors import MergeError
+from hynb.merge.shards import TensorEntry, read_shard
+from hynb.merge.tensors import TORCH_DTYPES, read_tensor
+
+# Changes a block of a weight in place, given its values, its first row and column, and a tensor of its shape for the
+# difference. Returns the factor between that tensor and the difference, or None if it left none there.
+ChangeBlock = Callable[[torch.Tensor, int, int, torch.Tensor], "float | None"]
+
+# File, key, and index and number of the parts of its rows.
+_FactorName = tuple[Path, str, tuple[int, int]]
 
 
 class ReadTensor(Protocol):
-    """Returns a tensor of a weight file of the adapter in float32, arranged as the caller needs it."""
+    """Returns a tensor of a weight file of the adapter in float32, as `Factors.read` does."""
 
     def __call__(
-        self, file: Path, key: str, arrange: Callable[[torch.Tensor], torch.Tensor] = ..., /
+        self,
+        file: Path,
+        key: str,
+        arrange: Callable[[torch.Tensor], torch.Tensor] = ...,
+        /,
+        *,
+        part: tuple[int, int] = ...,
     ) -> torch.Tensor:
         """The tensor of a key."""
         ...
 
 
 class Factors:
-    """Tensors of adapters in float32, each read and arranged once while it is in use.
+    """Tensors of adapters in float32, each read and arranged once while it is in use; for several threads.
 
     Args:
         most_bytes: the oldest are dropped beyond this.
@@ -32,23 +52,66 @@ class Factors:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._kept: OrderedDict[tuple[Path, str], torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[_FactorName, Future[torch.Tensor]] = OrderedDict()
+        self._bytes = 0
+        self._headers: dict[Path, dict[str, TensorEntry]] = {}
         self._lock = threading.Lock()
 
     def read(
-        self, file: Path, key: str, arrange: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor, /
+        self,
+        file: Path,
+        key: str,
+        arrange: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+        /,
+        *,
+        part: tuple[int, int] = (0, 1),
     ) -> torch.Tensor:
-        """A tensor of a weight file; a key is always arranged in the same way."""
+        """A tensor of a weight file; a key is always arranged in the same way.
+
+        Args:
+            part: index and number of the equal parts of its rows, of which one is read.
+        """
+        name = (file, key, part)
         with self._lock:
-            tensor = self._kept.get((file, key))
-            if tensor is None:
-                with safe_open(file, framework="pt") as opened:
-                    tensor = arrange(opened.get_tensor(key).float()).contiguous()
-                self._kept[file, key] = tensor
-                while len(self._kept) > 1 and sum(item.nbytes for item in self._kept.values()) > self._most_bytes:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end((file, key))
-            return tensor
+            kept = self._kept.get(name)
+            missing = kept is None
+            if kept is None:
+                kept = self._kept[name] = Future()
+            self._kept.move_to_end(name)
+        if missing:
+            # Without the lock, so that other threads can go on with other factors.
+            try:
+                tensor = arrange(self._read(file, key, part)).contiguous()
+            except BaseException as error:
+                kept.set_exception(error)
+            else:
+                self._keep(name, kept, tensor)
+        return kept.result()
+
+    def _keep(self, name: _FactorName, kept: Future[torch.Tensor], tensor: torch.Tensor) -> None:
+        """Hands a tensor to those who wait for it, and drops the oldest ones."""
+        with self._lock:
+            kept.set_result(tensor)
+            if self._kept.get(name) is kept:
+                self._bytes += tensor.nbytes
+            while len(self._kept) > 1 and self._bytes > self._most_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self._bytes -= oldest.result().nbytes if oldest.done() else 0
+
+    def _read(self, file: Path, key: str, part: tuple[int, int]) -> torch.Tensor:
+        entry = self._entry(file, key)
+        if entry.dtype not in TORCH_DTYPES:
+            raise MergeError(f"{file}: {key} has dtype {entry.dtype}; save the adapter in bf16, fp16 or fp32")
+        size_bytes, begin = entry.size_bytes // part[1], entry.begin + part[0] * (entry.size_bytes // part[1])
+        shape = (entry.shape[0] // part[1], *entry.shape[1:])
+        return read_tensor(dataclasses.replace(entry, shape=shape, begin=begin, end=begin + size_bytes)).float()
+
+    def _entry(self, file: Path, key: str) -> TensorEntry:
+        """Reads each header once: that of an adapter on single experts has a hundred thousand keys."""
+        with self._lock:
+            if file not in self._headers:
+                self._headers[file] = {entry.name: entry for entry in read_shard(file).tensors}
+            return self._headers[file][key]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -72,7 +135,10 @@ class LowRankChange:
     embedding: bool = False
     fan_in_fan_out: bool = False
 
-    leaves_difference = True
+    @property
+    def source(self) -> tuple[Path, str]:
+        """What is read for it: file and key of the larger factor."""
+        return self.weights_file, self.up
 
     @property
     def by_rows(self) -> bool:
@@ -88,14 +154,11 @@ class LowRankChange:
         norm = torch.linalg.norm(tensor, dim=0 if self.fan_in_fan_out else 1, keepdim=True)
         return tensor * (read(self.weights_file, self.magnitude).view_as(norm) / norm)
 
-    def apply_to_rows(self, values: torch.Tensor, read: ReadTensor, rows: slice, scratch: torch.Tensor) -> None:
-        """Changes some rows of the weight in place.
-
-        Args:
-            scratch: a tensor of the same shape, into which the difference is written.
-        """
-        torch.mm(read(self.weights_file, self.up)[rows], read(self.weights_file, self.down), out=scratch)
-        values.add_(scratch.mul_(self.factor))
+    def by_blocks(self, read: ReadTensor) -> ChangeBlock:
+        """The change of any block of the weight."""
+        return partial(
+            _add_product, read(self.weights_file, self.up), read(self.weights_file, self.down), self.factor
+        )
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -118,21 +181,25 @@ class ExpertChange:
     experts: int
     rows: tuple[int, int]
 
-    by_rows = leaves_difference = True
+    by_rows = True
+
+    @property
+    def source(self) -> tuple[Path, str]:
+        """What is read for it: file and key of the factor of all experts."""
+        return self.weights_file, self.up
 
     def apply(self, tensor: torch.Tensor, read: ReadTensor) -> torch.Tensor:
         """The changed weight."""
         tensor = tensor.clone()
-        self.apply_to_rows(tensor, read, slice(None), torch.empty_like(tensor))
+        self.by_blocks(read)(tensor, 0, 0, torch.empty_like(tensor))
         return tensor
 
-    def apply_to_rows(self, values: torch.Tensor, read: ReadTensor, rows: slice, scratch: torch.Tensor) -> None:
-        """Changes some rows of the weight in place, as in LowRankChange."""
-        down = read(self.weights_file, self.down, lambda all_: all_.view(self.experts, -1, all_.shape[-1]))
-        # One expert's part of B is spread over the whole of it.
-        up = read(self.weights_file, self.up, lambda all_: all_.view(len(all_), -1, self.experts).permute(2, 0, 1))
-        torch.mm(up[self.expert, slice(*self.rows)][rows], down[self.expert], out=scratch)
-        values.add_(scratch.mul_(self.factor))
+    def by_blocks(self, read: ReadTensor) -> ChangeBlock:
+        """The change of any block of the weight."""
+        # One expert's part of A is a range of its rows; that of B is spread over the whole of it.
+        down = read(self.weights_file, self.down, part=(self.expert, self.experts))
+        up = read(self.weights_file, self.up, partial(_experts_first, self.experts))
+        return partial(_add_product, up[self.expert, slice(*self.rows)], down, self.factor)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -147,15 +214,20 @@ class Replacement:
     weights_file: Path
     key: str
 
-    by_rows, leaves_difference = True, False
+    by_rows = True
+
+    @property
+    def source(self) -> tuple[Path, str]:
+        """What is read for it: file and key of the tensor."""
+        return self.weights_file, self.key
 
     def apply(self, tensor: torch.Tensor, read: ReadTensor) -> torch.Tensor:
         """The tensor of the adapter."""
         return read(self.weights_file, self.key)
 
-    def apply_to_rows(self, values: torch.Tensor, read: ReadTensor, rows: slice, scratch: torch.Tensor) -> None:
-        """Replaces some rows in place; `scratch` stays as it is."""
-        values.copy_(read(self.weights_file, self.key)[rows])
+    def by_blocks(self, read: ReadTensor) -> ChangeBlock:
+        """The change of any block of the weight."""
+        return partial(_replace, read(self.weights_file, self.key))
 
 
 Change = LowRankChange | ExpertChange | Replacement
@@ -173,3 +245,33 @@ def changed_tensor(tensor: torch.Tensor, changes: Sequence[Change], read: ReadTe
     for change in changes:
         tensor = change.apply(tensor, read)
     return tensor
+
+
+def _add_product(
+    up: torch.Tensor,
+    down: torch.Tensor,
+    factor: float,
+    values: torch.Tensor,
+    top: int,
+    left: int,
+    difference: torch.Tensor,
+) -> float:
+    """Rounds as PEFT does: the product, its multiple, then the sum."""
+    height, width = values.shape
+    torch.mm(up[top : top + height], down[:, left : left + width], out=difference)
+    if math.frexp(factor)[0] in (0.5, -0.5):
+        # A power of two scales without rounding, so that one pass over the block is enough.
+        values.add_(difference, alpha=factor)
+        return abs(factor)
+    values.add_(difference.mul_(factor))
+    return 1.0
+
+
+def _replace(tensor: torch.Tensor, values: torch.Tensor, top: int, left: int, difference: torch.Tensor) -> None:
+    values.copy_(tensor[top : top + len(values), left : left + values.shape[1]])
+
+
+def _experts_first(experts: int, tensor: torch.Tensor) -> torch.Tensor:
+    """PEFT's out × (rank × experts) as experts × out × rank."""
+    # A transposed matrix is copied in blocks that stay in the cache; three permuted dimensions are not.
+    return tensor.view(-1, experts).t().contiguous().view(experts, len(tensor), -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -13,21 +14,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from hynb.errors import MergeError
 from hynb.files import read_json, write_json
 from hynb.merge import shards
 from hynb.merge.computation import Computation, TensorChange, computation
 from hynb.merge.plan import MergePlan
 from hynb.merge.shards import SAVE_DTYPES, Shard, TensorEntry
-from hynb.merge.tensors import TORCH_DTYPES, tensor_bytes
+from hynb.merge.tensors import TORCH_DTYPES
 
 # The output layer that was tied to the embeddings gets a shard of its own. The base's single shard is then renamed,
 # because transformers reads model.safetensors as the whole model.
 UNTIED_SHARD, _FIRST_OF_TWO = "model-lm_head.safetensors", "model-base.safetensors"
 _THREADS = 4
-_CHUNK_ELEMENTS = 4 << 20
 # If less of a shard changes, copying it as one range is faster than copying what lies between the changes.
 _COPIED_SHARE = 0.25
 # Router weights, and the bias by which hy_v3 chooses experts.
@@ -150,8 +148,7 @@ class ShardWriter:
 
     def _patch(self, shard: Shard, path: Path) -> dict[str, TensorChange]:
         """Copies a shard and writes its changed tensors in place; small ones are copied first, with the rest."""
-        done: dict[str, TensorChange] = {}
-        changed = [entry for entry in shard.tensors if entry.name in self._plan.changes]
+        changed = {entry: entry.begin for entry in shard.tensors if entry.name in self._plan.changes}
         copies_all = sum(entry.size_bytes for entry in changed) < _COPIED_SHARE * shard.size_bytes
         with shard.path.open("rb") as source, path.open("wb") as made:
             files = source.fileno(), made.fileno()
@@ -162,15 +159,10 @@ class ShardWriter:
                 shards.copy_range(*files, begin, entry.begin, at=begin, advance=advance)
                 begin = entry.end
             shards.copy_range(*files, begin, shard.size_bytes, at=begin, advance=advance)
-            for entry in changed:
-                done[entry.name] = self._compute(entry, made.fileno(), entry.begin)
-                if not copies_all:
-                    advance(entry.size_bytes)
-        return done
+            return self._compute_all(*files, changed, advance=(lambda _: None) if copies_all else advance)
 
     def _convert(self, shard: Shard, path: Path) -> dict[str, TensorChange]:
-        """Writes a shard in other dtypes, in pieces of a tensor."""
-        done: dict[str, TensorChange] = {}
+        """Writes a shard in other dtypes."""
         listed = [(entry.name, self.dtypes[entry.name], entry.shape) for entry in shard.tensors]
         header = shards.file_header(listed, shard.metadata)
         advance = partial(self._advance, shard.path.name)
@@ -178,34 +170,39 @@ class ShardWriter:
             made.write(header)
             made.flush()
             files, position = (source.fileno(), made.fileno()), len(header)
+            computed: dict[TensorEntry, int] = {}
             for entry in shard.tensors:
-                if entry.name in self._plan.changes:
-                    done[entry.name] = self._compute(entry, made.fileno(), position)
-                    advance(self._output_bytes([entry]))
-                elif self.dtypes[entry.name] == entry.dtype:
-                    shards.copy_range(*files, entry.begin, entry.end, at=position, advance=advance)
+                if entry.name in self._plan.changes or self.dtypes[entry.name] != entry.dtype:
+                    computed[entry] = position
                 else:
-                    self._recode(*files, entry, at=position, advance=advance)
+                    shards.copy_range(*files, entry.begin, entry.end, at=position, advance=advance)
                 position += self._output_bytes([entry])
-        return done
+            return self._compute_all(*files, computed, advance=advance)
 
-    def _recode(
-        self, source: int, target: int, entry: TensorEntry, *, at: int, advance: Callable[[int], None]
-    ) -> None:
-        """Writes an unchanged tensor in another dtype.
+    def _compute_all(
+        self, source: int, target: int, positions: Mapping[TensorEntry, int], *, advance: Callable[[int], None]
+    ) -> dict[str, TensorChange]:
+        """Writes changed and converted tensors of one shard; returns what changed.
 
         Args:
             source, target: file descriptors.
-            at: offset in the target.
+            positions: offset of each tensor in the target.
         """
-        dtype = TORCH_DTYPES[self.dtypes[entry.name]]
-        step = _CHUNK_ELEMENTS * shards.DTYPE_BYTES[entry.dtype]
-        for begin in range(entry.begin, entry.end, step):
-            raw = bytearray(os.pread(source, min(step, entry.end - begin), begin))
-            data = tensor_bytes(torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).to(dtype))
-            shards.write_at(target, data, at)
-            at += len(data)
-            advance(len(data))
+        done: dict[str, TensorChange] = {}
+        # Tensors that change by the same factors come one after the other, so that few factors are needed at a time.
+        groups: dict[tuple[tuple[Path, str], ...], list[TensorEntry]] = {}
+        for entry in positions:
+            sources = tuple(change.source for change in self._plan.changes.get(entry.name, []))
+            groups.setdefault(sources, []).append(entry)
+        order = [entry for group in groups.values() for entry in group]
+        for entry, following in itertools.zip_longest(order, order[1:]):
+            if following:
+                shards.read_ahead(source, following)
+            change = self._compute(entry, target, positions[entry])
+            if entry.name in self._plan.changes:
+                done[entry.name] = change
+            advance(self._output_bytes([entry]))
+        return done
 
     def _write_untied(self, entry: TensorEntry) -> None:
         """Writes the output layer that was tied to the embeddings into a shard of its own."""
@@ -219,7 +216,7 @@ class ShardWriter:
         self._advance(UNTIED_SHARD, self._output_bytes([entry]))
 
     def _compute(self, entry: TensorEntry, target: int, position: int) -> TensorChange:
-        """Writes a changed tensor at a position of an open file."""
+        """Writes a changed or converted tensor at a position of an open file."""
         return self._computation.compute(
             entry,
             self._plan.changes.get(entry.name, []),

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,14 +127,29 @@ def read_bytes(entry: TensorEntry) -> bytearray:
     """
     buffer = bytearray(entry.size_bytes)
     with entry.shard.open("rb", buffering=0) as file:
-        file.seek(entry.begin)
-        view, done = memoryview(buffer), 0
-        while done < len(buffer):
-            count = file.readinto(view[done:])
-            if not count:
-                raise ModelError(f"{entry.shard}: the file ends inside tensor {entry.name}")
-            done += count
+        read_at(file.fileno(), memoryview(buffer), entry, 0)
     return buffer
+
+
+def read_at(file_number: int, target: memoryview, entry: TensorEntry, offset: int) -> None:
+    """Fills a buffer from an open file, from a byte of a tensor's data on.
+
+    Raises:
+        ModelError: the file has become shorter since its header was read.
+    """
+    position = entry.begin + offset
+    while target:
+        count = os.preadv(file_number, [target], position)
+        if not count:
+            raise ModelError(f"{entry.shard}: the file ends inside tensor {entry.name}")
+        target, position = target[count:], position + count
+
+
+def read_ahead(file_number: int, entry: TensorEntry) -> None:
+    """Has the system read a tensor from disk while something else is computed."""
+    # Only a hint, which some file systems refuse.
+    with suppress(OSError):
+        os.posix_fadvise(file_number, entry.begin, entry.size_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def write_at(file_number: int, data: bytes | bytearray | memoryview, offset: int) -> None:

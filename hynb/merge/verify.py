@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,13 @@ from hynb.merge.pickled_base import as_safetensors
 from hynb.merge.plan import MergePlan, plan_merge
 from hynb.merge.receipt import RECEIPT
 from hynb.merge.shards import TensorEntry
+from hynb.merge.tensors import Buffers, same_bytes, tensor_bytes
 
-# Tensors that are compared at the same time, in pieces.
+# Tensors that are compared at the same time.
 _THREADS = 16
-_PIECE_BYTES = 16 << 20
+# What a task compares, in blocks of which one of each file stays in a core's cache.
+_TASK_BYTES, _BLOCK_BYTES = 8 << 20, 512 << 10
+_buffers = Buffers()
 
 
 def verify_merge(output_path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> int:
@@ -79,24 +81,31 @@ def _compare(plan: MergePlan, output: Path, progress: Callable[[int, int], None]
 def _is_expected(base: TensorEntry, merged: TensorEntry, changes: Sequence[Change], computing: Computation) -> bool:
     if base.shape != merged.shape:
         return False
-    if not changes and base.dtype == merged.dtype:
-        return all(_same(base, merged, begin) for begin in range(0, base.size_bytes, _PIECE_BYTES))
-    equal: list[bool] = []
+    with base.shard.open("rb", buffering=0) as source, merged.shard.open("rb", buffering=0) as result:
+        if not changes and base.dtype == merged.dtype:
 
-    def compare(offset: int, data: memoryview) -> None:
-        equal.append(_piece(merged, offset, len(data)) == data)
+            def same(part: range) -> bool:
+                blocks = range(part.start, part.stop, _BLOCK_BYTES)
+                return all(
+                    same_bytes(
+                        _read("base", source.fileno(), base, begin, min(_BLOCK_BYTES, part.stop - begin)),
+                        _read("merged", result.fileno(), merged, begin, min(_BLOCK_BYTES, part.stop - begin)),
+                    )
+                    for begin in blocks
+                )
 
-    computing.compute(base, changes, merged.dtype, compare)
-    return all(equal)
+            return all(computing.run(same, base.size_bytes, _TASK_BYTES))
+        equal: list[bool] = []
+
+        def compare(offset: int, data: memoryview) -> None:
+            equal.append(same_bytes(_read("merged", result.fileno(), merged, offset, len(data)), data))
+
+        computing.compute(base, changes, merged.dtype, compare)
+        return all(equal)
 
 
-def _same(base: TensorEntry, merged: TensorEntry, begin: int) -> bool:
-    pieces = (_piece(entry, begin, min(_PIECE_BYTES, base.size_bytes - begin)) for entry in (base, merged))
-    # Unlike the comparison of bytes, this one lets other threads run.
-    return torch.equal(*(torch.frombuffer(piece, dtype=torch.uint8) for piece in pieces))
-
-
-def _piece(entry: TensorEntry, begin: int, size_bytes: int) -> bytearray:
-    """Bytes of a tensor in its file."""
-    part = dataclasses.replace(entry, begin=entry.begin + begin, end=entry.begin + begin + size_bytes)
-    return shards.read_bytes(part)
+def _read(name: str, file_number: int, entry: TensorEntry, begin: int, size_bytes: int) -> memoryview:
+    """Bytes of a tensor in its open file."""
+    data = tensor_bytes(_buffers.get(name, size_bytes, torch.uint8))
+    shards.read_at(file_number, data, entry, begin)
+    return data

@@ -10,7 +10,7 @@ from adapters import load_tensors, make_adapter
 from safetensors.torch import load_file, save_file
 
 from hynb.errors import MergeError
-from hynb.merge import merge_lora, verify_merge
+from hynb.merge import merge_lora, model_shards, verify_merge
 
 
 @pytest.fixture
@@ -61,3 +61,17 @@ def test_a_base_that_has_changed_since_is_named(merged, tmp_path):
 def test_a_folder_that_no_merge_wrote_is_named(base):
     with pytest.raises(MergeError, match=r"has no merge_receipt\.json, so it was not written by hynb merge"):
         verify_merge(base)
+
+
+@pytest.mark.parametrize("save_dtype", ["keep", "fp16"])
+@pytest.mark.parametrize("kind", ["q_proj", "k_proj"])
+def test_a_bit_of_a_changed_and_of_an_unchanged_tensor_is_found(base, tmp_path, kind, save_dtype):
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    merge_lora(base_model_path=base, adapter_model_path=adapter, output_path=tmp_path / "m", save_dtype=save_dtype)
+    verify_merge(tmp_path / "m")
+    entry = next(entry for shard in model_shards(tmp_path / "m") for entry in shard.tensors if kind in entry.name)
+    content = bytearray(entry.shard.read_bytes())
+    content[(entry.begin + entry.end) // 2] ^= 1
+    entry.shard.write_bytes(content)
+    with pytest.raises(MergeError, match=rf"tensor {entry.name} differs from what base and adapter give"):
+        verify_merge(tmp_path / "m")
