@@ -23,6 +23,7 @@ _MODULES = (
     ("check-data", "hynb.data.command", "check training data before a GPU is used"),
     ("preflight", "hynb.preflight.command", "check every host of a run before it starts"),
     ("hosts", "hynb.cluster.command", "set up passwordless ssh to the hosts of a cluster"),
+    ("checkpoints", "hynb.runs.command", "list a run's checkpoints and find damaged ones"),
     ("models", "hynb.models.command", "show what a model folder is and how it can be trained here"),
     ("ask", "hynb.generate.command", "ask a model questions, and score its answers"),
     ("demo", "hynb.demo.run", "train, merge and evaluate a small model on this machine"),

@@ -27,7 +27,7 @@ if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).re
 
 from hynb.config import Config, Reading, check_ranks, read_flags, read_yaml, to_yaml, use_upstream_defaults
 from hynb.errors import ConfigError
-from hynb.files import read_json, replace_text, size_text, write_json
+from hynb.files import read_json, replace_text, write_json
 from hynb.plan import zero
 from hynb.runs import (
     RunDir,
@@ -36,7 +36,6 @@ from hynb.runs import (
     check_same_shape,
     clear_run_folder,
     find_base,
-    resume_checkpoint,
     with_derived_limits,
     workload,
 )
@@ -45,7 +44,7 @@ from hynb.train import Notes, report_failure, set_up_process, show_output_at_onc
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
     from hynb.merge import TensorEntry
     from hynb.train import DataPlan, Datasets, NodeLocalFolders, RowParts, RunCallback, RunTrainer, SavedShard
@@ -64,6 +63,9 @@ class RankState:
         writer: writes the run folder; None on other ranks than 0.
         notes: what rank 0 logs, for the manifest.
         folders: the run folders of hosts that share none; None where there is one folder.
+        skipped: why newer checkpoints than the one to resume from are passed over.
+        made_with: what each checkpoint records of this run.
+        changed: what the run is to change that the checkpoint would restore.
         shape: what a resumed run must have in common with the run that saved its checkpoint.
         base: folder of the base model; None for a random one.
         stored: the tensors of the base's safetensors files, whose headers are read once: there may be hundreds on a
@@ -90,6 +92,9 @@ class RankState:
     # choose_checkpoint
     folders: NodeLocalFolders | None = None
     resume: Path | None = None
+    skipped: list[str] = field(default_factory=list)
+    made_with: dict[str, Any] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
     shape: dict[str, Any] = field(init=False)
     # load_data
     base: Path | None = None
@@ -296,30 +301,31 @@ def choose_checkpoint(state: RankState) -> None:
     """Fixes the checkpoint that all ranks resume from.
 
     Raises:
-        ConfigError: the checkpoint was saved by a run of another shape.
-        RunError: a host without the shared folder does not have the checkpoint.
+        ConfigError: the checkpoint was saved by a run of another shape, or with values that this run changes.
+        RunError: the checkpoint is damaged or missing, with the file, and with the host where hosts share no folder.
     """
     import torch
+
+    from hynb.train import choose_checkpoint, compare_with_checkpoint, run_shape
 
     if state.membership and state.joined and not state.joined.shared:
         from hynb.train import NodeLocalFolders
 
         state.folders = NodeLocalFolders(state.membership, state.rank)
-        resume = state.folders.agree_on_checkpoint(resume_checkpoint(state.config))
-        state.config = state.config.replace(resume_from_checkpoint=resume)
         # The first rank of each host creates the folders that the host's ranks write their shards into.
         state.ds_config["checkpoint"] = state.ds_config.get("checkpoint", {}) | {"use_node_local_storage": True}
     if state.rank == 0:
         write_json(RunDir(state.config.output_dir).ds_config, state.ds_config)
-    state.resume = resume_checkpoint(state.config)
-    stage = state.ds_config.get("zero_optimization", {}).get("stage", 0)
     world_size = torch.distributed.get_world_size()
-    state.shape = {"world_size": world_size, "zero_stage": stage, "use_lora": state.config.use_lora}
-    state.shape["sequence_parallel_size"] = size = state.config.sequence_parallel_size
-    if state.resume and (problems := check_same_shape(state.resume, **state.shape)):
+    if state.config.resume_from_checkpoint is not None:
+        ranks = state.folders.local_ranks if state.folders else range(world_size)
+        state.resume, state.skipped = choose_checkpoint(state.config, ranks)
+        state.config = state.config.replace(resume_from_checkpoint=str(state.resume))
+    state.shape = run_shape(state.config, state.ds_config, world_size)
+    if state.resume and (problems := check_same_shape(state.resume, state.shape)):
         raise ConfigError(problems)
-    micro_batches = state.config.gradient_accumulation_steps * world_size // size
-    state.shape["global_batch_size"] = state.config.per_device_train_batch_size * micro_batches
+    samples = state.shape["global_batch_size"]
+    state.made_with, state.changed = compare_with_checkpoint(state.config, state.resume, samples=samples)
 
 
 def load_data(state: RankState) -> None:
@@ -387,11 +393,11 @@ def record(state: RankState) -> None:
         ModelError: full checkpoints of this model cannot be written.
         RunError: too little free space.
     """
-    from hynb.train import check_disk, count_parameters, training_dtype, uneven_work
+    from hynb.train import check_disk, count_parameters, tensors_to_copy, training_dtype, uneven_work
 
     counts = count_parameters(state.model)
     logger.info(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
-    copied = _tensors_to_copy(state)
+    copied = [] if state.base is None or state.config.use_lora else tensors_to_copy(state.base, state.stored)
     if not state.config.use_lora:
         _plan_checkpoints(state, copied)
     if state.rank == 0 or (state.folders and state.folders.is_local_rank_zero):
@@ -414,7 +420,8 @@ def build_trainer(state: RankState) -> None:
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
     coefficient = state.config.router_aux_loss_coef
     run_dir = RunDir(state.config.output_dir)
-    state.callback = RunCallback(run_dir=run_dir, writer=state.writer, model=state.model, sampler=sampler)
+    follows = {"run_dir": run_dir, "writer": state.writer, "model": state.model, "sampler": sampler}
+    state.callback = RunCallback(**follows, begin=lambda trained: _begin_training(state, trained))
     try:
         state.trainer = RunTrainer(
             model=state.model,
@@ -428,7 +435,7 @@ def build_trainer(state: RankState) -> None:
             base=state.base,
             shards=state.shards,
             tokenizer_folder=state.tokenizer_folder,
-            record=state.shape,
+            record=state.shape | {"made_with": state.made_with},
             keep_checkpoints=state.config.save_total_limit,
             save_minutes=state.config.save_timeout_minutes,
             writer=state.writer,
@@ -443,10 +450,6 @@ def build_trainer(state: RankState) -> None:
 
 def train(state: RankState) -> None:
     """Trains until the last step or a stop request."""
-    if state.writer:
-        saved = (read_json(state.resume / "trainer_state.json") if state.resume else None) or {}
-        kind = "resume" if state.resume else "start"
-        state.writer.event(kind, int(saved.get("global_step", 0)), world_size=state.shape["world_size"])
     state.trainer.train(resume_from_checkpoint=str(state.resume) if state.resume else None)
 
 
@@ -469,6 +472,20 @@ STEPS = (
     *(join_hosts, read_parameters, prepare_run_folder, set_up, check_data, compile_ops, meet),
     *(derive_limits, choose_checkpoint, load_data, build_model, record, build_trainer, train, finish),
 )
+
+
+def _begin_training(state: RankState, trained: TrainerState) -> None:
+    """Writes the first event; a run that is resumed leaves a branch behind first."""
+    from hynb.train import begin_resumed
+
+    facts: dict[str, Any] = {"world_size": state.shape["world_size"]}
+    if state.resume:
+        first = state.folders.is_local_rank_zero if state.folders else state.rank == 0
+        facts |= {"checkpoint": str(state.resume), "skipped": state.skipped, "changed": state.changed}
+        facts["abandoned"] = begin_resumed(state.config, state.resume, state.trainer, trained, moves=first)
+        state.trainer.obey(state.changed)
+    if state.writer:
+        state.writer.event("resume" if state.resume else "start", trained.global_step, **facts)
 
 
 def _start_writing(state: RankState, run_dir: RunDir) -> None:
@@ -497,22 +514,6 @@ def _write_random_base(state: RankState) -> None:
     torch.distributed.barrier()
     if state.folders:
         state.folders.copy_to_hosts(state.base)
-
-
-def _tensors_to_copy(state: RankState) -> list[TensorEntry]:
-    """The tensors that each full checkpoint gets from the base, because the model has no such parameters."""
-    from hynb.train import mtp_tensors
-
-    if state.base is None or state.config.use_lora:
-        return []
-    copied = mtp_tensors(state.base, state.stored)
-    if copied:
-        size_bytes = sum(entry.size_bytes for entry in copied)
-        logger.info(
-            f"{len(copied)} tensors of MTP layers ({size_text(size_bytes)}) are not trained; each checkpoint gets "
-            "them from the base unchanged"
-        )
-    return copied
 
 
 def _plan_checkpoints(state: RankState, copied: Sequence[TensorEntry]) -> None:

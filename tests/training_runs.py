@@ -188,6 +188,23 @@ def fill_disk_of_rank_1() -> None:
         saving.write_at = write_at
 
 
+def fail_digests_of_rank_1() -> None:
+    """To be called in a rank before it begins: rank 1 cannot read a file of its second checkpoint."""
+    import errno
+
+    from hynb.train import sealing
+
+    plain = sealing.file_digests
+
+    def file_digests(folder: Path, names: Any) -> Any:
+        if folder.name == f"checkpoint-{STEPS}":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder / "file"))
+        return plain(folder, names)
+
+    if os.environ["RANK"] == "1":
+        sealing.file_digests = file_digests
+
+
 def slow_work_of_one_rank() -> None:
     """To be called in a rank before it begins: rank 0 checks data, and rank 1 loads, for longer than others wait."""
     import hynb.train

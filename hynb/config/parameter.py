@@ -85,7 +85,7 @@ class Parameter:
         wanted = (int, float) if self.type is float else self.type
         if not isinstance(value, wanted) or (isinstance(value, bool) and self.type is not bool):
             return [f"{name}: must be {self.type_name}"]
-        if self.type is list and not value:
+        if self.type is list and self.default and not value:
             return [f"{name}: must name at least one module; the default is {', '.join(self.default)}"]
         if self.type in (int, float) and not self._in_bounds(value):
             return [f"{name}: must be {self.range}; the default is {self.default_text}"]
@@ -101,8 +101,8 @@ class Parameter:
 
     @property
     def default_text(self) -> str:
-        """The default as it is written on a command line."""
-        return value_text(self.default)
+        """The default as it is written on a command line; `none` for an empty list."""
+        return value_text(self.default) or "none"
 
 
 def value_text(value: Any) -> str:

@@ -265,7 +265,13 @@ class Config:
         False, "run", "Remove an earlier run's files from output_dir before starting."
     )
     resume_from_checkpoint: str | None = _parameter(
-        None, "run", "Checkpoint folder to resume from; 'last': the newest one in output_dir."
+        None, "run", "Checkpoint folder to resume from; 'last': the newest whole one in output_dir."
+    )
+    allow_changed: list[str] = _parameter(
+        [], "run", "Parameters that may differ from those of the run that is resumed; data: other training data."
+    )
+    trust_checkpoint: bool = _parameter(
+        False, "run", "Resume from a checkpoint without digests that match its files; unpickling it runs code in it."
     )
     logging_steps: int = _parameter(1, "run", "Steps between log lines in events.jsonl.", minimum=1, unit="steps")
     save_strategy: Literal["steps", "epoch", "no"] = _parameter("steps", "run", "When to save a checkpoint.")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
 from hynb.config import Config
-from hynb.errors import ModelError
+from hynb.errors import ModelError, RunError
 from hynb.files import read_json
+from hynb.runs.events import last_events
 from hynb.runs.folder import RunDir
+from hynb.runs.integrity import CHECKPOINT_RECORD, check_files, has_digests
+from hynb.runs.records import read_record
 
-# In a checkpoint: the world size, ZeRO stage and mode that saved it, which a resume must repeat.
-CHECKPOINT_RECORD = "hynb_checkpoint.json"
 # In an adapter's checkpoint: the identity of its base.
 BASE_IDENTITY = "base_identity.json"
 # PEFT's settings, in every adapter folder.
@@ -24,17 +26,41 @@ def resume_checkpoint(config: Config) -> Path | None:
     if config.resume_from_checkpoint is None:
         return None
     if config.resume_from_checkpoint == "last":
-        found = RunDir(config.output_dir).checkpoints()
-        return found[-1] if found else None
+        return last_checkpoint(RunDir(config.output_dir))[0]
     return Path(config.resume_from_checkpoint).expanduser().absolute()
 
 
-def check_checkpoint(folder: Path) -> list[str]:
-    """Why training cannot resume from a folder, one message per reason; empty when it can."""
+def last_checkpoint(run_dir: RunDir) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, by sizes and headers, and why each newer one is passed over."""
+    skipped: list[str] = []
+    for folder in reversed(run_dir.checkpoints()):
+        problems = check_checkpoint(folder, trusted=True)
+        if not problems:
+            return folder, skipped
+        skipped += problems
+    return None, skipped
+
+
+def resume_candidates(config: Config) -> list[Path]:
+    """The checkpoints that a Config may resume from, the best one first: one, or for "last" all, newest first."""
+    if config.resume_from_checkpoint == "last":
+        return RunDir(config.output_dir).checkpoints()[::-1]
+    found = resume_checkpoint(config)
+    return [found] if found else []
+
+
+def check_checkpoint(folder: Path, *, trusted: bool) -> list[str]:
+    """Why training cannot resume from a folder, one message per reason; empty when it can.
+
+    Args:
+        trusted: go on where no digests prove that the files are what a run wrote.
+    """
     name = f"resume_from_checkpoint = {folder}"
     if not folder.is_dir():
         present = ", ".join(item.name for item in RunDir(folder.parent).checkpoints())
         return [f"{name}: there is no such folder" + (f"; its parent folder has {present}" if present else "")]
+    if problems := check_files(folder):
+        return [f"{name}: is damaged: {problem}" for problem in problems]
     if not (folder / "trainer_state.json").is_file():
         inside = RunDir(folder).checkpoints()
         hint = f"; did you mean {inside[-1]}?" if inside else ""
@@ -44,20 +70,86 @@ def check_checkpoint(folder: Path) -> list[str]:
             f"{name}: holds weights but no optimizer state (it was saved with save_only_model). Start a new run "
             "with model_name_or_path set to this folder"
         ]
+    if not trusted and not has_digests(folder):
+        return [
+            f"{name}: has no {CHECKPOINT_RECORD} with the digests of its files, so nothing shows that a run of hynb "
+            "wrote them. Resuming unpickles DeepSpeed's states, which runs whatever code is in them: if you know "
+            "where the checkpoint comes from, allow it with trust_checkpoint: true"
+        ]
     return []
 
 
-def check_same_shape(
-    folder: Path, *, world_size: int, zero_stage: int, use_lora: bool, sequence_parallel_size: int = 1
-) -> list[str]:
-    """The settings that differ between the run that saved a checkpoint and this one, one message per setting."""
-    record = read_json(folder / CHECKPOINT_RECORD)
+def saved_step(folder: Path) -> tuple[int, int | None]:
+    """The step of a checkpoint, and the last step that its run had planned; None where it is not recorded.
+
+    Raises:
+        RunError: its trainer_state.json is damaged.
+    """
+    state = read_json(folder / "trainer_state.json") or {}
+    step, planned = state.get("global_step"), state.get("max_steps")
+    if not isinstance(step, int):
+        raise RunError(
+            f"{folder / 'trainer_state.json'}: global_step = {step!r}: must be an integer; restore the file"
+        )
+    return step, planned if isinstance(planned, int) else None
+
+
+def set_aside(run_dir: RunDir, resume: Path) -> list[Path]:
+    """Moves the checkpoints of the branch that a resume leaves into a folder of their own.
+
+    Otherwise `last` would mean one of them, and save_total_limit would remove the new ones first.
+
+    Args:
+        resume: the checkpoint that the run goes on from; all are moved if it is in another folder.
+
+    Returns:
+        The new paths; empty when there is nothing beyond `resume`.
+    """
+    step = saved_step(resume)[0]
+    found = run_dir.checkpoints()
+    if resume in found:
+        found = [folder for folder in found if int(folder.name.rpartition("-")[2]) > step]
+    if not found:
+        return []
+    number, target = 1, run_dir.abandoned / f"from-step-{step}"
+    while target.exists():
+        number += 1
+        target = run_dir.abandoned / f"from-step-{step}-{number}"
+    target.mkdir(parents=True)
+    return [folder.rename(target / folder.name) for folder in found]
+
+
+def ended_well(run_dir: RunDir) -> bool:
+    """Whether the last run in a folder ended by itself; a crash may have damaged what it wrote shortly before."""
+    events = last_events(run_dir.events)
+    return not events or events[-1]["kind"] == "end"
+
+
+def surplus_checkpoints(run_dir: RunDir, keep: int) -> list[Path]:
+    """The checkpoints that save_total_limit removes: those that are older than the newest whole ones.
+
+    Args:
+        keep: the number of whole ones to keep.
+    """
+    kept = 0
+    for place, folder in reversed(list(enumerate(found := run_dir.checkpoints()))):
+        kept += not check_files(folder)
+        if kept == keep:
+            return found[:place]
+    return []
+
+
+def check_same_shape(folder: Path, shape: Mapping[str, Any]) -> list[str]:
+    """The settings that differ between the run that saved a checkpoint and this one, one message per setting.
+
+    Args:
+        shape: of this run: world_size, zero_stage, use_lora and sequence_parallel_size.
+    """
+    record = read_record(folder / CHECKPOINT_RECORD)
     if record is None:
         return []
     # Checkpoints of runs that could not share a row.
     record = {"sequence_parallel_size": 1} | record
-    now = {"world_size": world_size, "zero_stage": zero_stage, "use_lora": use_lora}
-    now["sequence_parallel_size"] = sequence_parallel_size
     hints = {
         "world_size": "resume with the same number of ranks",
         "zero_stage": "resume with a preset of the same stage",
@@ -65,9 +157,9 @@ def check_same_shape(
         "sequence_parallel_size": "resume with the same sequence_parallel_size, which decides the order of data",
     }
     return [
-        f"{folder}: was saved with {name} = {record[name]}, this run has {value}: {hints[name]}"
-        for name, value in now.items()
-        if name in record and record[name] != value
+        f"{folder}: was saved with {name} = {record[name]}, this run has {shape[name]}: {hint}"
+        for name, hint in hints.items()
+        if name in record and name in shape and record[name] != shape[name]
     ]
 
 
@@ -136,7 +228,7 @@ def _base_of_folder(folder: Path, given: Path | None) -> Path:
             f"{folder}: is an adapter for the base {base}, which is not there. Resume with model_name_or_path set to "
             f"the base's new path, or correct base_model_name_or_path in its {ADAPTER_CONFIG}"
         )
-    recorded = read_json(folder / BASE_IDENTITY)
+    recorded = read_record(folder / BASE_IDENTITY)
     if recorded is not None and recorded["hash"] != base_identity(base)["hash"]:
         raise ModelError(
             f"{folder}: was trained on another base than {base} (config or weights differ). "

@@ -12,14 +12,17 @@ from typing import Any
 from hynb.cluster import gpu_count, host_facts
 from hynb.config import Config
 from hynb.data import find_files
-from hynb.errors import ConfigError, HynbError
+from hynb.errors import ConfigError, HynbError, nearest
 from hynb.families import FAMILIES
 from hynb.files import read_weight_map
 from hynb.plan import ops, zero
-from hynb.runs.checkpoint import check_checkpoint, resume_checkpoint
+from hynb.runs.checkpoint import check_checkpoint, ended_well, last_checkpoint, resume_checkpoint, saved_step
+from hynb.runs.contract import DATA, allowable_names, compare, made_with
 from hynb.runs.deepspeed import model_config
 from hynb.runs.events import RunReader
 from hynb.runs.folder import RunDir
+from hynb.runs.integrity import CHECKPOINT_RECORD
+from hynb.runs.records import read_record
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "hy.tiktoken", "tokenizer.model", "vocab.json")
@@ -94,11 +97,11 @@ def check_run(config: Config, *, launched: bool = False) -> None:
     Raises:
         ConfigError: every problem found, at once.
     """
-    problems = []
+    problems = _check_allowed(config)
     resume = None
     if config.resume_from_checkpoint is not None:
         resume = resume_checkpoint(config)
-        problems += check_checkpoint(resume) if resume else [_no_last_checkpoint(config)]
+        problems += _check_resume(config, resume)
     if config.model_name_or_path is not None:
         problems += _check_model_folder(config.model_name_or_path, config.trust_remote_code)
     if config.tokenizer_name_or_path is not None:
@@ -270,10 +273,68 @@ def _missing_files(paths: str, parameter: str) -> list[str]:
     return []
 
 
-def _no_last_checkpoint(config: Config) -> str:
-    return (
+def _check_allowed(config: Config) -> list[str]:
+    """Names in allow_changed that are none of what may be changed."""
+    known = allowable_names()
+    return [
+        f"allow_changed = {name}: not a parameter that a resumed run may change{nearest(name, known)}; those are "
+        f"{', '.join(known)}"
+        for name in config.allow_changed
+        if name not in known
+    ]
+
+
+def _check_resume(config: Config, resume: Path | None) -> list[str]:
+    """Why a run cannot go on from the checkpoint that its Config names; empty when it can."""
+    if resume is not None:
+        problems = check_checkpoint(resume, trusted=config.trust_checkpoint)
+        if config.resume_from_checkpoint == "last" and not ended_well(RunDir(config.output_dir)):
+            # The ranks compare the digests, and may resume from an earlier one.
+            return problems
+        return problems or _check_steps(config, resume) + _check_changes(config, resume)
+    _, skipped = last_checkpoint(RunDir(config.output_dir))
+    if skipped:
+        return [*skipped, f"resume_from_checkpoint = last: no checkpoint in {config.output_dir} is whole"]
+    return [
         f"resume_from_checkpoint = last: there is no checkpoint in output_dir = {config.output_dir}. "
         "Leave it out to start from the beginning"
+    ]
+
+
+def _check_steps(config: Config, resume: Path) -> list[str]:
+    """Why a run has nothing left to train behind a checkpoint; empty when it has."""
+    step, planned = saved_step(resume)
+    if config.max_steps is not None and step >= config.max_steps:
+        return [nothing_left(resume, step, f"max_steps = {config.max_steps}")]
+    made_with = (read_record(resume / CHECKPOINT_RECORD) or {}).get("made_with", {})
+    same_epochs = made_with.get("num_train_epochs") == config.num_train_epochs and not made_with.get("max_steps")
+    if config.max_steps is None and same_epochs and planned is not None and step >= planned:
+        return [nothing_left(resume, step, f"num_train_epochs = {config.num_train_epochs:g} ({planned} steps)")]
+    return []
+
+
+def _check_changes(config: Config, resume: Path) -> list[str]:
+    """What a run must not change that goes on from a checkpoint; the ranks compare its data too."""
+    now = made_with(config, "")
+    del now[DATA]
+    before = (read_record(resume / CHECKPOINT_RECORD) or {}).get("made_with") or {}
+    saved = [before.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    counts = [count for count in saved if isinstance(count, int)]
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    samples = (counts[0] * counts[1], batch) if len(counts) == 2 else None
+    return compare(resume, now, config.allow_changed, samples=samples)[1]
+
+
+def nothing_left(resume: Path, step: int, end: str) -> str:
+    """The message that a run would train nothing.
+
+    Args:
+        step: of the checkpoint.
+        end: the parameter that ends the run, with its value.
+    """
+    return (
+        f"{end}: the checkpoint {resume} is of step {step}, so there is nothing left to train. The run is finished: "
+        "raise max_steps or num_train_epochs and allow it (allow_changed), or start a new run from this model"
     )
 
 

@@ -18,6 +18,8 @@ from hynb.runs.records import State, read_record
 from hynb.runs.status import LIVE_STATES, RunStatus, read_status
 
 EVENT_VERSION = 1
+# Longer than any one event.
+_TAIL_BYTES = 1 << 20
 
 
 class RunWriter:
@@ -139,6 +141,16 @@ class RunReader:
                 if any(line.strip() for line in tail):
                     return "\n".join(tail)
         return ""
+
+
+def last_events(path: Path) -> list[dict[str, Any]]:
+    """The events at the end of a file of events; empty if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return list(_parse_events(file.read()))
+    except FileNotFoundError:
+        return []
 
 
 def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ class RunDir:
         self.rejected = self.path / "rejected.jsonl"
         self.rejected_evaluation = self.path / "rejected_evaluation.jsonl"
         self.saving = self.path / "saving"
+        self.abandoned = self.path / "abandoned"
         self.random_base = self.path / "random_base"
         self.hosts = self.path / "hosts.json"
         self.hostfile = self.path / "deepspeed_hostfile"
@@ -91,6 +92,7 @@ class RunDir:
             *(self.config, self.ds_config, self.launch, self.exit, self.manifest, self.events),
             *(self.heartbeat, self.status, self.stop_request, self.log, self.tensorboard),
             *(self.rejected, self.rejected_evaluation, self.saving, self.random_base),
+            self.abandoned,
             *(self.hosts, self.hostfile, self.deepspeed_env, self.kill_request, self.paste, self.led_from),
         ]
         return [item for item in single if item.exists()] + self.checkpoints()

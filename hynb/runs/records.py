@@ -66,6 +66,10 @@ def _pid(value: Any) -> str:
     return "" if is_pid else "a process id"
 
 
+def _is_a_bool(value: Any) -> str:
+    return "" if isinstance(value, bool) else "true or false"
+
+
 _TEXT, _NUMBER = _is_a("a string", str), _is_a("a number", int, float)
 _COUNT = _is_a("an integer", int)
 _PROCESS_FIELDS = {"host": _TEXT, "pid": _pid, "create_time": _NUMBER}
@@ -76,6 +80,18 @@ _HOSTS = _objects({"name": _TEXT, "state": _TEXT})
 
 def _state(value: Any) -> str:
     return "" if value in get_args(State) else f"one of {', '.join(get_args(State))}"
+
+
+def _files(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "an object"
+    one = _object({"bytes": _COUNT, "sha256": _TEXT}, ("bytes", "sha256"))
+    wrong = [f"{name}: {text}" for name, entry in value.items() if (text := one(entry))]
+    # A path that leaves the folder is none of a checkpoint's.
+    wrong += [
+        f"{name}: a path inside the folder" for name in value if name.startswith("/") or ".." in name.split("/")
+    ]
+    return f"an object with {wrong[0]}" if wrong else ""
 
 
 _END = {"state": _state, "exit_code": _or_null(_COUNT), "reason": _TEXT, "host": _or_null(_TEXT)}
@@ -90,6 +106,10 @@ _FIELDS: dict[str, Mapping[str, _Check]] = {
     | {"ssh": _or_null(_TEXT)},
     "hosts.json": {"hosts": _HOSTS, "output_dir": _TEXT},
     "manifest.json": {"world_size": _COUNT},
+    "hynb_checkpoint.json": {"world_size": _COUNT, "zero_stage": _COUNT, "use_lora": _is_a_bool}
+    | {"sequence_parallel_size": _COUNT, "global_batch_size": _COUNT, "global_step": _COUNT, "files": _files}
+    | {"saved_at": _NUMBER, "loss": _or_null(_NUMBER), "made_with": _is_a("an object", dict)},
+    "base_identity.json": {"path": _TEXT, "hash": _TEXT, "weight_bytes": _COUNT, "values": _TEXT},
 }
 _FAILURE = {"rank": _COUNT, "host": _TEXT, "time": _NUMBER, "reason": _TEXT}
 _NEEDED = {
@@ -97,6 +117,7 @@ _NEEDED = {
     "exit.json": ("state",),
     "launch.json": ("id", "process"),
     "hosts.json": ("hosts",),
+    "base_identity.json": ("path", "hash"),
 }
 
 

@@ -2,7 +2,7 @@ from .adapter import choose_trained_parameters as choose_trained_parameters
 from .arguments import training_arguments as training_arguments
 from .byte_progress import ByteProgress as ByteProgress
 from .checkpoint import base_tensors as base_tensors
-from .checkpoint import mtp_tensors as mtp_tensors
+from .checkpoint import tensors_to_copy as tensors_to_copy
 from .compilation import compile_ops as compile_ops
 from .datasets import DataPlan as DataPlan
 from .datasets import Datasets as Datasets
@@ -32,6 +32,10 @@ from .process import init_process_group as init_process_group
 from .process import set_up_process as set_up_process
 from .process import show_output_at_once as show_output_at_once
 from .process import start_notes as start_notes
+from .resume import begin_resumed as begin_resumed
+from .resume import choose_checkpoint as choose_checkpoint
+from .resume import compare_with_checkpoint as compare_with_checkpoint
+from .resume import run_shape as run_shape
 from .router_statistics import RouterWatch as RouterWatch
 from .saving import SavedShard as SavedShard
 from .saving import plan_shards as plan_shards

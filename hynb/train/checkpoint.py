@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hynb.families import FAMILIES
-from hynb.files import read_json, read_weight_map, write_json
+from hynb.files import read_json, read_weight_map, size_text, write_json
 from hynb.merge import TensorEntry, read_shard
 from hynb.runs import BASE_IDENTITY, CHECKPOINT_RECORD, base_identity
 
@@ -49,6 +49,18 @@ def mtp_tensors(base: Path, stored: Sequence[TensorEntry]) -> list[TensorEntry]:
             "files have no tensors of MTP layers, so checkpoints will have none either"
         )
     return found
+
+
+def tensors_to_copy(base: Path, stored: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """As `mtp_tensors`, which each full checkpoint gets from the base because the model has no such parameters."""
+    copied = mtp_tensors(base, stored)
+    if copied:
+        size_bytes = sum(entry.size_bytes for entry in copied)
+        logger.info(
+            f"{len(copied)} tensors of MTP layers ({size_text(size_bytes)}) are not trained; each checkpoint gets "
+            "them from the base unchanged"
+        )
+    return copied
 
 
 def copy_model_files(base: Path | None, tokenizer_folder: Path, checkpoint: Path) -> None:

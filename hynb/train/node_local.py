@@ -11,8 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hynb.errors import RunError
-from hynb.runs import check_checkpoint
 from hynb.supervision import Membership
 
 _CHUNK_BYTES = 64 << 20
@@ -27,6 +25,7 @@ class NodeLocalFolders:
 
     Attributes:
         is_local_rank_zero: whether this rank is the first of its host.
+        local_ranks: the ranks of its host.
     """
 
     def __init__(self, membership: Membership, rank: int) -> None:
@@ -35,24 +34,10 @@ class NodeLocalFolders:
         self._rank = rank
         first_ranks = [membership.ranks_of(index)[0] for index in range(len(membership.hosts))]
         self.is_local_rank_zero = rank in first_ranks
+        self.local_ranks = list(membership.ranks_of(node))
         # Files are sent from host memory, whatever the ranks' own backend is.
         group = dist.new_group(first_ranks, backend="gloo")
         self._group = group if isinstance(group, dist.ProcessGroup) else None
-
-    def agree_on_checkpoint(self, resume: Path | None) -> str | None:
-        """The checkpoint that rank 0 resumes from, once every host is known to have it.
-
-        Raises:
-            RunError: a host does not have it, with the host's name.
-        """
-        chosen = [str(resume) if resume else None]
-        dist.broadcast_object_list(chosen)
-        problems = check_checkpoint(Path(chosen[0])) if chosen[0] else []
-        answers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, (self._host, problems))
-        if missing := {host: found[0] for host, found in answers if found}:
-            raise RunError([f"{host}: {text}; copy it there from another host" for host, text in missing.items()])
-        return chosen[0]
 
     def copy_to_hosts(self, folder: Path) -> None:
         """Copies the files that rank 0 has in a folder to the other hosts; every rank calls it.

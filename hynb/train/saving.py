@@ -140,12 +140,12 @@ def write_model(
         RunError: a rank cannot write; raised on all ranks, with the rank and its host.
     """
     rank = dist.get_rank()
-    with _agreed(folder):
+    with agreed(folder):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for shard in shards:
                 _create(folder / shard.file, shard)
-    with _agreed(folder):
+    with agreed(folder):
         if shared or rank == 0 or _is_partitioned(model):
             _Writer(model, shards, folder, shared=shared, progress=progress).write()
     # The index comes last: a folder without it is not a whole model.
@@ -157,7 +157,7 @@ def write_model(
 
 
 @contextmanager
-def _agreed(folder: Path) -> Iterator[None]:
+def agreed(folder: Path) -> Iterator[None]:
     """Work after which all ranks fail if one of them does."""
     failure: Exception | None = None
     try:

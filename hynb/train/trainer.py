@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hynb.data import IGNORED, SeededSampler
-from hynb.errors import ModelError, RunError
-from hynb.files import size_text, write_json
-from hynb.runs import CHECKPOINT_RECORD, Phase, RunDir, RunWriter
+from hynb.errors import ConfigError, ModelError, RunError
+from hynb.files import size_text
+from hynb.runs import Phase, RunDir, RunWriter, surplus_checkpoints
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import copy_model_files, write_base_identity
 from hynb.train.model import count_parameters
@@ -25,9 +25,18 @@ from hynb.train.node_local import NodeLocalFolders
 from hynb.train.pace import Pace
 from hynb.train.router_statistics import RouterWatch
 from hynb.train.saving import SavedShard, write_model
+from hynb.train.sealing import finish, seal
 from hynb.train.sequence_parallel import TOKEN_MASK, RowParts
 from hynb.train.stop_flag import StopFlag
 from hynb.train.timeouts import collective_limit, limited, save_limit
+
+# Settings of a group of the optimizer that a checkpoint restores.
+_SETTINGS = ("weight_decay", "betas", "eps")
+# Parameters behind them and behind the schedule.
+_OF_OPTIMIZER = (
+    *("learning_rate", "min_lr", "lr_scheduler_type", "warmup_ratio", "max_steps", "num_train_epochs"),
+    "weight_decay",
+)
 
 
 class RunTrainer(Trainer):
@@ -88,6 +97,7 @@ class RunTrainer(Trainer):
         self._pace = pace
         self._times_optimizer = False
         self._save_seconds: dict[str, float] = {}
+        self._settings: list[dict[str, Any]] = []
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -112,6 +122,47 @@ class RunTrainer(Trainer):
             shard: Any = loader.batch_sampler
             shard.num_processes, shard.process_index = self._parts.replicas, self._parts.replica
         return loader
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The learning rate schedule; what the optimizer begins with is kept for `obey`."""
+        # accelerate's wrapper of DeepSpeed's optimizer.
+        prepared: Any = self.optimizer
+        self._settings = [{key: group.get(key) for key in _SETTINGS} for group in prepared.param_groups]
+        for settings, group in zip(self._settings, prepared.param_groups, strict=True):
+            settings["initial_lr"] = group.get("initial_lr", group["lr"])
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def obey(self, changed: Sequence[str]) -> None:
+        """Gives the optimizer and the schedule this run's values instead of those that a checkpoint has restored.
+
+        Args:
+            changed: names of the parameters that differ; without any, what was restored stays to the last digit.
+
+        Raises:
+            ConfigError: the schedule keeps its state in a way that is not known.
+        """
+        engine: Any = self.deepspeed
+        if "max_grad_norm" in changed and hasattr(engine.optimizer, "clip_grad"):
+            engine.optimizer.clip_grad = engine.gradient_clipping()
+        names = [name for name in changed if name in _OF_OPTIMIZER]
+        if not names:
+            return
+        # DeepSpeed's or accelerate's wrapper holds torch's own.
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            raise ConfigError(
+                f"allow_changed = {', '.join(names)}: the state of lr_scheduler_type {self.args.lr_scheduler_type} "
+                "cannot be changed; set the values back"
+            )
+        prepared: Any = self.optimizer
+        schedule.base_lrs = [settings["initial_lr"] for settings in self._settings]
+        rates = [
+            rate * shape(schedule.last_epoch)
+            for rate, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule._last_lr = rates
+        for group, settings, rate in zip(prepared.param_groups, self._settings, rates, strict=True):
+            group.update({key: value for key, value in settings.items() if value is not None} | {"lr": rate})
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Samples of a global step."""
@@ -238,8 +289,12 @@ class RunTrainer(Trainer):
             unfinished = self.run_dir.saving / target.name
             if self._folders:
                 self._folders.copy_to_hosts(unfinished)
+            sealing = time.monotonic()
+            ranks = self._folders.local_ranks if self._folders else range(self.args.world_size)
+            digests = seal(unfinished, ranks, flushes=self.args.local_process_index == 0)
+            self._save_seconds["digests"] = round(time.monotonic() - sealing, 2)
             if self._folders.is_local_rank_zero if self._folders else self.args.should_save:
-                self._finish_checkpoint(unfinished, target)
+                self._finish_checkpoint(unfinished, target, digests)
             if self.run_writer:
                 seconds = round(time.monotonic() - started, 2)
                 parts = {"seconds_by_part": self._save_seconds, "bytes_by_part": _sizes(target)}
@@ -263,14 +318,19 @@ class RunTrainer(Trainer):
         finally:
             self._saving = False
 
-    def _finish_checkpoint(self, unfinished: Path, target: Path) -> None:
+    def _finish_checkpoint(self, unfinished: Path, target: Path, digests: dict[str, dict[str, Any]]) -> None:
         """Gives a whole checkpoint its name, and removes the oldest ones beyond the limit."""
-        write_json(unfinished / CHECKPOINT_RECORD, self._record)
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        facts = {"global_step": self.state.global_step, "loss": losses[-1] if losses else None}
+        record = self._record | facts | {"saved_at": time.time(), "files": digests}
         shutil.rmtree(target, ignore_errors=True)
-        unfinished.replace(target)
+        try:
+            finish(unfinished, target, record)
+        except OSError as error:
+            raise RunError(f"{target}: the checkpoint cannot be written: {error}") from error
         self.run_dir.saving.rmdir()
         if self._keep_checkpoints:
-            for old in self.run_dir.checkpoints()[: -self._keep_checkpoints]:
+            for old in surplus_checkpoints(self.run_dir, self._keep_checkpoints):
                 # Later full checkpoints copy files from the one that this run was resumed from.
                 if self._base is None or old.resolve() != self._base.resolve():
                     shutil.rmtree(old)
@@ -315,13 +375,23 @@ class RunTrainer(Trainer):
 class RunCallback(TrainerCallback):
     """Follows a run step by step: epoch of the sampling order, status, stop requests, gradients of the adapter.
 
+    Args:
+        begin: called on every rank when everything is loaded, before the first step.
+
     Attributes:
         stopped: training ended because of a stop request.
     """
 
     def __init__(
-        self, *, run_dir: RunDir, writer: RunWriter | None, model: torch.nn.Module, sampler: SeededSampler
+        self,
+        *,
+        run_dir: RunDir,
+        writer: RunWriter | None,
+        model: torch.nn.Module,
+        sampler: SeededSampler,
+        begin: Callable[[TrainerState], None] | None = None,
     ) -> None:
+        self._begin = begin
         self.stopped = False
         self._sampler = sampler
         self._run_dir = run_dir
@@ -333,6 +403,8 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Shows that training begins, and watches which adapter weights get a gradient in the first step."""
+        if self._begin:
+            self._begin(state)
         self._stop_flag = StopFlag(self._run_dir.stop_request)
         if self._writer:
             self._writer.step(state.global_step)

@@ -7,12 +7,28 @@ import shutil
 from pathlib import Path
 
 import pytest
+from checkpoints import make_checkpoint
 from tiny import tiny_model
 
 from hynb.config import Config
-from hynb.errors import ModelError
+from hynb.errors import ModelError, RunError
 from hynb.files import write_json
-from hynb.runs import BASE_IDENTITY, CHECKPOINT_RECORD, base_identity, check_checkpoint, check_same_shape, find_base
+from hynb.runs import (
+    BASE_IDENTITY,
+    CHECKPOINT_RECORD,
+    RunDir,
+    RunWriter,
+    base_identity,
+    check_checkpoint,
+    check_same_shape,
+    ended_well,
+    find_base,
+    last_checkpoint,
+    resume_candidates,
+    resume_checkpoint,
+    saved_step,
+    set_aside,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +42,8 @@ def adapter(model, tmp_path) -> Path:
     folder.mkdir(parents=True)
     write_json(folder / "adapter_config.json", {"base_model_name_or_path": str(model)})
     write_json(folder / BASE_IDENTITY, base_identity(model))
+    write_json(folder / "trainer_state.json", {"global_step": 3})
+    (folder / "global_step3").mkdir()
     return folder
 
 
@@ -72,23 +90,65 @@ def test_a_folder_that_is_neither_is_refused(tmp_path):
 def test_why_a_folder_cannot_be_resumed(tmp_path):
     checkpoint = tmp_path / "checkpoint-5"
     checkpoint.mkdir()
-    assert "its parent folder has checkpoint-5" in check_checkpoint(tmp_path / "checkpoint-6")[0]
-    (message,) = check_checkpoint(tmp_path)
+    assert "its parent folder has checkpoint-5" in check_checkpoint(tmp_path / "checkpoint-6", trusted=True)[0]
+    (message,) = check_checkpoint(tmp_path, trusted=True)
     assert f"not a checkpoint; did you mean {checkpoint}?" in message
-    (checkpoint / "trainer_state.json").touch()
-    assert "no optimizer state" in check_checkpoint(checkpoint)[0]
+    write_json(checkpoint / "trainer_state.json", {"global_step": 5})
+    assert "no optimizer state" in check_checkpoint(checkpoint, trusted=True)[0]
     (checkpoint / "global_step5").mkdir()
-    assert check_checkpoint(checkpoint) == []
+    assert check_checkpoint(checkpoint, trusted=True) == []
+
+
+def test_a_checkpoint_without_digests_has_to_be_trusted(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-5", 5)
+    assert check_checkpoint(checkpoint, trusted=False) == []
+    for content in (None, {"world_size": 2}):
+        (checkpoint / CHECKPOINT_RECORD).unlink()
+        if content:
+            write_json(checkpoint / CHECKPOINT_RECORD, content)
+        (message,) = check_checkpoint(checkpoint, trusted=False)
+        assert "runs whatever code is in them" in message and "trust_checkpoint: true" in message
+        assert check_checkpoint(checkpoint, trusted=True) == []
+        write_json(checkpoint / CHECKPOINT_RECORD, {})
+
+
+def test_last_is_the_newest_whole_checkpoint(tmp_path):
+    run = RunDir(tmp_path)
+    for step in (5, 10, 15, 20):
+        make_checkpoint(run.checkpoint(step), step)
+    assert last_checkpoint(run) == (run.checkpoint(20), [])
+    weights = run.checkpoint(20) / "model-1.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (run.checkpoint(15) / CHECKPOINT_RECORD).write_text("[]")
+    folder, skipped = last_checkpoint(run)
+    assert folder == run.checkpoint(10)
+    assert any(str(weights) in text and "was written with" in text for text in skipped)
+    assert any(str(run.checkpoint(15) / CHECKPOINT_RECORD) in text for text in skipped)
+    config = Config(resume_from_checkpoint="last", output_dir=str(tmp_path))
+    assert resume_checkpoint(config) == run.checkpoint(10)
+    assert resume_candidates(config) == [run.checkpoint(step) for step in (20, 15, 10, 5)]
+
+
+def test_a_run_that_ended_by_itself_is_told_from_a_crash(tmp_path):
+    writer = RunWriter(tmp_path)
+    assert ended_well(writer.dir), "no run"
+    writer.event("start", 0)
+    writer.event("log", 1, loss=1.0)
+    assert not ended_well(writer.dir)
+    writer.event("end", 1, state="stopped")
+    assert ended_well(writer.dir)
+    writer.event("resume", 1)
+    assert not ended_well(writer.dir)
 
 
 def test_what_differs_between_two_runs_is_named(tmp_path):
     shape = {"world_size": 2, "zero_stage": 3, "use_lora": True}
-    assert check_same_shape(tmp_path, **shape) == [], "a checkpoint without a record is not compared"
+    assert check_same_shape(tmp_path, shape) == [], "a checkpoint without a record is not compared"
     write_json(tmp_path / CHECKPOINT_RECORD, shape)
-    assert check_same_shape(tmp_path, **shape) == []
-    found = check_same_shape(tmp_path, **shape | {"world_size": 1, "use_lora": False})
+    assert check_same_shape(tmp_path, shape) == []
+    found = check_same_shape(tmp_path, shape | {"world_size": 1, "use_lora": False})
     assert len(found) == 2 and "world_size = 2, this run has 1" in found[0] and "use_lora" in found[1]
-    (found,) = check_same_shape(tmp_path, **shape, sequence_parallel_size=2)
+    (found,) = check_same_shape(tmp_path, shape | {"sequence_parallel_size": 2})
     assert "sequence_parallel_size = 1, this run has 2" in found, (
         "also of a checkpoint that is older than the parameter"
     )
@@ -100,3 +160,28 @@ def test_the_identity_of_a_base_changes_with_its_content_alone(model, tmp_path):
     assert base_identity(copy)["weight_bytes"] == (copy / "model.safetensors").stat().st_size
     (copy / "config.json").write_text("{}")
     assert base_identity(copy)["hash"] != base_identity(model)["hash"]
+
+
+def test_the_branch_that_a_resume_leaves_is_moved_aside(tmp_path):
+    run = RunDir(tmp_path)
+    for step in (5, 10, 15, 20):
+        make_checkpoint(run.checkpoint(step), step)
+    assert set_aside(run, run.checkpoint(20)) == []
+    moved = set_aside(run, run.checkpoint(10))
+    folder = tmp_path / "abandoned" / "from-step-10"
+    assert moved == [folder / "checkpoint-15", folder / "checkpoint-20"]
+    assert all(check_checkpoint(path, trusted=False) == [] for path in moved)
+    assert run.checkpoints() == [run.checkpoint(5), run.checkpoint(10)]
+    make_checkpoint(run.checkpoint(15), 15)
+    assert set_aside(run, run.checkpoint(10)) == [tmp_path / "abandoned" / "from-step-10-2" / "checkpoint-15"]
+    other = set_aside(run, moved[1])
+    assert [path.parent.name for path in other] == ["from-step-20"] * 2, "all belong to another branch"
+    assert run.checkpoints() == []
+    assert tmp_path / "abandoned" in run.run_files(), "overwrite_output_dir removes them"
+
+
+@pytest.mark.parametrize("content", [{}, {"global_step": "5"}, {"global_step": None}])
+def test_a_step_that_is_no_number_is_named(tmp_path, content):
+    write_json(tmp_path / "trainer_state.json", content)
+    with pytest.raises(RunError, match=r"trainer_state\.json: global_step = .*must be an integer"):
+        saved_step(tmp_path)

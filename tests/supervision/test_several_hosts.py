@@ -62,7 +62,7 @@ def test_losses_equal_those_of_one_host_through_a_stop_and_a_resume(place, stage
         assert len(parts) == (2 if shared else 1), f"{host.name}: {parts}"
         for name in ("model.safetensors", "trainer_state.json", "hynb_checkpoint.json", "tokenizer.json"):
             assert (checkpoint / name).is_file(), f"{host.name}: {name}"
-    resumed = {"max_steps": STEPS[stage], "resume_from_checkpoint": "last"}
+    resumed = {"max_steps": STEPS[stage], "resume_from_checkpoint": "last", "allow_changed": "max_steps"}
     followed = job.launch("--follow", deepspeed=STAGES[stage], **resumed)
     assert f"starting: all hosts have joined; output_dir is {says}" in followed.stdout
     assert "waiting for" in followed.stdout and f"step {STEPS[stage]}/{STEPS[stage]}" in followed.stdout

@@ -108,6 +108,7 @@ def test_a_resumed_run_has_the_mtp_layers_from_its_checkpoint(published, files, 
     run = ranks.train(config_of(settings, "hy_v3", tmp_path / "run", **values))
     shutil.rmtree(base)
     values |= {"max_steps": 3, "resume_from_checkpoint": "last", "model_name_or_path": None}
+    values |= {"allow_changed": ["max_steps"]}
     run = ranks.train(config_of(settings, "hy_v3", tmp_path / "run", **values))
     assert [path.name for path in run.checkpoints()] == ["checkpoint-1", "checkpoint-3"]
     assert_same_but_for_values(published["hy_v3"], run.checkpoints()[-1])
