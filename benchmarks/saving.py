@@ -1,6 +1,7 @@
 """Time and memory of saving a full model under ZeRO-3: `python benchmarks/saving.py`.
 
-Beside `cp` of the same bytes, and beside transformers' own way, which gathers the model on rank 0.
+Beside `cp` of the same bytes, and beside transformers' own way, which gathers the model on rank 0. Digests and fsync,
+which every checkpoint gets, are measured by themselves: `seal`, and `fsync` of the copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def save(folder: str, results: str, rounds: str) -> None:
     import deepspeed
 
     from hynb.plan import zero
+    from hynb.runs import checkpoint_files, flush
     from hynb.train import (
         ByteProgress,
         base_tensors,
@@ -46,6 +48,7 @@ def save(folder: str, results: str, rounds: str) -> None:
     )
     from hynb.train.adapter import freeze_all_but_attention
     from hynb.train.saving import write_model
+    from hynb.train.sealing import seal
 
     init_process_group(timedelta(minutes=30))
     config = Config(
@@ -70,6 +73,13 @@ def save(folder: str, results: str, rounds: str) -> None:
         progress = ByteProgress("saving")
         write_model(model, shards, Path(results, "hynb"), shared=True, progress=progress)
 
+    def by_seal() -> None:
+        seal(Path(results, "hynb"), range(torch.distributed.get_world_size()), flushes=rank == 0)
+
+    def by_fsync() -> None:
+        if rank == 0:
+            flush(Path(results, "copy"), checkpoint_files(Path(results, "copy")))
+
     def by_cp() -> None:
         if rank == 0:
             subprocess.run(["cp", "-r", str(Path(results, "hynb")), str(Path(results, "copy"))], check=True)
@@ -81,9 +91,12 @@ def save(folder: str, results: str, rounds: str) -> None:
         torch.distributed.barrier()
 
     # The ways take turns with `cp`, which rank 0 starts, so that each finds the same memory and disk.
-    found: dict[str, list[dict[str, float]]] = {"hynb": [], "transformers": [], "cp": []}
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ("hynb", "transformers", "cp", "seal", "fsync")}
     for _ in range(int(rounds)):
-        for way, work in (("hynb", by_all_ranks), ("cp", by_cp), ("transformers", by_transformers)):
+        for way, work in (
+            *(("hynb", by_all_ranks), ("cp", by_cp), ("seal", by_seal), ("fsync", by_fsync)),
+            ("transformers", by_transformers),
+        ):
             found[way].append(measured(work))
             torch.distributed.barrier()
         if rank == 0:

@@ -318,14 +318,13 @@ def choose_checkpoint(state: RankState) -> None:
         write_json(RunDir(state.config.output_dir).ds_config, state.ds_config)
     world_size = torch.distributed.get_world_size()
     if state.config.resume_from_checkpoint is not None:
-        ranks = state.folders.local_ranks if state.folders else range(world_size)
-        state.resume, state.skipped = choose_checkpoint(state.config, ranks)
+        local_ranks = state.folders.local_ranks if state.folders else range(world_size)
+        state.resume, state.skipped = choose_checkpoint(state.config, local_ranks)
         state.config = state.config.replace(resume_from_checkpoint=str(state.resume))
     state.shape = run_shape(state.config, state.ds_config, world_size)
     if state.resume and (problems := check_same_shape(state.resume, state.shape)):
         raise ConfigError(problems)
-    samples = state.shape["global_batch_size"]
-    state.made_with, state.changed = compare_with_checkpoint(state.config, state.resume, samples=samples)
+    state.made_with, state.changed = compare_with_checkpoint(state.config, state.resume, state.shape)
 
 
 def load_data(state: RankState) -> None:

@@ -29,6 +29,7 @@ COMMANDS = {
     "check-data": ["data.jsonl"],
     "preflight": ["--config", "x.yaml"],
     "hosts": ["show"],
+    "checkpoints": ["run"],
     "models": ["folder"],
     "ask": ["folder", "question"],
     "demo": [],

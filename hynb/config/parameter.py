@@ -65,6 +65,8 @@ class Parameter:
         if value is None:
             raise ValueError(f"is empty; it takes {self.type_name}")
         if self.type is list:
+            if value == "none" and not self.default:
+                return []
             parts = value.replace(",", " ").split() if isinstance(value, str) else value
             if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
                 raise ValueError(f"is {value!r}; it takes names, separated by commas")

@@ -19,7 +19,7 @@ from hynb.merge.changes import Change
 from hynb.merge.matching import match_adapter
 from hynb.merge.shards import Shard, TensorEntry
 from hynb.merge.tensors import TORCH_DTYPES
-from hynb.runs import BASE_IDENTITY, base_identity
+from hynb.runs import BASE_IDENTITY, base_identity, read_record, same_base
 
 _HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -131,8 +131,8 @@ def _base_config(base: Path) -> dict[str, Any]:
 
 def _other_base(adapter: Adapter, identity: dict[str, Any]) -> list[str]:
     """A message if the adapter's folder records that it was trained on another base."""
-    recorded = read_json(adapter.folder / BASE_IDENTITY)
-    if not recorded or recorded["hash"] == identity["hash"]:
+    recorded = read_record(adapter.folder / BASE_IDENTITY)
+    if not recorded or same_base(recorded, identity):
         return []
     return [
         f"{adapter.folder}: belongs to another base: it was trained on {recorded['path']}, and {identity['path']} "

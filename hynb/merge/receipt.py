@@ -10,7 +10,7 @@ from typing import Any
 
 from hynb.files import read_json, write_json
 from hynb.merge.adapter import open_adapter
-from hynb.runs import base_identity
+from hynb.runs import base_identity, same_base
 
 RECEIPT = "merge_receipt.json"
 _VERSION = 1
@@ -50,5 +50,5 @@ def find_merge(
     if receipt is None or receipt.get("save_dtype") != save_dtype or not (base / "config.json").is_file():
         return None
     adapter = open_adapter(Path(adapter_model_path).expanduser().absolute(), 1.0)
-    same_base = receipt["base"]["hash"] == base_identity(base)["hash"]
-    return receipt if same_base and receipt["adapters"] == [adapter.identity()] else None
+    is_same = same_base(receipt["base"], base_identity(base))
+    return receipt if is_same and receipt["adapters"] == [adapter.identity()] else None

@@ -19,6 +19,7 @@ from hynb.merge.plan import MergePlan, plan_merge
 from hynb.merge.receipt import RECEIPT
 from hynb.merge.shards import TensorEntry
 from hynb.merge.tensors import Buffers, same_bytes, tensor_bytes
+from hynb.runs import same_base
 
 # Tensors that are compared at the same time.
 _THREADS = 16
@@ -49,7 +50,7 @@ def verify_merge(output_path: str | Path, *, progress: Callable[[int, int], None
     weights = [item["weight"] for item in receipt["adapters"]]
     with as_safetensors(base, output.with_name(f"{output.name}.verify")) as source:
         plan = plan_merge(source, adapters, weights, converted_from=base)
-        if plan.base_identity["hash"] != receipt["base"]["hash"]:
+        if not same_base(receipt["base"], plan.base_identity):
             raise MergeError(f"{base}: the base has changed since {output} was merged from it")
         return _compare(plan, output, progress)
 

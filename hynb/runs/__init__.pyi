@@ -4,17 +4,14 @@ from .checkpoint import check_checkpoint as check_checkpoint
 from .checkpoint import check_same_shape as check_same_shape
 from .checkpoint import ended_well as ended_well
 from .checkpoint import find_base as find_base
-from .checkpoint import last_checkpoint as last_checkpoint
 from .checkpoint import resume_candidates as resume_candidates
-from .checkpoint import resume_checkpoint as resume_checkpoint
-from .checkpoint import saved_step as saved_step
+from .checkpoint import same_base as same_base
 from .checkpoint import set_aside as set_aside
 from .checkpoint import surplus_checkpoints as surplus_checkpoints
 from .checks import check_output_dir as check_output_dir
 from .checks import check_run as check_run
 from .checks import clear_run_folder as clear_run_folder
 from .checks import nothing_left as nothing_left
-from .contract import DATA as DATA
 from .contract import compare as compare
 from .contract import made_with as made_with
 from .deepspeed import model_config as model_config
@@ -35,7 +32,6 @@ from .integrity import check_files as check_files
 from .integrity import checkpoint_files as checkpoint_files
 from .integrity import file_digests as file_digests
 from .integrity import flush as flush
-from .integrity import has_digests as has_digests
 from .records import read_record as read_record
 from .status import RunStatus as RunStatus
 from .watchdog import watchdog_abort as watchdog_abort

@@ -19,6 +19,8 @@ from hynb.runs.records import read_record
 BASE_IDENTITY = "base_identity.json"
 # PEFT's settings, in every adapter folder.
 ADAPTER_CONFIG = "adapter_config.json"
+# Of a base's weight files these are read for its identity: few enough for hundreds of shards on a network disk.
+_WHOLE_BYTES, _SAMPLES, _SAMPLE_BYTES = 4 << 20, 64, 4096
 
 
 def resume_checkpoint(config: Config) -> Path | None:
@@ -164,22 +166,41 @@ def check_same_shape(folder: Path, shape: Mapping[str, Any]) -> list[str]:
 
 
 def base_identity(folder: Path) -> dict[str, Any]:
-    """The identity of a base model, found without reading its weights.
+    """The identity of a base model, found without reading all of its weights.
 
     Returns:
-        path, weight_bytes, and hash: SHA-256 over config.json, shard names, shard sizes and safetensors headers.
+        path, weight_bytes, hash: SHA-256 over config.json, shard names, shard sizes and safetensors headers, and
+        values: SHA-256 over blocks of the weights, all of a small file and 64 blocks of 4 kB of a large one. Two
+        models of one run differ in it, as do files of which a large part was changed; a few values may not show.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest, values = hashlib.sha256((folder / "config.json").read_bytes()), hashlib.sha256()
     total_bytes = 0
     for shard in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         size_bytes = shard.stat().st_size
         total_bytes += size_bytes
         digest.update(f"{shard.name}:{size_bytes}\n".encode())
-        if shard.suffix == ".safetensors":
-            with shard.open("rb") as file:
+        with shard.open("rb", buffering=0) as file:
+            if shard.suffix == ".safetensors":
                 header_bytes = int.from_bytes(file.read(8), "little")
                 digest.update(file.read(min(header_bytes, 64 << 20)))
-    return {"path": str(folder), "weight_bytes": total_bytes, "hash": digest.hexdigest()}
+            for start, count in _sampled_blocks(size_bytes):
+                file.seek(start)
+                values.update(file.read(count))
+    identity = {"path": str(folder), "weight_bytes": total_bytes, "hash": digest.hexdigest()}
+    return identity | {"values": values.hexdigest()}
+
+
+def same_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities are of the same model; the values are compared where both have them."""
+    return one["hash"] == other["hash"] and one.get("values", "") in ("", other.get("values", one.get("values", "")))
+
+
+def _sampled_blocks(size_bytes: int) -> list[tuple[int, int]]:
+    """Start and length of the blocks of a file that stand for its values."""
+    if size_bytes <= _WHOLE_BYTES:
+        return [(0, size_bytes)]
+    last = size_bytes - _SAMPLE_BYTES
+    return [(last * number // (_SAMPLES - 1), _SAMPLE_BYTES) for number in range(_SAMPLES)]
 
 
 @overload
@@ -229,7 +250,7 @@ def _base_of_folder(folder: Path, given: Path | None) -> Path:
             f"the base's new path, or correct base_model_name_or_path in its {ADAPTER_CONFIG}"
         )
     recorded = read_record(folder / BASE_IDENTITY)
-    if recorded is not None and recorded["hash"] != base_identity(base)["hash"]:
+    if recorded is not None and not same_base(recorded, base_identity(base)):
         raise ModelError(
             f"{folder}: was trained on another base than {base} (config or weights differ). "
             f"Its base was {recorded['path']}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,12 +97,14 @@ def run_shape(config: Config, ds_config: dict[str, Any], world_size: int) -> dic
     }
 
 
-def compare_with_checkpoint(config: Config, resume: Path | None, *, samples: int) -> tuple[dict[str, Any], list[str]]:
+def compare_with_checkpoint(
+    config: Config, resume: Path | None, shape: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """What this run's checkpoints record, and what it changes that a checkpoint would restore; every rank calls it.
 
     Args:
         resume: the checkpoint that the run goes on from; None when it begins.
-        samples: the run's global batch size.
+        shape: of this run, as from `run_shape`.
 
     Raises:
         ConfigError: every difference that is not allowed.
@@ -113,6 +115,7 @@ def compare_with_checkpoint(config: Config, resume: Path | None, *, samples: int
         now = made_with(config, decided_by_rank_0(lambda _: data_hash(path)))
     if resume is None:
         return now, []
+    samples = shape["global_batch_size"]
     saved = (read_record(resume / CHECKPOINT_RECORD) or {}).get("global_batch_size", samples)
     notes, refused, changed = compare(resume, now, config.allow_changed, samples=(saved, samples))
     if refused:

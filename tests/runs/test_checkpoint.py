@@ -23,10 +23,8 @@ from hynb.runs import (
     check_same_shape,
     ended_well,
     find_base,
-    last_checkpoint,
     resume_candidates,
-    resume_checkpoint,
-    saved_step,
+    same_base,
     set_aside,
 )
 
@@ -115,17 +113,14 @@ def test_a_checkpoint_without_digests_has_to_be_trusted(tmp_path):
 def test_last_is_the_newest_whole_checkpoint(tmp_path):
     run = RunDir(tmp_path)
     for step in (5, 10, 15, 20):
-        make_checkpoint(run.checkpoint(step), step)
-    assert last_checkpoint(run) == (run.checkpoint(20), [])
+        (make_checkpoint(run.checkpoint(step), step) / "config.json").write_text("{}")
+    config = Config(resume_from_checkpoint="last", output_dir=str(tmp_path))
+    assert find_base(config) == run.checkpoint(20)
     weights = run.checkpoint(20) / "model-1.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     (run.checkpoint(15) / CHECKPOINT_RECORD).write_text("[]")
-    folder, skipped = last_checkpoint(run)
-    assert folder == run.checkpoint(10)
-    assert any(str(weights) in text and "was written with" in text for text in skipped)
-    assert any(str(run.checkpoint(15) / CHECKPOINT_RECORD) in text for text in skipped)
-    config = Config(resume_from_checkpoint="last", output_dir=str(tmp_path))
-    assert resume_checkpoint(config) == run.checkpoint(10)
+    assert find_base(config) == run.checkpoint(10)
+    assert find_base(config.replace(output_dir=str(tmp_path / "no"))) is None
     assert resume_candidates(config) == [run.checkpoint(step) for step in (20, 15, 10, 5)]
 
 
@@ -162,6 +157,44 @@ def test_the_identity_of_a_base_changes_with_its_content_alone(model, tmp_path):
     assert base_identity(copy)["hash"] != base_identity(model)["hash"]
 
 
+def test_two_checkpoints_of_one_run_are_two_bases(model, adapter, tmp_path):
+    """Their config and headers are the same; their values are not."""
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-4000:] = bytes(4000)
+    (other / "model.safetensors").write_bytes(weights)
+    one, two = base_identity(model), base_identity(other)
+    assert one["hash"] == two["hash"] and one["values"] != two["values"]
+    assert not same_base(one, two) and same_base(one, one)
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(other)})
+    with pytest.raises(ModelError, match=f"trained on another base than {other}"):
+        find_base(adapter)
+    older = {name: value for name, value in one.items() if name != "values"}
+    assert same_base(older, two) and same_base(two, older), "a record without values"
+
+
+def test_large_files_are_sampled_from_end_to_end(model, tmp_path):
+    large = shutil.copytree(model, tmp_path / "large")
+    (large / "model.safetensors").unlink()
+    path, size = large / "pytorch_model.bin", 40 << 20
+    path.write_bytes(bytes(size))
+    before = base_identity(large)["values"]
+    for place in (0, size // 63 * 20, size - 1):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        changed = base_identity(large)["values"]
+        assert changed != before
+        before = changed
+
+
+@pytest.mark.parametrize("content", [[], {"hash": "a"}, {"hash": 3, "path": "p"}])
+def test_a_damaged_identity_is_named(adapter, content):
+    (adapter / BASE_IDENTITY).write_text(json.dumps(content))
+    with pytest.raises(RunError, match=f"{adapter / BASE_IDENTITY}: "):
+        find_base(adapter)
+
+
 def test_the_branch_that_a_resume_leaves_is_moved_aside(tmp_path):
     run = RunDir(tmp_path)
     for step in (5, 10, 15, 20):
@@ -184,4 +217,4 @@ def test_the_branch_that_a_resume_leaves_is_moved_aside(tmp_path):
 def test_a_step_that_is_no_number_is_named(tmp_path, content):
     write_json(tmp_path / "trainer_state.json", content)
     with pytest.raises(RunError, match=r"trainer_state\.json: global_step = .*must be an integer"):
-        saved_step(tmp_path)
+        set_aside(RunDir(tmp_path), tmp_path)
