@@ -10,7 +10,8 @@ from adapters import load_tensors, make_adapter
 from safetensors.torch import load_file, save_file
 
 from hynb.errors import MergeError
-from hynb.merge import merge_lora, model_shards, verify_merge
+from hynb.merge import merge_lora, verify_merge
+from hynb.merge.shards import model_shards
 
 
 @pytest.fixture
