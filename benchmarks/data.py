@@ -6,11 +6,11 @@ Hugging Face datasets is compared too where it is installed.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import resource
 import statistics
@@ -231,40 +231,59 @@ def run_lines(path: str, tokenizer_folder: str) -> dict[str, float]:
 
 
 def run_first_batch(path: str, tokenizer_folder: str) -> dict[str, float]:
-    """Seconds of two ranks from the data files to the first batch, after a run that has filled the cache."""
+    """Seconds of two ranks from the data files to the first batch, after a run that has filled the cache.
+
+    Both ranks start at the same time, and rank 1 waits for rank 0's plan, as in a run.
+    """
     with new_cache() as cache:
-        filled = in_new_process("rank_0", Path(path), tokenizer_folder, plan=str(cache / "plan"))
-        found = {"fill_the_cache_seconds": filled["first_batch_seconds"]}
-        for packing in ("", "packed_"):
-            for rank in (0, 1):
-                task = f"{packing}rank_{rank}"
-                result = in_new_process(task, Path(path), tokenizer_folder, plan=str(cache / "plan"))
-                found[f"{task}_seconds"] = result["first_batch_seconds"]
-                found[f"{task}_own_memory_mb"] = result["own_memory_mb"]
+        filled = in_ranks("rank", 1, path, tokenizer_folder, cache)
+        found = {"fill_the_cache_seconds": filled[0]["first_batch_seconds"]}
+        for task in ("rank", "packed_rank"):
+            for rank, result in enumerate(in_ranks(task, 2, path, tokenizer_folder, cache)):
+                found[f"{task}_{rank}_seconds"] = result["first_batch_seconds"]
+                found[f"{task}_{rank}_own_memory_mb"] = result["own_memory_mb"]
     return found
 
 
-def run_rank(path: str, tokenizer_folder: str, plan: Path, *, rank: int, packing: bool) -> dict[str, float]:
+def in_ranks(task: str, count: int, path: str, tokenizer_folder: str, folder: Path) -> list[dict[str, float]]:
+    """What each rank of a process group finds.
+
+    Args:
+        folder: for the file by which the ranks meet.
+    """
+    store = folder / f"{task}_of_{count}"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        started = [
+            pool.submit(in_new_process, f"{task}_{rank}", Path(path), tokenizer_folder, f"{store} {count}")
+            for rank in range(count)
+        ]
+        return [future.result() for future in started]
+
+
+def run_rank(path: str, tokenizer_folder: str, meeting: str, *, rank: int, packing: bool) -> dict[str, float]:
     import torch
     from torch.utils.data import DataLoader
 
     from hynb.config import Config
     from hynb.data import Collator
-    from hynb.train import build_datasets, check_datasets, training_sampler
+    from hynb.train import broadcast_plan, build_datasets, check_datasets, training_sampler
 
     tokenizer = load_tokenizer(tokenizer_folder)
+    store, count = meeting.rsplit(" ", 1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=int(count))
+    torch.distributed.barrier()
     with tempfile.TemporaryDirectory() as run, OwnMemory() as memory:
         config = Config(train_data_file=path, output_dir=run, max_seq_length=2048, packing=packing)
         start = time.perf_counter()
-        if rank == 0:
-            # Sent to the other ranks in a run.
-            plan.write_bytes(pickle.dumps(check_datasets(config, tokenizer)))
-        datasets = build_datasets(config, tokenizer, pickle.loads(plan.read_bytes()))
+        plan = broadcast_plan(check_datasets(config, tokenizer) if rank == 0 else None)
+        datasets = build_datasets(config, tokenizer, plan)
         sampler = training_sampler(config, datasets, 2)
         loader = DataLoader(datasets.train, batch_size=4, sampler=sampler, collate_fn=Collator(pad_token_id=0))
         batch = next(iter(loader))
         seconds = time.perf_counter() - start
         assert isinstance(batch["input_ids"], torch.Tensor)
+    # A rank that ended first would take the group's connections with it.
+    torch.distributed.barrier()
     return {"first_batch_seconds": seconds, "own_memory_mb": memory.peak_mb}
 
 
@@ -326,9 +345,9 @@ def run_datasets(path: str, tokenizer_folder: str) -> dict[str, float]:
     }
 
 
-def in_new_process(task: str, path: Path, tokenizer_folder: str, plan: str = "") -> dict[str, float]:
+def in_new_process(task: str, path: Path, tokenizer_folder: str, meeting: str = "") -> dict[str, float]:
     command = [sys.executable, __file__, "--task", task, "--file", str(path), "--tokenizer", tokenizer_folder]
-    done = subprocess.run([*command, "--plan", plan], capture_output=True, text=True)
+    done = subprocess.run([*command, "--meeting", meeting], capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1:]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -337,7 +356,7 @@ def in_new_process(task: str, path: Path, tokenizer_folder: str, plan: str = "")
 def run_task(args: argparse.Namespace) -> dict[str, float]:
     if "rank_" in args.task:
         rank, packing = int(args.task[-1]), args.task.startswith("packed")
-        return run_rank(args.file, args.tokenizer, Path(args.plan), rank=rank, packing=packing)
+        return run_rank(args.file, args.tokenizer, args.meeting, rank=rank, packing=packing)
     return globals()[f"run_{args.task}"](args.file, args.tokenizer)
 
 
@@ -351,7 +370,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", default=str(Path(__file__).resolve().parents[1] / "hynb" / "demo" / "base_model")
     )
-    for name in ("task", "file", "plan"):
+    for name in ("task", "file", "meeting"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:

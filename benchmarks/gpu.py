@@ -2,14 +2,14 @@
 
 Each part runs in a process of its own with a time limit, so that one failure is a line of the report and not its end.
 With `--cpu` all parts run at tiny sizes, which shows that they work, and nothing about speed. docs/gpu.md says what
-each figure should be near.
+each figure should be near. This file needs only the package hynb and what it depends on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hynb.cluster import peak_flops
+
+if TYPE_CHECKING:
+    import torch
+
+    from hynb.hunyuan_large import HunYuanLargeMoE
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "flash_attn", "triton")
 PRESETS = (
@@ -101,6 +107,11 @@ def seconds_of(run: Callable[[], object], settings: Settings, *, rounds: int = 5
     return min(found[1:])
 
 
+def share_of(peak: float | None, flops: float, seconds: float) -> str:
+    """Operations per second as a share of the device's peak, as a cell of a table."""
+    return f"{flops / seconds / peak:.0%}" if peak else "unknown"
+
+
 def table(*columns: str) -> None:
     """Prints the head of a table."""
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
@@ -156,11 +167,19 @@ EXPERT_SIZES = {"Hunyuan-Large": (6400, 18304, 16, 1), "Hunyuan-A13B": (4096, 30
 def experts(settings: Settings) -> None:
     """Routed experts of one layer, forward and backward in bfloat16, beside the products that they consist of."""
     import torch
-    from moe import dense_dispatch
 
     from hynb.hunyuan_large import HunYuanLargeConfig, HunYuanLargeMoE
 
-    table("layer", "tokens", "grouped_mm", "TFLOPS", "of the peak", "bare products", "eager loop", "dense dispatch")
+    columns = (
+        "grouped_mm",
+        "TFLOPS",
+        "of the peak",
+        "bare products",
+        "bare, of the peak",
+        "eager loop",
+        "dense dispatch",
+    )
+    table("layer", "tokens", *columns)
     peak = None if settings.cpu else device_peak()
     sizes = {"tiny": (64, 96, 4, 1)} if settings.cpu else EXPERT_SIZES
     for name, (width, inner, count, top_k) in sizes.items():
@@ -197,33 +216,62 @@ def experts(settings: Settings) -> None:
                     seconds[kind] = seconds_of(lambda kind=kind: routed(kind), settings)
                 except (RuntimeError, torch.OutOfMemoryError) as error:
                     print(f"\n{name}, {tokens} tokens, {kind}: failed: {reason_of(error)}\n", flush=True)
-            shape = (rows // count, width, inner, count, settings.device)
-            bare = seconds_of(functools.partial(bare_products, *shape), settings)
+            bare = seconds_of(bare_products(block, rows), settings)
             flops = 3 * 2 * rows * 3 * width * inner
             own = seconds.get("grouped_mm")
             cells: list[str] = ["failed"] * 3
             if own:
-                share = f"{flops / own / peak:.0%}" if peak else "unknown"
-                cells = [f"{own * 1e3:.2f} ms", f"{flops / own / 1e12:.1f}", share]
+                cells = [f"{own * 1e3:.2f} ms", f"{flops / own / 1e12:.1f}", share_of(peak, flops, own)]
             others = (bare, seconds.get("eager"), seconds.get("dense"))
             ratios = [f"{other / own:.2f}×" if other and own else "-" for other in others]
-            row(f"{name}, {count} experts", tokens, *cells, *ratios)
+            row(f"{name}, {count} experts", tokens, *cells, ratios[0], share_of(peak, flops, bare), *ratios[1:])
     print("\nColumns with × are multiples of the time of grouped_mm; bare products below 1.00× are faster.")
 
 
-def bare_products(rows: int, width: int, inner: int, count: int, device: str) -> None:
-    """The matrix products of balanced experts: one forward and two backward for each weight."""
+def dense_dispatch(moe: HunYuanLargeMoE, hidden: torch.Tensor) -> torch.Tensor:
+    """One-hot dispatch with capacity = tokens: every expert computes every slot, as in upstream's model code."""
     import torch
 
-    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    tokens, middle = torch.empty(rows, width, **options), torch.empty(rows, inner, **options)
-    both = torch.empty(rows, 2 * inner, **options)
-    up, down = torch.empty(2 * inner, width, **options), torch.empty(width, inner, **options)
-    for _ in range(count):
-        for inputs, weight, gradient in ((tokens, up, both), (middle, down, tokens)):
-            inputs @ weight.T
-            gradient @ weight
-            gradient.T @ inputs
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    _, weights, chosen = moe.gate(tokens)
+    one_hot = torch.nn.functional.one_hot(chosen[:, 0], moe.gate.num_experts)
+    slot = (one_hot.cumsum(0) - 1) * one_hot
+    # tokens × experts × capacity
+    dispatch = torch.nn.functional.one_hot(slot, len(tokens)).to(tokens.dtype) * one_hot[..., None].to(tokens.dtype)
+    combine = dispatch * weights[:, 0, None, None].to(tokens.dtype)
+    slots = torch.einsum("sec,sm->ecm", dispatch, tokens)
+    gate, up = torch.einsum("ecm,efm->ecf", slots, moe.experts.gate_up_proj).chunk(2, -1)
+    slots = torch.einsum("ecf,emf->ecm", torch.nn.functional.silu(gate) * up, moe.experts.down_proj)
+    routed = torch.einsum("sec,ecm->sm", combine, slots).view_as(hidden)
+    return routed if moe.shared_mlp is None else moe.shared_mlp(hidden) + routed
+
+
+def bare_products(block: HunYuanLargeMoE, rows: int) -> Callable[[], None]:
+    """Computes the matrix products of balanced experts: one forward and two backward for each weight.
+
+    With the block's own weights and random rows: a GPU computes with zeros at a higher clock.
+    """
+    import torch
+
+    ups, downs = block.experts.gate_up_proj.detach(), block.experts.down_proj.detach()
+    count, width, inner = downs.shape
+    each = rows // count
+    tokens, middle, both = (
+        torch.randn(count, each, size, device=ups.device, dtype=ups.dtype) for size in (width, inner, 2 * inner)
+    )
+
+    def run() -> None:
+        for expert in range(count):
+            products = (
+                (tokens[expert], ups[expert], both[expert]),
+                (middle[expert], downs[expert], tokens[expert]),
+            )
+            for inputs, weight, gradient in products:
+                inputs @ weight.T
+                gradient @ weight
+                gradient.T @ inputs
+
+    return run
 
 
 PLAIN = "transformers' sdpa"
@@ -258,8 +306,11 @@ def attention(settings: Settings) -> None:
                     continue
                 reference = output if reference is None else reference
                 difference = (output.float() - reference.float()).abs().max().item()
-                share = f"{flops / seconds / peak:.0%}" if peak else "unknown"
-                measured = [f"{seconds * 1e3:.2f} ms", f"{flops / seconds / 1e12:.2f}", share]
+                measured = [
+                    f"{seconds * 1e3:.2f} ms",
+                    f"{flops / seconds / 1e12:.2f}",
+                    share_of(peak, flops, seconds),
+                ]
                 row(tokens, documents, kind, *measured, f"{extra / 1e6:.0f} MB", f"{difference:.1e}")
     print(
         "\nThe operations counted are those of the causal halves. Differences are from the first line of each pack."
@@ -392,52 +443,139 @@ def prepare(settings: Settings) -> None:
     print(f"Hunyuan-Large's layout, {count / 1e6:.3g}M parameters, {size / 1e9:.3g} GB in bfloat16, random weights.")
 
 
+def file_system(folder: Path) -> str:
+    """The type of the file system that a folder is on."""
+    import psutil
+
+    places = [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
+    inside = [(len(place), fstype) for place, fstype in places if folder.resolve().is_relative_to(place)]
+    # Of two mounts at one place, the later one hides the other.
+    return max(reversed(inside), key=lambda found: found[0], default=(0, "unknown"))[1]
+
+
+def in_memory_warning(folder: Path) -> str:
+    """Why times of files in a folder mean nothing; empty where they do."""
+    kind = file_system(folder)
+    if kind not in ("tmpfs", "ramfs"):
+        return ""
+    return (
+        f"WARNING: {folder} is in memory ({kind}): nothing is read from a disk, and comparisons with cat and cp mean "
+        "nothing. Choose a folder on a disk with --folder."
+    )
+
+
 def size_of(folder: Path) -> int:
     """Bytes of the weight files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def drop_page_cache(folder: Path) -> None:
+    """Makes the next reader of the files read from the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_once(folder: Path) -> float:
+    """Seconds of `cat` over all weight files."""
+    drop_page_cache(folder)
+    began = time.perf_counter()
+    with Path("/dev/null").open("wb") as null:
+        subprocess.run(["cat", *map(str, sorted(folder.glob("*.safetensors")))], stdout=null, check=True)
+    return time.perf_counter() - began
+
+
 def files(settings: Settings) -> None:
-    """hynb's loading and saving of a full model under ZeRO-3 beside `cat` and `cp`."""
+    """hynb's loading and saving of a full model under ZeRO-3 beside `cat` and `cp`, in turns."""
     from hynb.train import init_process_group, set_up_process
 
     set_up_process()
     init_process_group(timedelta(minutes=30))
     import torch
-    from loading import drop_page_cache, read_once
 
     from hynb.config import Config
     from hynb.plan import zero
     from hynb.train import ByteProgress, base_tensors, load_model, load_tokenizer, plan_shards, training_arguments
     from hynb.train.saving import write_model
 
-    folder, results = settings.work / "model", settings.work / "saved"
+    folder, saved, copied = (settings.work / name for name in ("model", "saved", "copied"))
     preset = "ds_zero3_no_offload"
-    config = Config(model_name_or_path=str(folder), output_dir=str(results), deepspeed=preset, bf16=True, max_steps=1)
+    config = Config(model_name_or_path=str(folder), output_dir=str(saved), deepspeed=preset, bf16=True, max_steps=1)
     tokenizer, _ = load_tokenizer(config, folder)
     # Kept alive: ZeRO-3 is enabled only as long as this object exists.
     args = training_arguments(config, zero.for_machine(zero.load(preset), on_cpu=settings.cpu), evaluates=False)
     assert args.hf_deepspeed_config.is_zero3()
-    total, read = size_of(folder), read_once(folder)
-    drop_page_cache(folder)
-    began = time.perf_counter()
-    model: Any = load_model(config, folder, tokenizer)
-    loaded = time.perf_counter() - began
-    shards = plan_shards(model, base_tensors(folder), [], dtype=torch.bfloat16, has_index=True)
-    results.mkdir()
-    began = time.perf_counter()
-    write_model(model, shards, results, shared=True, progress=ByteProgress("saving"))
-    saved = time.perf_counter() - began
-    began = time.perf_counter()
-    subprocess.run(["cp", "-r", str(results), str(settings.work / "copy")], check=True)
-    copied = time.perf_counter() - began
-    table("what", "seconds", "GB/s", "compared with")
-    row(
-        "load_model, page cache dropped", f"{loaded:.2f}", f"{total / loaded / 1e9:.2f}", f"{loaded / read:.2f} × cat"
+    total, model = size_of(folder), None
+
+    def load() -> float:
+        nonlocal model
+        # The model of the last round makes room.
+        model = None
+        gc.collect()
+        drop_page_cache(folder)
+        began = time.perf_counter()
+        model = load_model(config, folder, tokenizer)
+        return time.perf_counter() - began
+
+    def write() -> float:
+        shards = plan_shards(model, base_tensors(folder), [], dtype=torch.bfloat16, has_index=True)
+        saved.mkdir()
+        began = time.perf_counter()
+        write_model(model, shards, saved, shared=True, progress=ByteProgress("saving"))
+        return time.perf_counter() - began
+
+    def copy() -> float:
+        began = time.perf_counter()
+        subprocess.run(["cp", "-r", str(folder), str(copied)], check=True)
+        return time.perf_counter() - began
+
+    ways = {"load_model": load, "cat": lambda: read_once(folder), "write_model": write, "cp": copy}
+    found = in_turns(ways, [("load_model", "cat"), ("write_model", "cp")], [saved, copied])
+    table("what", "seconds", "GB/s", "compared with", "in each round")
+    for way, other in (("load_model", "cat"), ("write_model", "cp")):
+        seconds, ratios = (
+            statistics.median(found[way]),
+            [a / b for a, b in zip(found[way], found[other], strict=True)],
+        )
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        text = f"{statistics.median(ratios):.2f} × {other}"
+        row(way, f"{seconds:.2f}", f"{total / seconds / 1e9:.2f}", text, rounds)
+    count = len(found["cp"])
+    print(
+        f"\nMedians of {count} rounds after one that counts for nothing; the page cache is dropped before each read."
     )
-    row("write_model", f"{saved:.2f}", f"{total / saved / 1e9:.2f}", f"{saved / copied:.2f} × cp")
-    for name in (results, settings.work / "copy"):
-        shutil.rmtree(name)
+    print(f"{in_memory_warning(settings.work) or f'On {file_system(settings.work)}.'}")
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], float]],
+    pairs: list[tuple[str, str]],
+    made: list[Path],
+    *,
+    limit_seconds: float = 75,
+) -> dict[str, list[float]]:
+    """The seconds of each way in up to 3 rounds after one that counts for nothing, as memory is new in it.
+
+    Args:
+        ways: return their seconds.
+        pairs: of ways that are compared; which of a pair begins alternates.
+        made: folders that a round makes, which are deleted after it.
+        limit_seconds: no further round begins that would not end within it; there are two at least.
+    """
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    began = last = time.monotonic()
+    for number in range(4):
+        for pair in pairs:
+            for name in reversed(pair) if number % 2 else pair:
+                found[name].append(ways[name]())
+        for path in made:
+            shutil.rmtree(path)
+        now = time.monotonic()
+        if number and now + (now - last) > began + limit_seconds:
+            break
+        last = now
+    return {name: seconds[1:] for name, seconds in found.items()}
 
 
 @contextlib.contextmanager
@@ -494,8 +632,11 @@ def training(settings: Settings) -> None:
     plan = memory.estimate(model_config, workload, preset=preset)
     cells = [kind, preset, f"{(plan.gpu_bytes - plan.parts['CUDA']) / 1e9:.2f}", *gpu_memory(plan)]
     cells += [f"{plan.host_bytes / 1e9:.2f}", f"{(before - least[0]) / 1e9:.2f}"]
-    seconds = sorted(event["step_seconds"] for event in logs[1:])[len(logs[1:]) // 2]
-    row(*cells, f"{seconds:.3f} s", f"{length / seconds:.0f}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
+    # The first step warms up. Packs are not full, so that the tokens are counted.
+    seconds, rate = (
+        statistics.median(event[name] for event in logs[1:]) for name in ("step_seconds", "tokens_per_second")
+    )
+    row(*cells, f"{seconds:.3f} s", f"{rate:.0f}", f"{losses[0]:.4f}, {losses[-1]:.4f}")
     shutil.rmtree(output)
 
 
@@ -527,7 +668,7 @@ def parts(settings: Settings) -> list[Part]:
         Part(name="attention", title="Attention", run=attention, limit_seconds=120),
         Part(name="parity", title="bfloat16 and float32", run=parity, limit_seconds=90),
         Part(name="prepare", title="Model of the following parts", run=prepare, limit_seconds=60),
-        Part(name="files", title="Loading and saving", run=files, limit_seconds=60),
+        Part(name="files", title="Loading and saving", run=files, limit_seconds=120),
         # The first run with an optimizer in host memory compiles DeepSpeed's CPUAdam.
         *(
             Part(name="training", title="Training, 1 GPU", run=training, limit_seconds=150, arguments=arguments)
@@ -569,9 +710,17 @@ def run_part(part: Part, settings: Settings, limit_seconds: float) -> None:
     if reason:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         last = lines[-1].replace("|", "/")[:300] if lines else "no message"
-        message = f"{text}: FAILED, {reason}: {last}"
-        row(*([message, *["-"] * (len(TRAINING_COLUMNS) - 1)])) if part.name == "training" else print(f"\n{message}")
+        say(part, f"FAILED, {reason}: {last}")
     sys.stdout.flush()
+
+
+def say(part: Part, text: str) -> None:
+    """Prints why a part has no figures; as a row where its figures are rows of one table of several parts."""
+    message = f"{' '.join((part.name, *part.arguments))}: {text}"
+    if part.name == "training":
+        row(message, *["-"] * (len(TRAINING_COLUMNS) - 1))
+    else:
+        print(f"\n{message}", flush=True)
 
 
 def report(settings: Settings, minutes: float, chosen: Mapping[str, bool]) -> None:
@@ -588,8 +737,7 @@ def report(settings: Settings, minutes: float, chosen: Mapping[str, bool]) -> No
                 table(*TRAINING_COLUMNS)
         left = deadline - time.monotonic()
         if left < 5:
-            left_out = " ".join((part.name, *part.arguments))
-            print(f"\n{left_out}: LEFT OUT, {minutes:g} minutes are over (--minutes)", flush=True)
+            say(part, f"LEFT OUT, {minutes:g} minutes are over (--minutes)")
             continue
         run_part(part, settings, min(part.limit_seconds, left))
     print(f"\n{(time.monotonic() - deadline) / 60 + minutes:.1f} minutes.")
@@ -601,6 +749,12 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="tiny sizes without a GPU; says nothing about speed")
     parser.add_argument("--minutes", type=float, default=10.0, help="parts that begin later are left out")
     parser.add_argument("--only", nargs="+", default=[], help="names of parts: device experts attention …")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="on a disk, for a model of 2 GB (default: %(default)s)",
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
@@ -611,7 +765,11 @@ def main() -> None:
         sys.stdout.flush()
         # Without what libraries do at the end: DeepSpeed's threads were seen to abort the interpreter.
         os._exit(0)
-    with tempfile.TemporaryDirectory() as name:
+    if not args.folder.is_dir() or not os.access(args.folder, os.W_OK):
+        parser.error(f"--folder {args.folder}: no folder that can be written to; create it or choose another one")
+    if warning := in_memory_warning(args.folder):
+        print(warning, file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
         report(Settings(cpu=args.cpu, work=Path(name)), args.minutes, dict.fromkeys(args.only, True))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from gpu import drop_page_cache, read_once
 from safetensors.torch import save_file
 
 import hynb.hunyuan_large  # noqa: F401  registers the model
@@ -76,23 +78,6 @@ def memory_of_self() -> tuple[int, int]:
     return own << 10, int(lines["RssFile"].split()[0]) << 10
 
 
-def drop_page_cache(folder: Path) -> None:
-    """Makes the next reader of the files read from the disk."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read_once(folder: Path) -> float:
-    """Seconds of `cat` over all weight files."""
-    drop_page_cache(folder)
-    began = time.monotonic()
-    with Path("/dev/null").open("wb") as null:
-        subprocess.run(["cat", *map(str, sorted(folder.glob("*.safetensors")))], stdout=null, check=True)
-    return time.monotonic() - began
-
-
 def load(folder: str, preset: str, results: str, way: str) -> None:
     """Runs in each rank: loads the model as a training run does and writes the peaks."""
     from hynb.train import set_up_process
@@ -147,13 +132,15 @@ def run_ranks(folder: Path, preset: str, ranks: int, way: str) -> list[dict[str,
 
 
 def main() -> None:
-    """Prints one line per round and way."""
+    """Prints one line per number of ranks and way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=4, help="the first one counts for nothing: memory is new")
     parser.add_argument("--preset", default="ds_zero3_offload")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: at least 2, as the first one counts for nothing")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "model")
         folder.mkdir()
@@ -163,21 +150,34 @@ def main() -> None:
             f"checkpoint {total / 1e9:.2f} GB, experts of one layer {block / 1e6:.0f} MB; {args.preset}", flush=True
         )
         for ranks in args.ranks:
-            for round_number in range(args.rounds):
-                cat = read_once(folder)
-                for way in ("hynb", "transformers"):
+            seconds: dict[str, list[float]] = {"cat": [], "hynb": [], "transformers": []}
+            own: dict[str, list[float]] = {"hynb": [], "transformers": []}
+            held = 0.0
+            # The three take turns, so that each finds the same memory and disk.
+            for _ in range(args.rounds):
+                seconds["cat"].append(read_once(folder))
+                for way in own:
                     drop_page_cache(folder)
                     found = run_ranks(folder, args.preset, ranks, way)
-                    seconds = max(row["seconds"] for row in found)
-                    own = [row["own"] / 1e9 for row in found]
-                    ratio = f"{seconds / cat:.2f} x cat"
-                    print(
-                        f"{ranks} ranks, round {round_number + 1}, {way}: {seconds:.1f} s = {ratio} "
-                        f"({cat:.1f} s, {total / cat / 1e9:.2f} GB/s); own memory of a rank at its peak "
-                        f"{min(own):.2f} to {max(own):.2f} GB, its partition {found[0]['held'] / 1e9:.2f} GB; "
-                        f"all together {sum(own) * 1e9 / total:.2f} of the checkpoint",
-                        flush=True,
-                    )
+                    seconds[way].append(max(row["seconds"] for row in found))
+                    own[way] += [row["own"] / 1e9 for row in found]
+                    held = found[0]["held"] / 1e9
+            seconds = {way: values[1:] for way, values in seconds.items()}
+            own = {way: values[ranks:] for way, values in own.items()}
+            cat = statistics.median(seconds["cat"])
+            print(f"{ranks} ranks, a rank's partition {held:.2f} GB; all rounds but the first:")
+            for way, values in seconds.items():
+                median = statistics.median(values)
+                memory = (
+                    f"; own memory of a rank at its peak {min(own[way]):.2f} to {max(own[way]):.2f} GB"
+                    if way in own
+                    else ""
+                )
+                print(
+                    f"  {way}: {' '.join(f'{value:.2f}' for value in values)} s, median {median:.2f} s = "
+                    f"{median / cat:.2f} x cat, {total / median / 1e9:.2f} GB/s{memory}",
+                    flush=True,
+                )
     print(f"python {sys.version.split()[0]}, torch {torch.__version__}")
 
 

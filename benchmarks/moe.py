@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from gpu import dense_dispatch
 
 from hynb.hunyuan_large import HunYuanLargeConfig, HunYuanLargeForCausalLM, HunYuanLargeMoE
 
@@ -29,22 +30,6 @@ COMMON = {
     "use_qk_norm": True,
     "max_position_embeddings": 4096,
 }
-
-
-def dense_dispatch(moe: HunYuanLargeMoE, hidden: torch.Tensor) -> torch.Tensor:
-    """One-hot dispatch with capacity = tokens: every expert computes every slot, as in upstream's model code."""
-    tokens = hidden.reshape(-1, hidden.shape[-1])
-    _, weights, chosen = moe.gate(tokens)
-    one_hot = torch.nn.functional.one_hot(chosen[:, 0], moe.gate.num_experts)
-    slot = (one_hot.cumsum(0) - 1) * one_hot
-    # tokens × experts × capacity
-    dispatch = torch.nn.functional.one_hot(slot, len(tokens)).to(tokens.dtype) * one_hot[..., None].to(tokens.dtype)
-    combine = dispatch * weights[:, 0, None, None].to(tokens.dtype)
-    slots = torch.einsum("sec,sm->ecm", dispatch, tokens)
-    gate, up = torch.einsum("ecm,efm->ecf", slots, moe.experts.gate_up_proj).chunk(2, -1)
-    slots = torch.einsum("ecf,emf->ecm", torch.nn.functional.silu(gate) * up, moe.experts.down_proj)
-    routed = torch.einsum("sec,ecm->sm", combine, slots).view_as(hidden)
-    return routed if moe.shared_mlp is None else moe.shared_mlp(hidden) + routed
 
 
 def step(module: torch.nn.Module, run: Callable[[], torch.Tensor], on_gpu: bool) -> tuple[float, int, float]:

@@ -1,4 +1,10 @@
-"""What hynb adds to each step of transformers' Trainer with DeepSpeed: `python benchmarks/overhead.py`."""
+"""What hynb adds to each step of transformers' Trainer with DeepSpeed: `python benchmarks/overhead.py`.
+
+Both sides train the same model, loaded by hynb, on the same data through hynb's ChatDataset and Collator, with equal
+TrainingArguments and DeepSpeed config. hynb's side has in addition RunTrainer with its sampler, RunCallback (events,
+status and the flag that stops a run), the routers' statistics and the times and tokens of each step. Loading, making
+batches and what runs beside the ranks (supervisor, heartbeat) are not compared.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +31,13 @@ WARM_UP_STEPS = 5
 
 
 def make_model(folder: Path) -> None:
-    """Writes a MoE model and data with which a step on two CPU ranks takes about a tenth of a second."""
+    """Writes a MoE model and data with which a step on two idle cores takes about a tenth of a second."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import hynb.hunyuan_large  # noqa: F401  registers the model
 
     tokenizer = write_tokenizer(folder, vocab_size=700, samples=500)
-    sizes = {"hidden_size": 192, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"num_experts": 8, "moe_topk": 1, "use_mixed_mlp_moe": True, "num_hidden_layers": 6}
     config = AutoConfig.for_model("hunyuan", vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -41,7 +47,7 @@ def make_model(folder: Path) -> None:
     (folder / "data.jsonl").write_text((json.dumps(line) + "\n") * 400)
 
 
-def train(folder: str, way: str, steps: str, result: str) -> None:
+def train(folder: str, way: str, steps: str, logging_steps: str, result: str) -> None:
     """Runs in each rank: trains some steps, with hynb's Trainer or with transformers' alone."""
     from hynb.train import set_up_process
 
@@ -64,18 +70,19 @@ def train(folder: str, way: str, steps: str, result: str) -> None:
 
     init_process_group(timedelta(minutes=10))
     values: dict[str, Any] = {"model_name_or_path": folder, "output_dir": result, "max_steps": int(steps)}
-    config = Config(**values, save_strategy="no", logging_steps=10, deepspeed="ds_zero2_no_offload")
+    values |= {"save_strategy": "no", "logging_steps": int(logging_steps)}
+    config = Config(**values, deepspeed="ds_zero2_no_offload")
     ds_config = zero.for_machine(zero.load(config.deepspeed), on_cpu=True)
     tokenizer, tokenizer_folder = load_tokenizer(config, Path(folder))
     arguments = training_arguments(config, ds_config, evaluates=False)
     model = load_model(config, Path(folder), tokenizer)
     model.config.use_cache = False
     dataset = ChatDataset(f"{folder}/data.jsonl", tokenizer, 256)
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
 
     class Times(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
+            times.append((time.perf_counter(), time.process_time()))
 
     rank = torch.distributed.get_rank()
     options: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": dataset}
@@ -105,47 +112,76 @@ def train(folder: str, way: str, steps: str, result: str) -> None:
         trainer = Trainer(**options, callbacks=[Times()])
     trainer.train()
     if rank == 0:
-        seconds = [after - before for before, after in itertools.pairwise(times)]
-        Path(result, "seconds.json").write_text(json.dumps(seconds[WARM_UP_STEPS:]))
+        measured = times[WARM_UP_STEPS:]
+        seconds = [after[0] - before[0] for before, after in itertools.pairwise(measured)]
+        # The mean, as with a log event every ten steps the median step has none.
+        cpu = (measured[-1][1] - measured[0][1]) / len(seconds)
+        found = {"step": statistics.median(seconds), "mean": statistics.mean(seconds), "cpu": cpu}
+        Path(result, "found.json").write_text(json.dumps(found))
         if way == "hynb":
             writer.close()  # type: ignore[union-attr]
     torch.distributed.barrier()
 
 
+def run(folder: Path, result: Path, way: str, steps: int, logging_steps: int) -> dict[str, float]:
+    """Trains on two ranks; rank 0's median and mean seconds of a step, and its CPU seconds per step."""
+    result.mkdir()
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    command += ["--master_port", str(free_port()), __file__, "--train", str(folder), way, str(steps)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command += [str(logging_steps), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((result / "found.json").read_text())
+
+
+def print_differences(rounds: list[dict[str, dict[str, float]]]) -> None:
+    """Prints per quantity the median of the differences within rounds, and their range."""
+    for name, title in (("step", "median step"), ("mean", "mean step"), ("cpu", "CPU time per step")):
+        theirs = statistics.median(found["transformers"][name] for found in rounds)
+        added = [found["hynb"][name] - found["transformers"][name] for found in rounds]
+        middle, least, most = statistics.median(added), min(added), max(added)
+        print(
+            f"  {title}: transformers {theirs * 1e3:.2f} ms; hynb adds {middle * 1e3:+.2f} ms "
+            f"({middle / theirs:+.1%}), in the rounds {least * 1e3:+.2f} to {most * 1e3:+.2f} ms",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Prints the median step of both, and the difference."""
+    """Prints what each round has measured, and the differences within rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100, help=f"of a run; the first {WARM_UP_STEPS} are not counted")
+    parser.add_argument("--logging_steps", type=int, nargs="+", default=[1, 10], help="1 is hynb's default")
     args = parser.parse_args()
-    found: dict[str, list[float]] = {"hynb": [], "transformers": []}
+    if args.steps < WARM_UP_STEPS + 2:
+        parser.error(
+            f"--steps {args.steps}: at least {WARM_UP_STEPS + 2}, as the first {WARM_UP_STEPS} are not counted"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "model")
         folder.mkdir()
         make_model(folder)
-        for number in range(args.rounds):
-            # The order alternates, as the load of the machine changes.
-            for way in sorted(found, reverse=bool(number % 2)):
-                result = Path(name, f"{way}-{number}")
-                result.mkdir()
-                command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-                command += ["--master_port", str(free_port()), __file__, "--train", str(folder), way, str(args.steps)]
-                environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-                done = subprocess.run([*command, str(result)], capture_output=True, text=True, env=environment)
-                assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-                seconds = json.loads((result / "seconds.json").read_text())
-                found[way] += seconds
-                print(f"round {number + 1}, {way}: median step {statistics.median(seconds) * 1e3:.1f} ms", flush=True)
-    ours, theirs = (statistics.median(found[way]) for way in ("hynb", "transformers"))
-    fastest = [sorted(found[way])[len(found[way]) // 10] for way in ("hynb", "transformers")]
-    print(f"median: {ours * 1e3:.2f} and {theirs * 1e3:.2f} ms, {ours / theirs - 1:+.1%}")
-    print(f"fastest tenth: {fastest[0] * 1e3:.2f} and {fastest[1] * 1e3:.2f} ms, {fastest[0] / fastest[1] - 1:+.1%}")
+        for logging_steps in args.logging_steps:
+            rounds: list[dict[str, dict[str, float]]] = []
+            print(f"--logging_steps {logging_steps}")
+            for number in range(args.rounds):
+                found: dict[str, dict[str, float]] = {}
+                # The order alternates, as the load of the machine changes.
+                for way in sorted(("hynb", "transformers"), reverse=bool(number % 2)):
+                    result = Path(name, f"{way}-{logging_steps}-{number}")
+                    found[way] = run(folder, result, way, args.steps, logging_steps)
+                    step, _, cpu = (value * 1e3 for value in found[way].values())
+                    print(f"  round {number + 1}, {way}: median step {step:.1f} ms, CPU {cpu:.1f} ms", flush=True)
+                rounds.append(found)
+            print_differences(rounds)
     print(f"python {sys.version.split()[0]}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
     if "--train" in sys.argv:
         at = sys.argv.index("--train")
-        train(*sys.argv[at + 1 : at + 5])
+        train(*sys.argv[at + 1 : at + 6])
     else:
         main()
