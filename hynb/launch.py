@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import logging
@@ -155,7 +154,7 @@ class Run:
             time.sleep(0.02)
         if live and not self.dir.exit.exists():
             record = {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": killed_reason(self.dir)}
-            write_json(self.dir.exit, record)
+            write_json(self.dir.exit, record | {"id": launch["id"]})
         # A killed process is visible until the system has cleared it away.
         while self.status().live and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -179,11 +178,7 @@ class Run:
                     f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {self.output_dir}` on {host}"
                 )
             time.sleep(0.2)
-        end = read_record(self.dir.exit) or {}
-        # Rank 0's heartbeat, by which another machine judges, is still fresh.
-        shown = {name: end.get(name) for name in ("exit_code", "host", "rank")}
-        state, reason = end.get("state", "stopped"), end.get("reason", "")
-        return dataclasses.replace(self.status(), state=state, reason=reason, phase=None, **shown)
+        return self.status()
 
     def paste_lines(self) -> str:
         """What a person pastes on the other hosts, where launcher is no_ssh and they have not joined; else empty."""
@@ -301,7 +296,8 @@ def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[i
     run_dir = RunDir(output_dir)
     process = vars(ProcessId.of(os.getpid()))
     write_json(run_dir.launch, record | {"process": process, "started_at": time.time()})
-    write_json(run_dir.exit, supervise(run_dir, record, file_descriptors) | {"ended_at": time.time()})
+    end = supervise(run_dir, record, file_descriptors)
+    write_json(run_dir.exit, end | {"id": record["id"], "ended_at": time.time()})
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def check_data(state: RankState) -> None:
 
     state.writer.phase("checking data")
     tokenizer, _ = load_tokenizer(state.config, find_base(state.config))
-    state.plan = check_datasets(state.config, tokenizer)
+    state.plan = check_datasets(state.config, tokenizer, state.writer.progress)
 
 
 def compile_ops(state: RankState) -> None:

@@ -148,16 +148,31 @@ def gpu_count() -> int:
     """Number of NVIDIA GPUs that a job started here would see, found without a CUDA context in this process.
 
     Raises:
-        ClusterError: the driver does not answer.
+        ClusterError: the driver does not answer, or CUDA_VISIBLE_DEVICES names a device that it does not have.
     """
     visible = os.environ.get(VISIBLE_VARIABLE)
-    if visible is not None:
-        return len(visible_names(visible))
+    names = None if visible is None else visible_names(visible)
+    if names == []:
+        return 0
     table = host_facts.gpu_table()
+    if names and not table:
+        # DeepSpeed's launcher names one device per rank in its ranks, also where it starts them on the CPU.
+        return 0 if "LOCAL_RANK" in os.environ else len(names)
     if table.startswith(host_facts.UNREADABLE):
         reason = table.removeprefix(host_facts.UNREADABLE)
         raise ClusterError(
             f"GPUs of {socket.gethostname()}: {reason}. Try `nvidia-smi`; a machine whose driver hangs has to be "
             f"started again. To train on the CPU meanwhile: `export {VISIBLE_VARIABLE}=`"
         )
-    return len(parse_gpus(table, None))
+    if unknown := [name for name in names or () if not _is_known(name, table)]:
+        here = ", ".join(f"{gpu.index} {gpu.name}" for gpu in parse_gpus(table, None))
+        raise ClusterError(
+            f"{VISIBLE_VARIABLE}={visible}: {socket.gethostname()} has no device {', '.join(unknown)}, and CUDA "
+            f"would ignore what follows it; there are {here}. Correct the variable: `export {VISIBLE_VARIABLE}=…`"
+        )
+    return len(parse_gpus(table, None) if names is None else names)
+
+
+def _is_known(name: str, table: str) -> bool:
+    """Whether the driver's table has a device; only NVML lists MIG devices in it."""
+    return bool(parse_gpus(table, name)) or (name.startswith(_MIG) and _MIG not in table)

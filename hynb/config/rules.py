@@ -7,7 +7,7 @@ import dataclasses
 from hynb.config.schema import Config, parameters
 
 # TrainingArguments by which transformers would scale the loss or deal out the data in another way.
-_NOT_IN_PARTS = ("accelerator_config", "label_smoothing_factor", "parallelism_config")
+_NOT_IN_PARTS = ("accelerator_config", "label_smoothing_factor")
 
 
 def check_config(config: Config) -> list[str]:
@@ -54,6 +54,11 @@ def _training_contradictions(config: Config) -> list[str]:
         problems.append(
             f"ddp_timeout = {seconds}: DeepSpeed does not read it; set "
             f"collective_timeout_minutes to {float(seconds) / 60:g} instead"
+        )
+    if config.training_args.get("parallelism_config"):
+        problems.append(
+            "parallelism_config: hynb sets up the ranks itself; leave it out. For GPUs that share each sequence set "
+            "sequence_parallel_size"
         )
     if not config.do_train:
         problems.append("do_train is off: there is nothing to do; leave it out or set it to true")

@@ -101,7 +101,7 @@ _FIELDS: dict[str, Mapping[str, _Check]] = {
     "status.json": _END
     | {"phase": _or_null(_TEXT), "global_step": _or_null(_COUNT), "max_steps": _or_null(_COUNT)}
     | {"updated_at": _or_null(_NUMBER), "process": _PROCESS},
-    "exit.json": _END,
+    "exit.json": _END | {"id": _TEXT},
     "launch.json": {"id": _TEXT, "process": _PROCESS, "started_at": _NUMBER, "membership": _MEMBERSHIP}
     | {"ssh": _or_null(_TEXT)},
     "hosts.json": {"hosts": _HOSTS, "output_dir": _TEXT},

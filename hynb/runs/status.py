@@ -73,11 +73,20 @@ def read_status(run_dir: RunDir) -> RunStatus:
     status = _recorded_status(run_dir, record, beat)
     if not status.live:
         return status
-    end = read_record(run_dir.exit)
-    if _is_alive(run_dir.path, record, launch if end is None else None, beat):
+    end = _end_of(run_dir, launch)
+    # The supervisor ends all ranks before it writes its record.
+    if _is_alive(run_dir.path, record, launch if end is None else None, beat if end is None else None):
         stopping = run_dir.stop_request.exists() and status.state != "starting"
         return dataclasses.replace(status, state="stopping") if stopping else status
     return _unreported_end(run_dir, status, end or {})
+
+
+def _end_of(run_dir: RunDir, launch: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The supervisor's record of the end of this launch; None where it has written none."""
+    end = read_record(run_dir.exit)
+    # A supervisor that was out of sight may end after the next launch into its folder.
+    is_of_another = end is not None and end.get("id") not in (None, (launch or {}).get("id"))
+    return None if is_of_another else end
 
 
 def _absent_reason(run_dir: RunDir) -> str:
@@ -139,13 +148,14 @@ def _unreported_end(run_dir: RunDir, status: RunStatus, end: dict[str, Any]) -> 
         end: the supervisor's record in exit.json; empty when it wrote none.
     """
     reason = end.get("reason") or _NO_RECORD
+    is_explained = "host" in end or end.get("state") == "stopped"
     return dataclasses.replace(
         status,
         state=end.get("state", "failed"),
         phase=None,
         progress="",
         exit_code=end.get("exit_code"),
-        reason=reason if "host" in end else _failure(run_dir) or reason,
+        reason=reason if is_explained else _failure(run_dir) or reason,
         host=end.get("host"),
         rank=end.get("rank"),
     )

@@ -303,5 +303,9 @@ def _local_slots(config: Config) -> int:
     if config.num_processes is None:
         return gpus or 1
     if gpus and config.num_processes > gpus:
-        raise ClusterError(f"num_processes = {config.num_processes}: this machine has {gpus} GPUs")
+        count = f"{gpus} GPU{'s' * (gpus > 1)}"
+        visible = os.environ.get(VISIBLE_VARIABLE)
+        seen = f"this machine has {count}" if visible is None else f"{VISIBLE_VARIABLE}={visible} shows {count}"
+        more = "" if visible is None else ", or change the variable"
+        raise ClusterError(f"num_processes = {config.num_processes}: {seen}; set it to {gpus} or less{more}")
     return config.num_processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 # Longer than any sample: the max_seq_length of a check that truncates nothing.
 _NO_LIMIT_TOKENS = 1 << 40
 _PROGRESS_SECONDS = 10.0
+_SHOWN_SECONDS = 1.0
 # One core tokenises about a million tokens per second, several times what a GPU trains on.
 _TOKENISING_WORKERS = 2
 
@@ -102,17 +104,22 @@ def label_options(config: Config) -> LabelOptions:
     )
 
 
-def check_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> DataPlan:
+def check_datasets(
+    config: Config, tokenizer: PreTrainedTokenizerBase, show_progress: Callable[[str], None] | None = None
+) -> DataPlan:
     """Checks every line before a GPU is used; writes rejected.jsonl if lines are left out.
+
+    Args:
+        show_progress: takes a text on how much has been checked, at most once per second; None where nobody looks.
 
     Raises:
         DataError: invalid lines under `on_bad_sample: stop`, or no sample is left.
     """
     run_dir = RunDir(config.output_dir)
-    train = _check(config, tokenizer, "train_data_file", run_dir.rejected)
+    train = _check(config, tokenizer, "train_data_file", run_dir.rejected, show_progress)
     evaluation = None
     if config.eval_data_file is not None:
-        evaluation = _check(config, tokenizer, "eval_data_file", run_dir.rejected_evaluation)
+        evaluation = _check(config, tokenizer, "eval_data_file", run_dir.rejected_evaluation, show_progress)
     if config.eval_split:
         # Raises here, before the ranks meet, if there are too few samples.
         _split(_checked(train), config)
@@ -249,11 +256,17 @@ def _split_parts(lengths: np.ndarray, max_seq_length: int) -> np.ndarray:
     return np.stack([samples, starts, np.minimum(starts + max_seq_length, sizes[samples])], axis=1)
 
 
-def _check(config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, rejected_path: Path) -> DataReport:
+def _check(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    parameter: str,
+    rejected_path: Path,
+    show: Callable[[str], None] | None,
+) -> DataReport:
     truncate = not (config.split_long_samples and parameter == "train_data_file")
     # A run that this one resumes may have left it; the data may have been fixed since.
     rejected_path.unlink(missing_ok=True)
-    options = {"rejected_path": rejected_path, "progress": _log_progress(parameter)}
+    options = {"rejected_path": rejected_path, "progress": _progress(parameter, show)}
     report = check_files(config, tokenizer, parameter, truncate=truncate, **options)
     logger.info(f"{report.samples} samples, {len(report.rejected)} rejected, in {', '.join(report.files)}")
     if report.tokens:
@@ -289,16 +302,22 @@ def _check(config: Config, tokenizer: PreTrainedTokenizerBase, parameter: str, r
     return report
 
 
-def _log_progress(parameter: str) -> Callable[[int, int], None]:
-    logged = time.monotonic()
+def _progress(parameter: str, show: Callable[[str], None] | None) -> Callable[[int, int], None]:
+    """Takes the bytes done and in all, shows them at most once per second and logs them now and then."""
+    logged, shown = time.monotonic(), -math.inf
 
-    def log(done_bytes: int, total_bytes: int) -> None:
-        nonlocal logged
-        if time.monotonic() - logged >= _PROGRESS_SECONDS:
-            logged = time.monotonic()
-            logger.info(f"checking {parameter}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB")
+    def note(done_bytes: int, total_bytes: int) -> None:
+        nonlocal logged, shown
+        now = time.monotonic()
+        text = f"{parameter}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
+        if show is not None and now - shown >= _SHOWN_SECONDS:
+            shown = now
+            show(text)
+        if now - logged >= _PROGRESS_SECONDS:
+            logged = now
+            logger.info(f"checking {text}")
 
-    return log
+    return note
 
 
 def _checked(report: DataReport) -> CheckedFiles:

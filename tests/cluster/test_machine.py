@@ -126,6 +126,25 @@ def test_nvidia_smi_is_asked_where_there_is_no_nvml_package(reports):
     assert host_facts.gpu_table() == TABLE and gpu_count() == 3
 
 
+@pytest.mark.parametrize("visible", ["0,99", "GPU-zzz", "99,0", "GPU-aaaa,MIG-x,GPU-zzz"])
+def test_a_device_that_the_driver_does_not_have_is_named(reports, monkeypatch, visible):
+    reports(pynvml=NO_PYNVML, smi=SMI)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    unknown = "99" if "99" in visible else "GPU-zzz"
+    with pytest.raises(ClusterError, match=f"CUDA_VISIBLE_DEVICES={visible}: .* has no device {unknown}, .*0 NVIDIA"):
+        gpu_count()
+    # nvidia-smi lists no MIG devices.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,MIG-x,GPU-cccc")
+    assert gpu_count() == 3
+
+
+def test_what_deepspeeds_launcher_sets_on_a_cpu_is_no_gpu(reports, monkeypatch):
+    reports(fake="no driver")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert gpu_count() == 0
+
+
 def test_no_driver_means_no_gpus(reports):
     reports(fake="no driver")
     assert host_facts.gpu_table() == "" and gpu_count() == 0

@@ -32,6 +32,11 @@ RANDOM = {"model_name_or_path": None, "tokenizer_name_or_path": "/tokenizer"}
             "and label_smoothing_factor = 0.1: transformers would compute another loss",
         ),
         (
+            {"training_args": {"parallelism_config": {"sp_size": 2}}},
+            "parallelism_config: hynb sets up the ranks itself; leave it out. For GPUs that share each sequence set "
+            "sequence_parallel_size",
+        ),
+        (
             {"sequence_parallel_size": 2, "training_args": {"average_tokens_across_devices": False}},
             "and average_tokens_across_devices = False: transformers would compute another loss",
         ),

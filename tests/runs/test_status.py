@@ -12,7 +12,7 @@ import pytest
 
 from hynb.errors import RunError
 from hynb.files import write_json
-from hynb.runs import ProcessId, RunReader, RunStatus, RunWriter
+from hynb.runs import ProcessId, RunReader, RunStatus, RunWriter, check_output_dir
 from hynb.runs.heartbeat import Phase
 from hynb.runs.status import STALE_HEARTBEAT_SECONDS
 
@@ -70,6 +70,19 @@ def test_a_process_of_another_host_is_as_alive_as_its_heartbeat(tmp_path):
     assert str(status_of(tmp_path)) == "running, step 3, saving"
     set_age(tmp_path / "heartbeat", STALE_HEARTBEAT_SECONDS)
     assert status_of(tmp_path).state == "failed"
+
+
+def test_a_recorded_end_outranks_the_fresh_heartbeat_of_another_host(tmp_path):
+    write_json(tmp_path / "launch.json", {"id": "second", "process": ELSEWHERE})
+    write_json(tmp_path / "status.json", {"state": "running", "process": ELSEWHERE})
+    write_json(tmp_path / "heartbeat", {"phase": "training", "global_step": 3})
+    end = {"state": "stopped", "exit_code": -9, "reason": "killed on request"}
+    write_json(tmp_path / "exit.json", end | {"id": "first"})
+    assert status_of(tmp_path).state == "running", "the record is of the launch before"
+    write_json(tmp_path / "exit.json", end | {"id": "second"})
+    status = status_of(tmp_path)
+    assert (str(status), status.exit_code) == ("stopped, step 3: killed on request", -9)
+    assert check_output_dir(tmp_path, overwrite=True, resuming=False) == []
 
 
 def test_a_clock_that_differs_from_the_disks_ends_no_run(tmp_path, monkeypatch):

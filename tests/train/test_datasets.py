@@ -42,8 +42,10 @@ def test_a_runs_rejected_lines_are_those_of_its_last_check(tokenizer, tmp_path, 
     path = write(tmp_path / "a.jsonl", sample("q"), {"messages": 3})
     config = Config(train_data_file=str(path), output_dir=str(tmp_path / "run"), on_bad_sample="skip")
     rejected = RunDir(config.output_dir).rejected
+    shown = []
     with caplog.at_level(logging.INFO, logger="hynb"):
-        assert check_datasets(config, tokenizer).summary["data_rejected"] == 1
+        assert check_datasets(config, tokenizer, shown.append).summary["data_rejected"] == 1
+    assert shown[0] == "train_data_file: 0 of 0 MB", "the status shows it"
     assert f"1 lines or samples are left out; they are kept in {rejected}" in caplog.messages
     assert len(rejected.read_text().splitlines()) == 1
     # The data is fixed before the run is resumed.

@@ -72,7 +72,12 @@ def test_peaks_of_gpus_as_the_driver_names_them():
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H20") == 148e12 and peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert peak_flops("NVIDIA B300 SXM6 AC") == 2250e12 and peak_flops("NVIDIA GB300") == 2500e12
+    assert peak_flops("NVIDIA A10G") == 70e12 and peak_flops("NVIDIA A10") == 125e12
+    assert peak_flops("NVIDIA RTX A6000") == 154.8e12
+    assert peak_flops("Tesla V100-SXM2-32GB") == 125e12 and peak_flops("Tesla V100-PCIE-16GB") == 112e12
     assert peak_flops("Tesla K80") is None
+    assert peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None, "a part of a GPU"
 
 
 def test_parameters_that_a_token_is_multiplied_by(shared):
