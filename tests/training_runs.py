@@ -175,6 +175,51 @@ def save_in_both_ways() -> None:
     RunTrainer.save_model = save_model
 
 
+def record_routers_in_float32() -> None:
+    """To be called in a rank before it begins: `routers.pt` in the run folder has the optimizer's weights of routers.
+
+    `optimizer`: those at the last save; `logits`: inputs, logits and weights of each router in the last step.
+    """
+    import torch
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from hynb.train import RunTrainer
+    from hynb.train.router_statistics import routers
+
+    step, save = RunTrainer.training_step, RunTrainer.save_model
+    seen: dict[str, Any] = {}
+
+    def weights(self: RunTrainer) -> list[torch.Tensor]:
+        model: Any = self.model
+        found = [router for _, router in routers(model, model.config.model_type)]
+        return [safe_get_full_fp32_param(next(router.parameters())).clone() for router in found]
+
+    def training_step(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        found = [router for _, router in routers(model, model.config.model_type)]
+        before, computed = weights(self), {}
+
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            logits = output if isinstance(output, torch.Tensor) else output[0]
+            hidden = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+            computed[module] = (hidden, logits.detach().reshape(len(hidden), -1))
+
+        hooks = [router.register_forward_hook(keep) for router in found]
+        result = step(self, *args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        seen["logits"] = [(*computed[router], weight) for router, weight in zip(found, before, strict=True)]
+        return result
+
+    def save_model(self: RunTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save(self, output_dir, _internal_call)
+        seen["optimizer"] = weights(self)
+        if self.args.should_save:
+            torch.save(seen, self.run_dir.path / "routers.pt")
+
+    RunTrainer.training_step, RunTrainer.save_model = training_step, save_model
+
+
 def fill_disk_of_rank_1() -> None:
     """To be called in a rank before it begins: rank 1 can write no weights."""
     import errno

@@ -223,4 +223,4 @@ def routers(model: nn.Module, model_type: str) -> list[tuple[str, nn.Module]]:
     router_class = family.router_class() if family else None
     if router_class is None:
         return []
-    return [(name, module) for name, module in model.named_modules() if type(module) is router_class]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, router_class)]

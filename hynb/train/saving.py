@@ -27,6 +27,7 @@ from hynb.errors import ModelError, RunError
 from hynb.files import INDEX_NAME, write_json
 from hynb.merge import DTYPE_BYTES, TORCH_DTYPES, TensorEntry, copy_range, file_header, write_at
 from hynb.train.byte_progress import ByteProgress
+from hynb.train.router_precision import optimizer_weights
 from hynb.train.router_statistics import routers
 from hynb.train.staging import PIECE_BYTES, Staging
 from hynb.train.stored_tensors import Part, stored_parts
@@ -46,6 +47,8 @@ class SavedTensor:
         copied: the base's tensor, where it is kept unchanged.
         parameter: otherwise the parameter or buffer of the model.
         begin: the tensor's first element in the flattened parameter.
+        start: the float32 tensor of the base with which the optimizer's float32 weight begins, and which is saved
+            from there; of trained routers alone, which are small.
     """
 
     name: str
@@ -54,6 +57,7 @@ class SavedTensor:
     copied: TensorEntry | None = None
     parameter: str = ""
     begin: int = 0
+    start: TensorEntry | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -128,6 +132,11 @@ def plan_shards(
     return [SavedShard(file=file, tensors=tuple(tensors)) for file, tensors in layout.items()]
 
 
+def trained_float32_routers(shards: Sequence[SavedShard]) -> dict[str, TensorEntry]:
+    """The base's float32 tensors of routers that are trained in a lower precision, by names of parameters."""
+    return {tensor.parameter: tensor.start for shard in shards for tensor in shard.tensors if tensor.start}
+
+
 def write_model(
     model: PreTrainedModel, shards: Sequence[SavedShard], folder: Path, *, shared: bool, progress: ByteProgress
 ) -> None:
@@ -140,6 +149,7 @@ def write_model(
         RunError: a rank cannot write; raised on all ranks, with the rank and its host.
     """
     rank = dist.get_rank()
+    values = dict(_values(model)) | optimizer_weights(model, trained_float32_routers(shards))
     with agreed(folder):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +157,7 @@ def write_model(
                 _create(folder / shard.file, shard)
     with agreed(folder):
         if shared or rank == 0 or _is_partitioned(model):
-            _Writer(model, shards, folder, shared=shared, progress=progress).write()
+            _Writer(values, shards, folder, shared=shared, progress=progress).write()
     # The index comes last: a folder without it is not a whole model.
     if rank == 0 and (len(shards) > 1 or shards[0].file != "model.safetensors"):
         weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
@@ -179,14 +189,14 @@ class _Writer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        values: Mapping[str, Any],
         shards: Sequence[SavedShard],
         folder: Path,
         *,
         shared: bool,
         progress: ByteProgress,
     ) -> None:
-        self._values = dict(_values(model))
+        self._values = values
         self._shards, self._folder, self._shared = shards, folder, shared
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._progress = progress
@@ -295,6 +305,7 @@ def _saved_tensors(
         for name, router in routers(model, model.config.model_type)
         for part, _ in router.named_parameters()
     }
+    exact = trained & of_routers if training_dtype != torch.float32 else set()
     found: dict[str, SavedTensor] = {}
     values = dict(_values(model))
     for name, pieces in parts.items():
@@ -317,6 +328,7 @@ def _saved_tensors(
                 shape=shapes[part.stored],
                 parameter=name,
                 begin=part.at,
+                start=entry if part.stored in float32 and name in exact else None,
             )
     return found
 

@@ -4,6 +4,10 @@ A rank holds a part of the positions of a row. Attention alone needs the others:
 all positions for its share of the heads. Nothing else of DeepSpeed or accelerate knows of it: to the engine, which
 averages gradients over all ranks, the parts are micro-batches of their own, whose losses are divided by the labels of
 all ranks.
+
+The Trainer's own way (`sp_backend="deepspeed"` of accelerate's parallelism) is not used: with transformers 5.23.0 and
+DeepSpeed 0.19.8, on two ranks, the gradient norm is doubled under ZeRO-2, a run that is resumed in the middle of an
+epoch fails in `skip_first_batches`, and an evaluation fails where there are more ranks than key and value heads.
 """
 
 from __future__ import annotations

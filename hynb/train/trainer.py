@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import time
@@ -23,8 +24,9 @@ from hynb.train.checkpoint import copy_model_files, write_base_identity
 from hynb.train.model import count_parameters
 from hynb.train.node_local import NodeLocalFolders
 from hynb.train.pace import Pace
+from hynb.train.router_precision import TrainedRouters
 from hynb.train.router_statistics import RouterWatch
-from hynb.train.saving import SavedShard, write_model
+from hynb.train.saving import SavedShard, trained_float32_routers, write_model
 from hynb.train.sealing import finish, seal
 from hynb.train.sequence_parallel import TOKEN_MASK, RowParts
 from hynb.train.stop_flag import StopFlag
@@ -98,6 +100,11 @@ class RunTrainer(Trainer):
         self._times_optimizer = False
         self._save_seconds: dict[str, float] = {}
         self._settings: list[dict[str, Any]] = []
+        model: Any = self.model
+        if starts := trained_float32_routers(shards):
+            self.add_callback(TrainedRouters(model, starts))
+        if not self.is_lora:
+            allow_missing_frozen(model)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -356,6 +363,10 @@ class RunTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         started = time.monotonic()
+        engine: Any = self.deepspeed
+        # The weight files have what is not trained; the Trainer leaves it out of adapters' checkpoints alone.
+        if engine is not None and not isinstance(engine.save_checkpoint, functools.partial):
+            engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
         super()._save_optimizer_and_scheduler(output_dir)
         self._save_seconds["optimizer"] = round(time.monotonic() - started, 2)
 
@@ -453,12 +464,26 @@ class RunCallback(TrainerCallback):
             )
 
 
+def allow_missing_frozen(model: torch.nn.Module) -> None:
+    """Lets DeepSpeed load module states without weights that are not trained, which the model has from its base."""
+    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+
+    def forget(_: torch.nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+    if frozen:
+        model.register_load_state_dict_post_hook(forget)
+
+
 def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of a checkpoint's weights, and of what only a resume needs."""
-    sizes = {"weights": 0, "optimizer": 0}
+    """Bytes of a checkpoint's weights, of DeepSpeed's two parts, which only a resume needs, and of all else."""
+    sizes = {"weights": 0, "module states": 0, "optimizer": 0, "other": 0}
+    # The names are DeepSpeed's (0.19.8, runtime/engine.py `_get_ckpt_name` and `_get_zero_ckpt_name`).
+    parts = {".safetensors": "weights", "_model_states.pt": "module states", "_optim_states.pt": "optimizer"}
     for path in checkpoint.rglob("*"):
         if path.is_file():
-            sizes["weights" if path.suffix == ".safetensors" else "optimizer"] += path.stat().st_size
+            part = next((part for end, part in parts.items() if path.name.endswith(end)), "other")
+            sizes[part] += path.stat().st_size
     return sizes
 
 
@@ -468,9 +493,10 @@ def checkpoint_bytes(model: torch.nn.Module, *, saved_bytes: int) -> int:
     Args:
         saved_bytes: of the weights or of the adapter.
     """
-    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and
-    # DeepSpeed's own checkpoint holds the module's weights a second time.
-    return 2 * saved_bytes + count_parameters(model)["trainable_parameters"] * 12
+    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and under
+    # ZeRO-1 and 2 DeepSpeed's own checkpoint holds the trained weights a second time.
+    item_bytes = max((weight.element_size() for weight in model.parameters() if weight.requires_grad), default=0)
+    return saved_bytes + count_parameters(model)["trainable_parameters"] * (12 + item_bytes)
 
 
 def check_disk(output_dir: Path, model: torch.nn.Module, *, saved_bytes: int) -> None:

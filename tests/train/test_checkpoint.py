@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from adapters import load_tensors
 from peft import PeftModel
 from reference_model import logits as reference_logits
 from safetensors.torch import load_file
@@ -180,3 +181,23 @@ def test_another_world_size_is_refused_on_resume(case, tmp_path, files, ranks):
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     done = ranks.run(tmp_path / "run.yaml")
     assert done.returncode == 2 and "world_size = 2, this run has 1" in done.stderr
+
+
+@pytest.mark.parametrize("preset", ["ds_zero2_no_offload", "ds_zero3_no_offload"])
+def test_module_states_have_no_weights_that_are_not_trained(preset, files, ranks, tmp_path):
+    values = {"deepspeed": preset, "train_attention_params_only": True, "bf16": True}
+    whole = ranks.train(config_of(files, "hy_v3", tmp_path / "whole", **values))
+    middle = whole.dir.checkpoint(SAVED)
+    states = [torch.load(path, weights_only=False) for path in sorted(middle.rglob("*_model_states.pt"))]
+    assert states
+    for state in states:
+        assert any(".self_attn." in name for name in state["module"])
+        # DeepSpeed leaves out one name of the tied embedding.
+        others = {*state["buffer_names"], "lm_head.weight"}
+        assert not [name for name in state["module"] if ".self_attn." not in name and name not in others]
+        assert not state.get("frozen_param_fragments")
+    values |= {"model_name_or_path": None, "resume_from_checkpoint": str(middle)}
+    resumed = ranks.train(config_of(files, "hy_v3", tmp_path / "resumed", **values))
+    assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > SAVED}
+    ours, theirs = (load_tensors(run.checkpoints()[-1]) for run in (whole, resumed))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -62,8 +62,15 @@ def test_events_of_two_ranks(files, ranks, tmp_path):
     assert logs[-1]["tokens"] > logs[0]["tokens"] > 0
     for event in [event for event in run.events() if event["kind"] == "save"]:
         checkpoint = Path(run.output_dir, event["path"])
-        assert event["bytes_by_part"]["weights"] == (checkpoint / "model.safetensors").stat().st_size
-        assert event["bytes_by_part"]["optimizer"] > event["bytes_by_part"]["weights"]
+        sizes = event["bytes_by_part"]
+        assert sizes["weights"] == (checkpoint / "model.safetensors").stat().st_size
+        for part, end in (("module states", "_model_states.pt"), ("optimizer", "_optim_states.pt")):
+            files_of_ranks = list(checkpoint.rglob(f"*{end}"))
+            assert len(files_of_ranks) == 2, "one of each rank"
+            assert sizes[part] == sum(path.stat().st_size for path in files_of_ranks)
+        assert sizes["optimizer"] > 2 * sizes["weights"], "a float32 weight and two moments of each parameter"
+        assert sum(sizes.values()) == sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        assert 0 < sizes["other"] < 1e7
         assert event["seconds_by_part"].keys() == {"weights", "optimizer"}
 
 

@@ -88,3 +88,42 @@ def test_losses_of_zero2_and_zero3_agree_in_bf16(family, released, files, ranks,
     two, three = found.values()
     assert two == pytest.approx(three, rel=2 * BF16_STEP)
     assert sum(two[-5:]) < sum(two[:5]) - 0.1
+
+
+@pytest.mark.parametrize("preset", ["ds_zero2_no_offload", "ds_zero3_no_offload"])
+@pytest.mark.parametrize("family", MOE)
+def test_trained_routers_are_float32(family, preset, released, files, ranks, tmp_path):
+    base = released(family)
+    values = {
+        "deepspeed": preset,
+        "bf16": True,
+        "learning_rate": 1e-5,
+        "min_lr": 1e-6,
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    values |= {"model_name_or_path": str(base)}
+    run = ranks.train(
+        config_of(files, family, tmp_path / "run", **values), before="training_runs:record_routers_in_float32"
+    )
+    before = {name: weight for name, weight in load_tensors(base).items() if re.search(r"gate\.(wg\.)?weight", name)}
+    masters = torch.load(tmp_path / "run" / "routers.pt")
+    assert len(before) > 1 and len(masters["optimizer"]) == len(masters["logits"]) == len(before)
+    saved = load_tensors(run.checkpoints()[-1])
+    for (name, start), weight in zip(sorted(before.items()), masters["optimizer"], strict=True):
+        assert saved[name].dtype == torch.float32 and torch.equal(saved[name], weight), name
+        assert not torch.equal(weight, weight.bfloat16().float())
+        # Four steps of Adam at this rate: nearer to the base's float32 weight than to its rounding in bf16.
+        assert 0 < (weight - start).abs().max() <= 4.1e-5
+        assert (start.bfloat16().float() - start).abs().max() > 1e-4
+    # What the routers computed in the last step is from the weights before it, of which there is no other copy.
+    for hidden, logits, weight in masters["logits"]:
+        torch.testing.assert_close(logits, hidden.float() @ weight.T, rtol=1e-6, atol=1e-6)
+
+    whole = losses(run)
+    middle = run.dir.checkpoint(2)
+    values |= {"resume_from_checkpoint": str(middle), "model_name_or_path": None}
+    resumed = ranks.train(config_of(files, family, tmp_path / "resumed", **values))
+    assert losses(resumed) == {step: loss for step, loss in whole.items() if step > 2}
+    again = load_tensors(resumed.checkpoints()[-1])
+    assert all(torch.equal(again[name], saved[name]) for name in before)
