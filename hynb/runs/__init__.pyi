@@ -34,4 +34,5 @@ from .integrity import file_digests as file_digests
 from .integrity import flush as flush
 from .records import read_record as read_record
 from .status import RunStatus as RunStatus
+from .watchdog import name_ranks as name_ranks
 from .watchdog import watchdog_abort as watchdog_abort

@@ -111,6 +111,12 @@ _FIELDS: dict[str, Mapping[str, _Check]] = {
     | {"saved_at": _NUMBER, "loss": _or_null(_NUMBER), "made_with": _is_a("an object", dict)},
     "base_identity.json": {"path": _TEXT, "hash": _TEXT, "weight_bytes": _COUNT, "values": _TEXT},
 }
+
+
+def _ranks(value: Any) -> str:
+    return "" if isinstance(value, list) and not any(map(_COUNT, value)) else "a list of integers"
+
+
 _FAILURE = {"rank": _COUNT, "host": _TEXT, "time": _NUMBER, "reason": _TEXT}
 _NEEDED = {
     "status.json": ("state",),
@@ -136,7 +142,7 @@ def read_failure(path: Path) -> dict[str, Any] | None:
     Raises:
         RunError: as `read_record`.
     """
-    return _checked(path, _FAILURE, tuple(_FAILURE))
+    return _checked(path, _FAILURE | {"late": _ranks}, tuple(_FAILURE))
 
 
 def _checked(path: Path, fields: Mapping[str, _Check], needed: tuple[str, ...]) -> dict[str, Any] | None:

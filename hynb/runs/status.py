@@ -169,6 +169,8 @@ def _failure(run_dir: RunDir) -> str:
     if abort:
         # What ranks report that have waited in vain comes of that.
         causes = [failure for failure in causes if failure["rank"] not in abort.waiting]
+    if causes and causes[0].get("late"):
+        return causes[0]["reason"]
     if causes:
         return f"rank {causes[0]['rank']} on {causes[0]['host']}: {causes[0]['reason']}"
     if abort:

@@ -82,11 +82,11 @@ def watchdog_abort(run_dir: RunDir, hosts: Sequence[tuple[str, int]] = ()) -> Wa
     longest = max(waits.values(), key=lambda wait: wait.seconds)
     if late:
         reason = (
-            f"{_named(late, names)} did not come in time{limit} to where the other ranks waited, {during}: "
+            f"{name_ranks(late, names)} did not come in time{limit} to where the other ranks waited, {during}: "
             f"NCCL's watchdog gave up {longest} after {longest.seconds:.0f} seconds"
         )
     elif len({wait.place for wait in waits.values()}) > 1:
-        where = "; ".join(f"{_named(ranks, names)} in {wait}" for wait, ranks in _by_place(waits))
+        where = "; ".join(f"{name_ranks(ranks, names)} in {wait}" for wait, ranks in _by_place(waits))
         reason = (
             f"the ranks waited for each other in different operations, {during}, until NCCL's watchdog gave up after "
             f"{longest.seconds:.0f} seconds{limit}: {where}"
@@ -98,6 +98,22 @@ def watchdog_abort(run_dir: RunDir, hosts: Sequence[tuple[str, int]] = ()) -> Wa
             "`hynb preflight`, or launch with NCCL_DEBUG=INFO"
         )
     return WatchdogAbort(late=late, waiting=tuple(sorted(waits)), reason=reason)
+
+
+def name_ranks(ranks: Iterable[int], hosts: Sequence[str] = ()) -> str:
+    """Ranks, with the host of each where it is known.
+
+    Args:
+        hosts: the host of each rank; empty where they are not known.
+    """
+    of_host: dict[str, list[int]] = {}
+    for rank in ranks:
+        of_host.setdefault(hosts[rank] if rank < len(hosts) else "", []).append(rank)
+    texts = []
+    for host, theirs in of_host.items():
+        numbers = ", ".join(map(str, theirs))
+        texts.append(f"rank {numbers} on {host}" if host else f"rank {numbers}")
+    return " and ".join(texts)
 
 
 def _phase(run_dir: RunDir) -> tuple[str, str]:
@@ -167,19 +183,3 @@ def _by_place(waits: Mapping[int, _Wait]) -> list[tuple[_Wait, list[int]]]:
         found.setdefault(wait.place, []).append(rank)
     ordered = sorted(found.values(), key=lambda waiting: waits[waiting[0]].number)
     return [(waits[waiting[0]], waiting) for waiting in ordered]
-
-
-def _named(ranks: Iterable[int], hosts: Sequence[str]) -> str:
-    """Ranks, with the host of each where it is known.
-
-    Args:
-        hosts: the host of each rank.
-    """
-    of_host: dict[str, list[int]] = {}
-    for rank in ranks:
-        of_host.setdefault(hosts[rank] if rank < len(hosts) else "", []).append(rank)
-    texts = []
-    for host, theirs in of_host.items():
-        numbers = ", ".join(map(str, theirs))
-        texts.append(f"rank {numbers} on {host}" if host else f"rank {numbers}")
-    return " and ".join(texts)

@@ -20,7 +20,7 @@ from typing import Any
 
 from hynb.cluster import Ssh
 from hynb.files import write_json
-from hynb.runs import RunDir, RunReader, RunWriter, watchdog_abort
+from hynb.runs import RunDir, RunReader, RunWriter, name_ranks, watchdog_abort
 from hynb.supervision.connections import Connections, Node
 from hynb.supervision.logs import LaunchLogs
 from hynb.supervision.membership import Membership
@@ -401,14 +401,27 @@ class Supervisor:
             # What ranks report that have waited in vain comes of that.
             reports = [record for record in reports if record["rank"] not in abort.waiting]
         if reports:
-            rank = reports[0]["rank"]
-            host = self._nodes[self._membership.node_of(rank)].name
-            return Cause(reason=f"rank {rank} on {host}: {reports[0]['reason']}", host=host, rank=rank, weight=2)
+            return self._reported_cause(reports[0])
         if abort:
             rank = next(iter(abort.late), None)
-            host = None if rank is None else self._nodes[self._membership.node_of(rank)].name
+            host = None if rank is None else self._host_of(rank)
             return Cause(reason=abort.reason, host=host, rank=rank, weight=2)
         return cause
+
+    def _reported_cause(self, record: dict[str, Any]) -> Cause:
+        """The cause that a rank recorded, which may be that other ranks were late."""
+        reason, late = record["reason"], record.get("late") or []
+        rank = late[0] if late else record["rank"]
+        host = self._host_of(rank)
+        if late:
+            hosts = [name for name, count in self._membership.hosts for _ in range(count)]
+            reason = reason.replace(name_ranks(late), name_ranks(late, hosts), 1)
+        else:
+            reason = f"rank {rank} on {host}: {reason}"
+        return Cause(reason=reason, host=host, rank=rank, weight=2)
+
+    def _host_of(self, rank: int) -> str:
+        return self._nodes[self._membership.node_of(rank)].name
 
     def _all_failures(self) -> list[dict[str, Any]]:
         """The ranks' records, in the order in which they arrived, before those that are in the run folder alone."""

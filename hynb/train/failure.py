@@ -15,7 +15,7 @@ from typing import Any
 from hynb.errors import HynbError
 from hynb.files import write_json
 from hynb.plan import zero
-from hynb.runs import RunDir, RunReader, RunWriter
+from hynb.runs import RunDir, RunReader, RunWriter, name_ranks
 
 # Time that the other ranks of a host leave rank 0 to report a mistake before the launcher ends it.
 _GRACE_SECONDS = 5.0
@@ -36,12 +36,14 @@ class Failure:
         reason: for the status of the run.
         lines: for the rank's output.
         lost_connection: the rank failed only because another one had ended.
+        late: the ranks for which this one has waited in vain.
     """
 
     reason: str
     lines: list[str]
     exit_code: int
     lost_connection: bool = False
+    late: tuple[int, ...] = ()
 
 
 def describe(error: Exception, phase: str = "") -> Failure:
@@ -53,13 +55,15 @@ def describe(error: Exception, phase: str = "") -> Failure:
     if isinstance(error, HynbError):
         lines = [f"hynb: {problem}" for problem in error.problems]
         return Failure(reason=str(error), lines=lines, exit_code=error.exit_code)
-    hint = _late(error, phase) or _hint(error)
+    late = _late_ranks(error)
+    hint = _hint(error) if late is None else _late_text(late, phase)
     lines = "".join(traceback.format_exception(error)).splitlines()
     return Failure(
         reason=hint or f"{type(error).__name__}: {error}",
         lines=[*lines, f"hynb: {hint}"] if hint else lines,
         exit_code=1,
         lost_connection=not hint and any(text in str(error) for text in _LOST_CONNECTION),
+        late=tuple(late or ()),
     )
 
 
@@ -91,7 +95,7 @@ def report_failure(
     with contextlib.suppress(OSError):
         print("\n".join(failure.lines), file=sys.stderr, flush=True)
     record = {"rank": rank, "host": socket.gethostname(), "time": time.time(), "reason": failure.reason}
-    record |= {"exit_code": failure.exit_code, "lost_connection": failure.lost_connection}
+    record |= {"exit_code": failure.exit_code, "lost_connection": failure.lost_connection, "late": failure.late}
     if registry is not None:
         with contextlib.suppress(OSError):
             write_json(registry / _record_name(rank), record)
@@ -114,18 +118,19 @@ def _record(failure: Failure, record: dict[str, Any], run_dir: RunDir) -> None:
         RunWriter(run_dir.path).status("failed", exit_code=failure.exit_code, reason=failure.reason, **steps)
 
 
-def _late(error: Exception, phase: str) -> str:
-    """For which ranks this one has waited in vain; empty for any other error."""
+def _late_ranks(error: Exception) -> list[int] | None:
+    """The ranks for which this one has waited in vain, as far as they are known; None for any other error."""
     if "torch" not in sys.modules:
-        return ""
+        return None
     from hynb.train.timeouts import is_timeout, late_ranks
 
-    if not is_timeout(error):
-        return ""
-    late = late_ranks()
-    who = f"rank {', '.join(map(str, late))}" if late else "another rank"
+    return late_ranks() if is_timeout(error) else None
+
+
+def _late_text(late: list[int], phase: str) -> str:
+    who = name_ranks(late) or "another rank"
     parameter = "save_timeout_minutes" if phase.startswith("saving") else "collective_timeout_minutes"
-    return f"{who} did not come in time ({parameter}) to where this rank waited for it, {phase or 'in a run'}"
+    return f"{who} did not come in time ({parameter}) to where the other ranks waited, {phase or 'in a run'}"
 
 
 def _hint(error: Exception) -> str:

@@ -111,6 +111,18 @@ def test_a_frozen_rank_and_a_killed_guard_end_the_run(files, tmp_path):
     until(lambda: nothing_left(frozen), frozen, 30)
 
 
+def test_a_rank_that_is_late_under_gloo_is_the_one_that_is_named(files, tmp_path):
+    run = launch(config_of(files, tmp_path / "run", silence_timeout_seconds=3600, collective_timeout_minutes=0.25))
+    until_trains(run)
+    (rank,) = processes(run, "--local_rank=1")
+    rank.send_signal(signal.SIGSTOP)
+    status = run.wait(timeout_seconds=120)
+    assert (status.state, status.host, status.rank) == ("failed", HOST, 1), status
+    assert status.reason.startswith(f"rank 1 on {HOST} did not come in time (collective_timeout_minutes) to where")
+    end = json.loads(run.dir.exit.read_text())
+    assert (end["host"], end["rank"]) == (HOST, 1)
+
+
 def test_a_rank_that_nccls_watchdog_aborts_is_not_the_cause_but_the_one_that_was_late(files, tmp_path, monkeypatch):
     """Rank 1 prints what NCCL's watchdog prints, and dies as a rank on a GPU would: in a thread, by SIGABRT."""
     (tmp_path / "messages").write_text(waited(1, 78, "BROADCAST"))
@@ -248,6 +260,29 @@ def test_the_command_to_type_chooses_the_users_devices(files, tmp_path, monkeypa
     assert (found is not None) == (world is not None)
     if found is not None:
         assert json.loads(base64.urlsafe_b64decode(found[1])) == {HOST: world}
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="on a GPU an optimizer in host memory is compiled")
+def test_ranks_on_the_cpu_need_no_compiler(files, tmp_path, monkeypatch):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for program in folder.iterdir() if folder.is_dir() else ():
+            if "++" not in program.name and not (programs / program.name).exists():
+                (programs / program.name).symlink_to(program)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert shutil.which("c++") is None
+    run = launch(config_of(files, tmp_path / "run", deepspeed="ds_zero3_offload", max_steps=1))
+    status = run.wait(timeout_seconds=240)
+    assert status.state == "finished", status
+
+
+def test_too_many_ranks_for_the_chosen_devices_are_refused(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(ClusterError, match="num_processes = 2: CUDA_VISIBLE_DEVICES=4 shows 1 GPU; set it to 1"):
+        make_plan(config_of(files, tmp_path / "run", num_processes=2))
 
 
 def test_more_slots_than_chosen_devices_are_refused(files, tmp_path, monkeypatch):

@@ -48,12 +48,12 @@ def test_a_save_may_take_longer_than_a_step(run):
         (
             "slow_step_of_rank_1",
             {"collective_timeout_minutes": SHORT, "save_timeout_minutes": LONG},
-            "(collective_timeout_minutes) to where this rank waited for it, training at step 0",
+            "(collective_timeout_minutes) to where the other ranks waited, training at step 0",
         ),
         (
             "slow_save_of_rank_1",
             {"collective_timeout_minutes": LONG, "save_timeout_minutes": SHORT},
-            "(save_timeout_minutes) to where this rank waited for it, saving at step 1",
+            "(save_timeout_minutes) to where the other ranks waited, saving at step 1",
         ),
     ],
     ids=["training", "saving"],
@@ -63,7 +63,7 @@ def test_the_rank_that_is_late_is_named_with_the_phase(run, before, limits, wher
     assert done.returncode == 1
     status = ended.status()
     assert status.state == "failed"
-    assert status.reason == f"rank 0 on {status.reason.split()[3].rstrip(':')}: rank 1 did not come in time {where}"
+    assert status.reason == f"rank 1 did not come in time {where}"
     assert not ended.checkpoints()
 
 
