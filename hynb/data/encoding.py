@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hynb.data.files import Conversation
+from hynb.data.ignored import ignored_fields, is_asked_as_trained, switch_problem
 from hynb.data.message_forms import THOUGHT_FIELDS
 from hynb.data.pieces import (
     DEFAULT,
@@ -218,16 +219,24 @@ def template_arguments(
     chosen = conversation.replaced(arguments=meaningful)
     ignored: list[str] = []
     if not checked and (meaningful or any(message.keys() - _PLAIN_FIELDS for message in conversation.messages)):
-        ignored = [name for name in template.ignored_fields(chosen) if not _is_redundant(name, chosen)]
+        ignored = [name for name in ignored_fields(template, chosen) if not _is_redundant(name, chosen)]
+        asked = [name for name in ignored if is_asked_as_trained(template, chosen, name)]
+        ignored = [name for name in ignored if name not in asked]
         if ignored and not options.allow_ignored_fields:
             if problem := _result_problem(conversation, ignored):
                 raise DataError(f"{conversation.source}: {problem}")
+            if "enable_thinking" in ignored and (problem := switch_problem(template, chosen)):
+                raise DataError(
+                    f"{conversation.source}: the chat template does not render {problem}, remove enable_thinking, or "
+                    "set allow_ignored_fields: true to train without it"
+                )
             raise DataError(
                 f"{conversation.source}: the chat template does not render {', '.join(ignored)}, so the model would "
                 "not learn from it: use a model whose template does, remove it from the data, or set "
                 "allow_ignored_fields: true to train without it"
             )
         _check_what_is_left(conversation, ignored)
+        ignored += [f"{name} (in the prompt alone)" for name in asked]
     return conversation.replaced(arguments=read), ignored, unknown
 
 

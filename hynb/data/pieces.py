@@ -50,7 +50,8 @@ class Prepared:
     Args:
         segments: its token ids in order, so far as they are known.
         texts: those that are still to be tokenised, one for each segment without ids.
-        ignored: fields that the template does not render, where `allow_ignored_fields` is on.
+        ignored: fields that the template does not render, where `allow_ignored_fields` is on, and arguments that
+            change the prompt alone.
         unknown: the record's keys that nothing reads.
         shortened: number of answers that the template shortens.
         spelled: whether a message spells a special token.

@@ -30,6 +30,8 @@ _KEYS = {
     "conversations": {"conversations", "system"},
     "instruction": {"instruction", "input", "output", "system", "history"},
 }
+# Fields of messages that are texts, where an empty one is the same as none.
+_TEXT_FIELDS = (*THOUGHT_FIELDS, "name", "tool_call_id")
 # Unicode 23.7: not for text; the template's rendering is traced with some of them.
 _NONCHARACTERS = {chr(code) for code in range(0xFDD0, 0xFDF0)}
 
@@ -190,7 +192,11 @@ def _normalised(message: Any) -> Any:
     """A message without empty fields, with OpenAI's older and fine-tuning fields in their current form."""
     if not isinstance(message, dict):
         return message
-    kept = {key: value for key, value in message.items() if value is not None and (value != [] or key == "content")}
+    kept = {
+        key: value
+        for key, value in message.items()
+        if value is not None and (value != [] or key == "content") and (value != "" or key not in _TEXT_FIELDS)
+    }
     if "content" in message:
         kept["content"] = message["content"]
     if isinstance(call := kept.get("function_call"), dict) and "tool_calls" not in kept:
@@ -339,7 +345,7 @@ def _calls_problem(message: dict[str, Any]) -> str:
 
 def _type_problem(message: dict[str, Any]) -> str:
     """Fields of a message that have to be text and are not."""
-    for name in (*THOUGHT_FIELDS, "name", "tool_call_id"):
+    for name in _TEXT_FIELDS:
         if not isinstance(message.get(name), (str, type(None))):
             return f"{name} must be text, and is {_short(message[name])} ({_kind(message[name])})"
     return ""

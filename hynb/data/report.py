@@ -64,7 +64,8 @@ class DataReport:
         answers: for each sample, the number of the answer that ends it under `split_turns`; else 0.
         line_indices: index of each sample among all lines.
         unknown_keys: for each key of records that nothing reads, the number of samples with it.
-        ignored_fields: the same for fields that the template does not render, under `allow_ignored_fields`.
+        ignored_fields: the same for fields that the template does not render, under `allow_ignored_fields`, and for
+            arguments that change the prompt alone.
         from_cache: whether this is the stored result of an earlier check.
         tokens: the file with the token ids and labels of all samples, in order; None if they are not kept.
         tokens_note: why they are not kept.

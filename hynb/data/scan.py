@@ -20,12 +20,13 @@ import numpy as np
 from hynb.data.cache import release_inherited_locks
 from hynb.data.dataset import ChatDataset
 from hynb.data.encoding import answer_count, encode_together, prepare, up_to_answer
+from hynb.data.end_tokens import NoEndTokenError
 from hynb.data.files import Conversation
 from hynb.data.pieces import Prepared
 from hynb.data.records import excerpt, parse_line
 from hynb.data.report import COLUMNS as REPORTED
 from hynb.data.report import Rejected
-from hynb.data.template import ChatTemplate, NoEndTokenError
+from hynb.data.template import ChatTemplate
 from hynb.data.tokens import TokenWriter, marked
 from hynb.errors import DataError
 

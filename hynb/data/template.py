@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import jinja2
 
 from hynb.data.compared import UntraceableError, compared_spans
 from hynb.data.contents import THOUGHT, change_of, has_content, is_without_thought
+from hynb.data.end_tokens import NoEndTokenError, end_of, end_token
 from hynb.data.files import Conversation
 from hynb.data.jinja_trace import TRAINING_TIME, Traced, TracedTemplate
 from hynb.data.message_forms import THOUGHT_FIELDS, Messages, message_forms, plain_message
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 # Variables of a template that are not taken from a record.
 _OWN_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "is_training", "documents"})
 # The record's own time, for templates that write the present one by calling `strftime_now`.
-_TIME_ARGUMENT, _OTHER_TIME = "current_time", "1999-12-31"
+TIME_ARGUMENT = "current_time"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -62,10 +63,6 @@ class Features:
     thoughts: bool
     arguments: tuple[str, ...]
     end_tokens: tuple[str, ...]
-
-
-class NoEndTokenError(DataError):
-    """An answer that the chat template ends with no end token."""
 
 
 class ChatTemplate:
@@ -108,7 +105,7 @@ class ChatTemplate:
     def record_arguments(self) -> frozenset[str]:
         """Names that a record may set beside its messages, `tools` included."""
         known = self._template.arguments - _OWN_ARGUMENTS - self._special_tokens.keys()
-        return known | {_TIME_ARGUMENT} if self._template.writes_time else known
+        return known | {TIME_ARGUMENT} if self._template.writes_time else known
 
     @property
     def written_time(self) -> str:
@@ -117,9 +114,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def end_tokens(self) -> frozenset[str]:
-        """Texts of the special tokens that end an answer; empty if the template ends answers with none."""
+        """Texts of the tokens that end an answer; empty if the template ends answers with none."""
         call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
-        found: set[str] = set()
+        found: list[str] = []
         # Some templates end an answer that calls a tool with another token.
         for answer in ({"content": "…"}, {"content": "", "tool_calls": [call]}):
             exchange = [{"role": "user", "content": "…"}, {"role": "assistant", **answer}]
@@ -130,10 +127,10 @@ class ChatTemplate:
             span = traced.spans[-1]
             # A template may end the last answer behind its loop.
             tails = [traced.text[span[0] : span[1]], traced.text[span[0] :]] if span else [traced.text]
-            run = next(filter(None, map(self._trailing_tokens, tails)), [])
-            if run and run[0].start() > 0:
-                found.add(run[0][0])
-        return frozenset(found | ({self._eos} if found and self._eos else set()))
+            preferred = [*([self._eos] if self._eos else []), *found]
+            if text := end_token(tails, self.added, self.special_texts, preferred):
+                found.append(text)
+        return frozenset([*found, *([self._eos] if found and self._eos else [])])
 
     @functools.cached_property
     def never_ends(self) -> bool:
@@ -176,30 +173,9 @@ class ChatTemplate:
         """
         plain = [{**self._broken(plain_message(message)), "role": message["role"]} for message in messages]
         given = {**self._special_tokens, "tools": None, "documents": None, **self._broken(dict(arguments))}
-        if self._template.writes_time and not given.get(_TIME_ARGUMENT):
-            given[_TIME_ARGUMENT] = datetime.now().isoformat()
+        if self._template.writes_time and not given.get(TIME_ARGUMENT):
+            given[TIME_ARGUMENT] = datetime.now().isoformat()
         return self._trace(plain, {**given, "add_generation_prompt": True}, source).text
-
-    def ignored_fields(self, conversation: Conversation) -> list[str]:
-        """Fields of a record that its rendering does not depend on, such as `tools` or `messages[].name`.
-
-        Raises:
-            DataError: the template refuses the conversation.
-        """
-        turns, rendering = self._rendered_turns(conversation.messages, conversation)
-        learned = self._rendering(conversation)
-        found = []
-        for name in conversation.arguments:
-            rest = {key: value for key, value in conversation.arguments.items() if key != name}
-            # The value may be the template's default, so that another one is tried as well.
-            value = _OTHER_TIME if name == _TIME_ARGUMENT else _other(conversation.arguments[name])
-            others = [rest, rest | {name: value}]
-            if all(self._rendering(conversation.replaced(arguments=other)) == learned for other in others):
-                found.append(name)
-        for name in sorted({name for message in conversation.messages for name in message}):
-            if name not in ("role", "content", "train") and self._ignores(conversation, name, turns, rendering):
-                found.append(f"messages[].{name}")
-        return found
 
     def shortened_turns(self, conversation: Conversation) -> list[int]:
         """Indices of answers that the template renders in another way than if they were the last message."""
@@ -208,11 +184,13 @@ class ChatTemplate:
         plain = [plain_message(message) for message in messages]
         if answers < 2 or (not conversation.arguments and self.is_simple(plain)):
             return []
-        whole, _ = self._rendered_turns(messages, conversation)
+        whole, _ = self.rendered_turns(messages, conversation)
         found = []
         for index, message in enumerate(messages[:-1]):
-            if message["role"] == "assistant" and self._may_be_shortened(message):
-                alone = self._rendered_turns(messages[: index + 1], conversation)[0][index]
+            # With this switch the template may write an empty thought in the last answer alone.
+            may_be = "enable_thinking" in conversation.arguments or self._may_be_shortened(message)
+            if message["role"] == "assistant" and may_be:
+                alone = self.rendered_turns(messages[: index + 1], conversation)[0][index]
                 if (whole[index] or "").strip() != (alone or "").strip():
                     found.append(index)
         return found
@@ -254,44 +232,7 @@ class ChatTemplate:
             end_tokens=tuple(sorted(self.end_tokens)),
         )
 
-    def _ignores(self, conversation: Conversation, name: str, turns: Sequence[str | None], text: str) -> bool:
-        """Whether some message has a field that its own part of the rendering does not depend on."""
-        messages = conversation.messages
-        without = [{key: value for key, value in message.items() if key != name} for message in messages]
-        variants = [without]
-        if name == "tool_calls":
-            # Each of several calls has to be there.
-            variants.append(
-                [
-                    message | {name: message[name][:1]} if len(message.get(name) or ()) > 1 else message
-                    for message in messages
-                ]
-            )
-        for others in variants:
-            try:
-                changed, changed_text = self._rendered_turns(others, conversation)
-            except DataError:
-                continue
-            for index, (message, other) in enumerate(zip(messages, others, strict=True)):
-                if message == other or turns[index] != changed[index]:
-                    continue
-                # A message that is written outside of a loop, and the thought of an earlier answer.
-                if turns[index] is None and changed_text != text:
-                    continue
-                if message["role"] != "assistant" or not self._is_rendered_alone(conversation, index, other):
-                    return True
-        return False
-
-    def _is_rendered_alone(self, conversation: Conversation, index: int, other: Mapping[str, Any]) -> bool:
-        """Whether a message is rendered differently from another one where it is the last of the conversation."""
-        before = conversation.messages[:index]
-        _, one = self._rendered_turns([*before, conversation.messages[index]], conversation)
-        try:
-            return one != self._rendered_turns([*before, other], conversation)[1]
-        except DataError:
-            return True
-
-    def _rendering(self, conversation: Conversation) -> str:
+    def rendering(self, conversation: Conversation) -> str:
         """The text up to the end of the last answer: on what follows it no answer depends."""
         messages = [plain_message(message) for message in conversation.messages]
         try:
@@ -307,8 +248,26 @@ class ChatTemplate:
         except DataError:
             return traced.text[: span[1]]
 
-    def _rendered_turns(self, messages: Messages, conversation: Conversation) -> tuple[list[str | None], str]:
-        """What the template writes for each message, and the whole text."""
+    def asked(self, conversation: Conversation, index: int) -> tuple[str, str]:
+        """What a record's arguments have the model continue for an answer, and the text that is trained as that.
+
+        Args:
+            index: the answer's, of the messages.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        messages = [plain_message(message) for message in conversation.messages[: index + 1]]
+        arguments, source = self._arguments(conversation.arguments), conversation.source
+        prompt = self._trace(messages[:-1], {**arguments, "add_generation_prompt": True}, source).text
+        return prompt, self._trace(messages, arguments, source).text
+
+    def rendered_turns(self, messages: Messages, conversation: Conversation) -> tuple[list[str | None], str]:
+        """What the template writes for each message, and the whole text.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
         plain = [plain_message(message) for message in messages]
         traced = self._located(plain, self._arguments(conversation.arguments), conversation.source)
         return [traced.text[span[0] : span[1]] if span else None for span in traced.spans], traced.text
@@ -332,13 +291,13 @@ class ChatTemplate:
 
     def _with_time(self, arguments: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         """Arguments with a `strftime_now` that has the record's time, if it names one and the template writes one."""
-        if not self._template.writes_time or not (time := arguments.get(_TIME_ARGUMENT)):
+        if not self._template.writes_time or not (time := arguments.get(TIME_ARGUMENT)):
             return arguments
         try:
             return {**arguments, "strftime_now": datetime.fromisoformat(time).strftime}
         except (TypeError, ValueError):
             raise DataError(
-                f'{source}: {_TIME_ARGUMENT} = {time!r}: must be a time such as "{TRAINING_TIME.isoformat(" ")}"'
+                f'{source}: {TIME_ARGUMENT} = {time!r}: must be a time such as "{TRAINING_TIME.isoformat(" ")}"'
             ) from None
 
     def _located(self, messages: Messages, arguments: Mapping[str, Any], source: str) -> Traced:
@@ -470,23 +429,12 @@ class ChatTemplate:
         if index + 1 == len(traced.spans):
             tails.append(traced.text[start:])
         for tail in tails:
-            ending = itertools.dropwhile(lambda match: match[0] not in self.end_tokens, self._trailing_tokens(tail))
-            ends = [match.end() for match in itertools.takewhile(lambda match: match[0] in self.end_tokens, ending)]
-            if ends:
-                return start + ends[-1]
+            if (end := end_of(tail, self.added, self.end_tokens)) is not None:
+                return start + end
         raise NoEndTokenError(
             f"{source}: the chat template writes no end token after message {index + 1}, so the model would not "
             "learn to stop. Use the template of an instruct model, or one that takes is_training"
         )
-
-    def _trailing_tokens(self, text: str) -> list[re.Match[str]]:
-        """The special tokens at the end of a text, with nothing but white space between and behind them."""
-        run: list[re.Match[str]] = []
-        for match in self.special.finditer(text):
-            if run and text[run[-1].end() : match.start()].strip():
-                run = []
-            run.append(match)
-        return run if run and not text[run[-1].end() :].strip() else []
 
     def _broken(self, value: Any) -> Any:
         """The value with a `BREAK` inside each special token that a text in it spells."""
@@ -535,15 +483,6 @@ class ChatTemplate:
 @functools.lru_cache(maxsize=16)
 def _template_of(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTemplate:
     return ChatTemplate(tokenizer, source)
-
-
-def _other(value: Any) -> Any:
-    """A value of the same type that differs."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, (int, float)):
-        return value + 1
-    return f"{value}x" if isinstance(value, str) else None
 
 
 def _common(one: str, other: str) -> str:

@@ -284,7 +284,7 @@ def _check(
     for name, count in report.unknown_keys.items():
         logger.info(f"the key {name} of {count} samples is not used: neither hynb nor the chat template reads it")
     for name, count in report.ignored_fields.items():
-        logger.info(f"allow_ignored_fields: {name} of {count} samples is not rendered by the chat template")
+        logger.info(f"the field {name} of {count} samples is not rendered by the chat template")
     if report.written_time:
         logger.info(report.time_text())
     if shortened := int(report.shortened.sum()):

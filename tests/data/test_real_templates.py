@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from datetime import datetime
@@ -11,6 +12,7 @@ from real_models import MODELS, tokenizer_of
 from transformers import AddedToken, AutoTokenizer
 
 from hynb.data import IGNORED, LabelOptions, as_html, as_text, encode, render_prompt, stop_token_ids
+from hynb.data.check import check_data
 from hynb.data.preview import tokens
 from hynb.data.records import parse_line
 from hynb.data.template import ChatTemplate
@@ -483,3 +485,122 @@ def test_openais_older_functions_and_content_in_parts(chatml):
     parts = [{"type": "text", "text": "Weather in "}, {"type": "text", "text": "Paris?"}]
     old = {"functions": [TOOL["function"]], "messages": [start | {"content": parts}, calling, result, end]}
     assert shown(old, chatml) == shown(WITH_TOOLS, chatml)
+
+
+def all_special(tokenizer, *more: str):
+    """A copy of a tokenizer with every added token, and more, marked as special."""
+    copied = copy.deepcopy(tokenizer)
+    texts = [token.content for token in copied.added_tokens_decoder.values()]
+    special = [AddedToken(text, special=True, normalized=False) for text in (*texts, *more)]
+    copied.add_tokens(special, special_tokens=True)
+    assert all(token.special for token in copied.added_tokens_decoder.values())
+    return copied
+
+
+TAGS = (
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<tool_calls>",
+    "</tool_calls>",
+    "<tool_call>",
+    "</tool_call>",
+)
+
+
+@pytest.mark.parametrize("name", ["hunyuan-a13b", "hunyuan-7b", "hy3"])
+def test_the_end_token_is_trained_and_stops_where_every_tag_is_a_special_token(shared, name):
+    plain = tokenizer_of(name, shared)
+    tokenizer = all_special(plain, *TAGS)
+    parallel = [CALL, CALL | {"id": "c2"}]
+    start, calling, result, end = WITH_TOOLS["messages"]
+    calls = [start, calling | {"tool_calls": parallel}, result, result | {"tool_call_id": "c2"}, end]
+    for record in (WITH_TOOLS, WITH_TOOLS | {"messages": calls}, {"messages": EXCHANGE}):
+        assert trained_texts(record, tokenizer) == trained_texts(record, plain)
+        ends = "<｜hy_eos:opensource｜>" if name == "hy3" else "<|eos|>"
+        assert all(text.endswith(ends) for text in trained_texts(record, tokenizer))
+    assert stop_token_ids(tokenizer) == stop_token_ids(plain)
+    assert ChatTemplate.of(tokenizer).end_tokens == {ends, tokenizer.eos_token}
+
+
+@pytest.mark.parametrize(
+    ("answer", "call", "expected"),
+    [
+        # A tag that the template always writes, or that closes the answer, ends nothing.
+        ("<think>\n\n</think>\n\n' + m.content + '<|im_end|>", "", {"<|im_end|>"}),
+        ("<answer>' + m.content + '</answer><|im_end|>", "", {"<|im_end|>"}),
+        # Calls that end with a token of their own, as in gpt-oss.
+        ("' + m.content + '<|im_end|>", "<|call|>", {"<|im_end|>", "<|call|>"}),
+        ("' + m.content + '</answer>\n<|im_end|>\n", "</tool_call>\n<|im_end|>", {"<|im_end|>"}),
+    ],
+)
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("special", [True, False])
+def test_end_tokens_of_templates_that_write_tags(chatml, monkeypatch, answer, call, expected, eos, special):
+    names = ["<|im_end|>", "<|endoftext|>", "<|call|>", *TAGS]
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.add_tokens([AddedToken(name, special=special) for name in names], special_tokens=special)
+    tokenizer.eos_token = eos
+    calls = f"{{% if m.tool_calls %}}{{{{ 'call' + {json.dumps(call)} }}}}{{% else %}}" if call else "{% if true %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        + calls + "{{ '" + answer + "' }}{% endif %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )  # fmt: skip
+    found = ChatTemplate.of(tokenizer).end_tokens
+    assert found == expected | {eos}
+    assert {tokenizer.decode([token]) for token in stop_token_ids(tokenizer)} == expected | {eos}
+    exchange = [*EXCHANGE, *EXCHANGE]
+    assert [text.endswith("<|im_end|>") for text in trained_texts({"messages": exchange}, tokenizer)] == [True, True]
+
+
+QUIET = "<think>\n\n</think>\n"
+# Its generation prompt opens a thought, or closes one with `enable_thinking: false`; so do the answers.
+OPENS_THOUGHT = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\n<think>\n' }}"
+    "{{- (m.reasoning_content or '') + '\n</think>\n' + m.content + '<|im_end|>' }}{%- else %}"
+    "{{- '<|im_start|>user\n' + m.content + '<|im_end|>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{- '\n</think>\n' }}{%- endif %}{%- endif %}"
+)
+
+
+def test_enable_thinking_is_trained_in_the_form_in_which_the_model_is_asked(chatml, monkeypatch, tmp_path):
+    monkeypatch.setattr(chatml, "chat_template", OPENS_THOUGHT)
+    thinking = [EXCHANGE[0], EXCHANGE[1] | {"reasoning_content": "why"}]
+    off, on = {"enable_thinking": False, "messages": EXCHANGE}, {"enable_thinking": True, "messages": thinking}
+    assert trained_texts(off, chatml) == [f"{QUIET}a<|im_end|>"]
+    assert trained_texts(on, chatml) == ["<think>\nwhy\n</think>\na<|im_end|>"]
+    for record in (off, on):
+        prompt = render_prompt(record["messages"][:1], chatml, {"enable_thinking": record["enable_thinking"]})
+        whole = encode(conversation(record), chatml, 1 << 20)["input_ids"]
+        assert chatml.decode(whole).startswith(chatml.decode(prompt))
+    # Never lost silently: the trained text is the same without it.
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(off) + "\n")
+    assert check_data(path, chatml, 99).ignored_fields == {"enable_thinking (in the prompt alone)": 1}
+    with pytest.raises(
+        DataError, match=r"does not render enable_thinking .* ends the prompt with '.*</think>.*message 2"
+    ):
+        shown(off | {"messages": thinking}, chatml)
+
+
+@pytest.mark.parametrize("name", ["hunyuan-7b", "hunyuan-a13b"])
+def test_enable_thinking_of_hunyuan(shared, name):
+    tokenizer = tokenizer_of(name, shared)
+    plain = trained_texts({"messages": EXCHANGE}, tokenizer)
+    assert trained_texts({"messages": EXCHANGE, "enable_thinking": True}, tokenizer) == plain
+    off = {"messages": EXCHANGE, "enable_thinking": False}
+    with pytest.raises(DataError, match=r"does not render enable_thinking in what .* writes it only behind the last"):
+        shown(off, tokenizer)
+    # The answer begins as the prompt ends.
+    begun = [EXCHANGE[0], EXCHANGE[1] | {"content": QUIET + "a"}]
+    assert trained_texts(off | {"messages": begun}, tokenizer) == [f"{QUIET}a<|eos|>"]
+
+
+@pytest.mark.parametrize("name", ["hunyuan-7b", "hy3"])
+def test_an_empty_thought_name_or_id_is_the_same_as_none(shared, name):
+    tokenizer = tokenizer_of(name, shared)
+    empty = [EXCHANGE[0] | {"name": ""}, EXCHANGE[1] | {"reasoning_content": "", "thinking": "", "tool_call_id": ""}]
+    assert shown({"messages": empty}, tokenizer) == shown({"messages": EXCHANGE}, tokenizer)

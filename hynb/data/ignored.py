@@ -1,0 +1,154 @@
+"""Fields of a record that its rendering by the chat template does not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hynb.data.files import Conversation
+from hynb.data.template import TIME_ARGUMENT, ChatTemplate
+from hynb.errors import DataError
+
+_OTHER_TIME = "1999-12-31"
+# It chooses how the model is asked, and may leave what it answers as it is.
+_SWITCH = "enable_thinking"
+
+
+def ignored_fields(template: ChatTemplate, conversation: Conversation) -> list[str]:
+    """Fields of a record that its rendering does not depend on, such as `tools` or `messages[].name`.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
+    turns, rendering = template.rendered_turns(conversation.messages, conversation)
+    learned = template.rendering(conversation)
+    found = []
+    for name in conversation.arguments:
+        others = _other_arguments(conversation, name)
+        if all(template.rendering(conversation.replaced(arguments=other)) == learned for other in others):
+            found.append(name)
+    for name in sorted({name for message in conversation.messages for name in message}):
+        if name not in ("role", "content", "train") and _ignores(template, conversation, name, turns, rendering):
+            found.append(f"messages[].{name}")
+    return found
+
+
+def is_asked_as_trained(template: ChatTemplate, conversation: Conversation, name: str) -> bool:
+    """Whether an argument that no answer depends on belongs to the prompts, with which the trained text then begins.
+
+    Where it has the prompt close a thought, each answer has to begin with that: the model would otherwise be asked in
+    another form than the one that it is trained in.
+    """
+    if name not in template.record_arguments or _not_as_asked(template, conversation):
+        return False
+    if name == _SWITCH:
+        return True
+    last = len(conversation.messages) - 1
+    prompts = [_asked(template, conversation, last)]
+    prompts += [
+        _asked(template, conversation.replaced(arguments=other), last)
+        for other in _other_arguments(conversation, name)
+    ]
+    return len({prompt[0] for prompt in prompts if prompt}) > 1
+
+
+def switch_problem(template: ChatTemplate, conversation: Conversation) -> str:
+    """What an answer does not begin with, although the record's `enable_thinking` has the model asked with it."""
+    if not (found := _not_as_asked(template, conversation)):
+        return ""
+    index, prompt, text = found
+    rest = {key: value for key, value in conversation.arguments.items() if key != _SWITCH}
+    before = _asked(template, conversation.replaced(arguments=rest), index)
+    added = prompt.removeprefix(before[0]) if before else prompt
+    behind = " and, of what is trained, writes it only behind the last answer" if text.endswith(added) else ""
+    return (
+        f"{_SWITCH} in what is trained: with this value it ends the prompt with {added[-60:]!r}{behind}: begin "
+        f"the answer of message {index + 1} with that"
+    )
+
+
+def _not_as_asked(template: ChatTemplate, conversation: Conversation) -> tuple[int, str, str] | None:
+    """The first trained answer that does not begin as its prompt ends, with the prompt and the trained text."""
+    for index, message in enumerate(conversation.messages):
+        if message["role"] != "assistant" or not message.get("train", True):
+            continue
+        asked = _asked(template, conversation, index)
+        if asked and not asked[1].startswith(asked[0].rstrip()):
+            return index, *asked
+    return None
+
+
+def _asked(template: ChatTemplate, conversation: Conversation, index: int) -> tuple[str, str] | None:
+    """`ChatTemplate.asked`; None where the template refuses that."""
+    try:
+        return template.asked(conversation, index)
+    except DataError:
+        return None
+
+
+def _other_arguments(conversation: Conversation, name: str) -> list[dict[str, Any]]:
+    """The record's arguments without one, and with another value of it, since it may have the default's."""
+    rest = {key: value for key, value in conversation.arguments.items() if key != name}
+    return [rest, rest | {name: _OTHER_TIME if name == TIME_ARGUMENT else _other(conversation.arguments[name])}]
+
+
+def _ignores(
+    template: ChatTemplate, conversation: Conversation, name: str, turns: Sequence[str | None], text: str
+) -> bool:
+    """Whether some message has a field that its own part of the rendering does not depend on."""
+    messages = conversation.messages
+    without = [{key: value for key, value in message.items() if key != name} for message in messages]
+    variants = [without]
+    if name == "tool_calls":
+        # Each of several calls has to be there.
+        variants.append(
+            [
+                message | {name: message[name][:1]} if len(message.get(name) or ()) > 1 else message
+                for message in messages
+            ]
+        )
+    return any(_is_the_same(template, conversation, others, turns, text) for others in variants)
+
+
+def _is_the_same(
+    template: ChatTemplate,
+    conversation: Conversation,
+    others: Sequence[dict[str, Any]],
+    turns: Sequence[str | None],
+    text: str,
+) -> bool:
+    """Whether some message is rendered as the other one in its place, from which it differs."""
+    try:
+        changed, changed_text = template.rendered_turns(others, conversation)
+    except DataError:
+        return False
+    for index, (message, other) in enumerate(zip(conversation.messages, others, strict=True)):
+        if message == other or turns[index] != changed[index]:
+            continue
+        # A message that is written outside of a loop, and the thought of an earlier answer.
+        if turns[index] is None and changed_text != text:
+            continue
+        if message["role"] != "assistant" or not _is_rendered_alone(template, conversation, index, other):
+            return True
+    return False
+
+
+def _is_rendered_alone(
+    template: ChatTemplate, conversation: Conversation, index: int, other: Mapping[str, Any]
+) -> bool:
+    """Whether a message is rendered differently from another one where it is the last of the conversation."""
+    before = conversation.messages[:index]
+    _, one = template.rendered_turns([*before, conversation.messages[index]], conversation)
+    try:
+        return one != template.rendered_turns([*before, other], conversation)[1]
+    except DataError:
+        return True
+
+
+def _other(value: Any) -> Any:
+    """A value of the same type that differs."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return f"{value}x" if isinstance(value, str) else None
