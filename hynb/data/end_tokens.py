@@ -23,35 +23,31 @@ def trailing_tokens(text: str, tokens: re.Pattern[str]) -> list[re.Match[str]]:
     return run if run and not text[run[-1].end() :].strip() else []
 
 
-def end_token(
-    tails: Iterable[str], tokens: re.Pattern[str], special: Collection[str], preferred: Sequence[str]
-) -> str | None:
+def end_token(tails: Iterable[str], tokens: re.Pattern[str], known: Sequence[str], eos: str | None) -> str | None:
     """The text of the token that ends an answer; None if none does.
 
     Args:
         tails: texts that begin with the answer, of which any may have its end.
         tokens: pattern of the added tokens' texts, special ones included.
-        special: texts of the special ones.
-        preferred: tokens that end other answers. Tags of thoughts and tool calls come before them.
+        known: tokens that end other answers. What stands before them, such as the tags of tool calls, ends nothing.
+        eos: the tokenizer's end token.
     """
-    runs = [run for tail in tails if (run := trailing_tokens(tail, tokens))]
-    for text in preferred:
-        if any(match[0] == text and match.start() > 0 for run in runs for match in run):
-            return text
+    runs = [run for tail in tails if (run := trailing_tokens(tail, tokens)) and run[0].start() > 0]
     for run in runs:
-        if run[0].start() == 0:
-            continue
         texts = [match[0] for match in run]
-        # A tag that is part of the text closes something inside of the answer.
-        named = [text for text in texts if text in special] or [text for text in texts if not is_closing_tag(text)]
-        if named:
-            return named[-1]
+        # The token that ends answers comes before one that only ends the text.
+        of_others = [text for text in known if text in texts] or [text for text in texts if known and text == eos]
+        candidates = of_others or [text for text in texts if text == eos or not _is_tag(text, tokens)]
+        if candidates:
+            return candidates[0]
     return None
 
 
-def is_closing_tag(text: str) -> bool:
-    """Whether a token is a tag such as `</think>`."""
-    return text.startswith(("</", "[/"))
+def _is_tag(text: str, tokens: re.Pattern[str]) -> bool:
+    """Whether a token is a tag such as `</think>`, or `<think>` where that closes it."""
+    if text.startswith(("</", "[/")):
+        return True
+    return text[:1] in ("<", "[") and tokens.fullmatch(f"{text[0]}/{text[1:]}") is not None
 
 
 def end_of(tail: str, tokens: re.Pattern[str], ends: Collection[str]) -> int | None:

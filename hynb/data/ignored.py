@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +32,10 @@ def ignored_fields(template: ChatTemplate, conversation: Conversation) -> list[s
     for name in sorted({name for message in conversation.messages for name in message}):
         if name not in ("role", "content", "train") and _ignores(template, conversation, name, turns, rendering):
             found.append(f"messages[].{name}")
+    if "tools" in conversation.arguments and "tools" not in found:
+        found += _lost_of_tools(template, conversation, learned)
+    if "messages[].tool_calls" not in found and _loses_arguments(template, conversation, turns, rendering):
+        found.append("messages[].tool_calls[].function.arguments")
     return found
 
 
@@ -101,13 +107,104 @@ def _ignores(
     variants = [without]
     if name == "tool_calls":
         # Each of several calls has to be there.
-        variants.append(
+        most = max(len(message.get(name) or ()) for message in messages)
+        variants += [
             [
-                message | {name: message[name][:1]} if len(message.get(name) or ()) > 1 else message
+                message | {name: [call for place, call in enumerate(message[name]) if place != number]}
+                if len(message.get(name) or ()) > max(1, number)
+                else message
                 for message in messages
             ]
-        )
+            for number in range(most if most > 1 else 0)
+        ]
     return any(_is_the_same(template, conversation, others, turns, text) for others in variants)
+
+
+def _lost_of_tools(template: ChatTemplate, conversation: Conversation, learned: str) -> list[str]:
+    """What of descriptions of tools the rendering does not depend on, such as `tools[].parameters`.
+
+    All of it is marked in one rendering; what shows no mark is changed by itself, since a template may rewrite it.
+    """
+    tools = conversation.arguments["tools"]
+    places = [
+        (number, name)
+        for number, tool in enumerate(tools)
+        for name in ("name", "description", "parameters")
+        if _of_tool(tool).get(name) and (name != "parameters" or _of_tool(tool)[name].get("properties"))
+    ]
+
+    def rendered(marked: Sequence[tuple[int, str]]) -> str:
+        changed = copy.deepcopy(tools)
+        for number, name in marked:
+            of_tool, mark = _of_tool(changed[number]), _mark(places.index((number, name)))
+            if name == "parameters":
+                of_tool[name]["properties"] |= {mark: {"type": "string"}}
+            else:
+                of_tool[name] = f"{of_tool[name]}{mark}"
+        return template.rendering(conversation.replaced(arguments=conversation.arguments | {"tools": changed}))
+
+    whole = rendered(places)
+    unmarked = [place for number, place in enumerate(places) if _mark(number) not in whole]
+    return sorted({f"tools[].{place[1]}" for place in unmarked if rendered([place]) == learned})
+
+
+def _of_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a tool with its name, description and parameters, without those of other types than usual."""
+    found = tool.get("function", tool)
+    kinds = {"name": str, "description": str, "parameters": dict}
+    if all(isinstance(found.get(name, kind()), kind) for name, kind in kinds.items()):
+        properties = (found.get("parameters") or {}).get("properties", {})
+        return found if isinstance(properties, dict) else {}
+    return {}
+
+
+def _loses_arguments(
+    template: ChatTemplate, conversation: Conversation, turns: Sequence[str | None], text: str
+) -> bool:
+    """Whether some argument of a tool call is not rendered; found as in `_lost_of_tools`."""
+    messages = [
+        message | {"tool_calls": [_with_mapping(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in conversation.messages
+    ]
+    places = [
+        (index, number, name)
+        for index, message in enumerate(messages)
+        for number, call in enumerate(message.get("tool_calls") or ())
+        for name in call["function"]["arguments"]
+    ]
+
+    def marked(chosen: Sequence[tuple[int, int, str]]) -> list[dict[str, Any]]:
+        changed = copy.deepcopy(messages)
+        for place in chosen:
+            index, number, name = place
+            given, mark = changed[index]["tool_calls"][number]["function"]["arguments"], _mark(places.index(place))
+            given[name] = f"{given[name]}{mark}" if isinstance(given[name], str) else mark
+        return changed
+
+    if not places:
+        return False
+    try:
+        _, whole = template.rendered_turns(marked(places), conversation)
+    except DataError:
+        whole = ""
+    return any(
+        _is_the_same(template, conversation.replaced(messages=messages), marked([place]), turns, text)
+        for number, place in enumerate(places)
+        if _mark(number) not in whole
+    )
+
+
+def _with_mapping(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as a mapping."""
+    arguments = call["function"].get("arguments") or {}
+    parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {**call, "function": {**call["function"], "arguments": parsed}}
+
+
+def _mark(number: int) -> str:
+    return f"x{number}mark"
 
 
 def _is_the_same(

@@ -127,8 +127,7 @@ class ChatTemplate:
             span = traced.spans[-1]
             # A template may end the last answer behind its loop.
             tails = [traced.text[span[0] : span[1]], traced.text[span[0] :]] if span else [traced.text]
-            preferred = [*([self._eos] if self._eos else []), *found]
-            if text := end_token(tails, self.added, self.special_texts, preferred):
+            if text := end_token(tails, self.added, found, self._eos):
                 found.append(text)
         return frozenset([*found, *([self._eos] if found and self._eos else [])])
 

@@ -604,3 +604,53 @@ def test_an_empty_thought_name_or_id_is_the_same_as_none(shared, name):
     tokenizer = tokenizer_of(name, shared)
     empty = [EXCHANGE[0] | {"name": ""}, EXCHANGE[1] | {"reasoning_content": "", "thinking": "", "tool_call_id": ""}]
     assert shown({"messages": empty}, tokenizer) == shown({"messages": EXCHANGE}, tokenizer)
+
+
+SOME_OF_TOOLS = (
+    "{%- for tool in tools or [] %}{{- TOOL }}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role "
+    "+ '\n' + (m.content or '') }}{%- for call in m.tool_calls or [] %}{{- CALL }}{%- endfor %}{{- '<|im_end|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+WHOLE_TOOL, WHOLE_CALL = "tool | tojson", "call.function | tojson"
+
+
+@pytest.mark.parametrize(
+    ("tool", "call", "field"),
+    [
+        (WHOLE_TOOL, WHOLE_CALL, ""),
+        (WHOLE_TOOL, "call.function.name", r"messages\[\].tool_calls\[\].function.arguments,"),
+        (WHOLE_TOOL, "call.function.arguments.keys() | join", r"messages\[\].tool_calls\[\].function.arguments,"),
+        (WHOLE_TOOL, "call.function.arguments.city", r"messages\[\].tool_calls\[\].function.arguments,"),
+        (WHOLE_TOOL, "call.function | tojson if loop.first", r"messages\[\].tool_calls,"),
+        (WHOLE_TOOL, "call.function | tojson if loop.last", r"messages\[\].tool_calls,"),
+        ("tool.function.name + tool.function.description", WHOLE_CALL, r"tools\[\].parameters,"),
+        ("tool.function.name", WHOLE_CALL, r"tools\[\].description, tools\[\].parameters,"),
+        ("tool | tojson if loop.first", WHOLE_CALL, r"tools\[\].description, tools\[\].name, tools\[\].parameters,"),
+        # Rewritten, but not lost.
+        ("tool | tojson | upper", "call.function | tojson | upper", ""),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_parts_of_tools_and_calls_that_a_template_leaves_out_are_refused(
+    chatml, monkeypatch, tool, call, field, as_json
+):
+    monkeypatch.setattr(chatml, "chat_template", SOME_OF_TOOLS.replace("TOOL", tool).replace("CALL", call))
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [
+        {"type": "function", "function": {"name": name, "description": "some text", "parameters": parameters}}
+        for name in ("weather", "time")
+    ]
+    # Values of which none is a text are replaced, where they are shown as they are.
+    given = [{"city": "Paris", "days": 3}, {"city": "Rome", "days": 3}]
+    calls = [
+        {"type": "function", "function": {"name": "weather", "arguments": json.dumps(item) if as_json else item}}
+        for item in given
+    ]
+    start, calling, result, end = WITH_TOOLS["messages"]
+    messages = [start, calling | {"tool_calls": calls}, result, result, end]
+    record = {"tools": tools, "messages": [{k: v for k, v in m.items() if k != "tool_call_id"} for m in messages]}
+    if not field:
+        assert len(trained_texts(record, chatml)) == 2
+        return
+    with pytest.raises(DataError, match=rf"does not render {field} so"):
+        shown(record, chatml)
