@@ -101,6 +101,10 @@ def leave(membership: Membership, rank: int, exit_code: int) -> None:
 def _wait_until_ready(membership: Membership, node: int, registry: Path) -> dict:
     deadline = time.monotonic() + membership.start_seconds + membership.silence_seconds
     while (ready := read_json(registry / "ready.json")) is None:
+        if not registry.is_dir():
+            raise ClusterError(
+                f"{membership.hosts[node][0]}: {registry} was removed while this run started: start it again"
+            )
         if time.monotonic() > deadline:
             output = (registry / "guard.log").read_text(errors="replace").strip()
             raise ClusterError(

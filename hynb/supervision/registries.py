@@ -19,8 +19,8 @@ from hynb.runs import ProcessId
 from hynb.supervision.membership import LAUNCH_VARIABLE
 
 _NAME = re.compile(r"hynb-([0-9a-f]{32})-\d+")
-# A registry without a rank's note may be one that a rank is just making.
-_EMPTY_SECONDS = 86400.0
+# A rank leaves its note before its guard holds the registry, and a rank of another container looks dead from here.
+_UNTOUCHED_SECONDS = 86400.0
 
 
 def hold_registry(registry: Path) -> None:
@@ -30,7 +30,7 @@ def hold_registry(registry: Path) -> None:
 
 
 def remove_abandoned_registries(beside: Path) -> None:
-    """Removes registries beside this host's own that belong to this user and to no living process.
+    """Removes registries beside this host's own that belong to this user and to no living process, after a day.
 
     Args:
         beside: the registry that is in use now.
@@ -66,10 +66,10 @@ def _living_launches() -> set[str]:
 def _is_used(folder: Path) -> bool:
     """Whether the guard or a rank may be alive: on another host, as far as this one can tell, it is."""
     try:
+        if time.time() - folder.stat().st_mtime < _UNTOUCHED_SECONDS:
+            return True
         records = [read_json(path) for path in folder.glob("rank*.json")]
         if any(record is None or ProcessId.from_record(record).alive() is not False for record in records):
-            return True
-        if not records and time.time() - folder.stat().st_mtime < _EMPTY_SECONDS:
             return True
         with (folder / "guard").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -371,15 +371,11 @@ def test_registries_of_killed_guards_are_removed_at_the_next_start_and_no_others
         folder.chmod(mode)
         return folder
 
-    abandoned = [registry(gone), registry(gone)]
-    old = registry()
-    os.utime(old, (1, 1))
-    abandoned.append(old)
+    abandoned = [registry(gone), registry(gone), registry()]
     kept = {
         "a living rank": registry(ours),
         "a rank of another host": registry(gone | {"host": "elsewhere"}),
         "a process that carries the id": registry(gone, marked),
-        "just made": registry(),
         "open to others": registry(gone, mode=0o755),
         "a damaged note": registry({"pid": "x"}),
         "a guard in another container": registry(gone),
@@ -391,6 +387,11 @@ def test_registries_of_killed_guards_are_removed_at_the_next_start_and_no_others
     if os.geteuid() == 0:
         kept["somebody else's"] = registry(gone)
         os.chown(kept["somebody else's"], 65534, 65534)
+    for folder in (*abandoned, *kept.values()):
+        os.utime(folder, (1, 1), follow_symlinks=False)
+    kept["just made"] = registry()
+    # As a rank in another container does, before its guard holds the registry.
+    kept["just registered"] = registry(gone)
     try:
         with (kept["a guard in another container"] / "guard").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
