@@ -306,7 +306,7 @@ def choose_checkpoint(state: RankState) -> None:
     """
     import torch
 
-    from hynb.train import choose_checkpoint, compare_with_checkpoint, run_shape
+    from hynb.train import choose_checkpoint, compare_with_checkpoint, going_on_from, run_shape
 
     if state.membership and state.joined and not state.joined.shared:
         from hynb.train import NodeLocalFolders
@@ -320,7 +320,7 @@ def choose_checkpoint(state: RankState) -> None:
     if state.config.resume_from_checkpoint is not None:
         local_ranks = state.folders.local_ranks if state.folders else range(world_size)
         state.resume, state.skipped = choose_checkpoint(state.config, local_ranks)
-        state.config = state.config.replace(resume_from_checkpoint=str(state.resume))
+        state.config = going_on_from(state.config, state.resume, world_size)
     state.shape = run_shape(state.config, state.ds_config, world_size)
     if state.resume and (problems := check_same_shape(state.resume, state.shape)):
         raise ConfigError(problems)
@@ -449,7 +449,10 @@ def build_trainer(state: RankState) -> None:
 
 def train(state: RankState) -> None:
     """Trains until the last step or a stop request."""
-    state.trainer.train(resume_from_checkpoint=str(state.resume) if state.resume else None)
+    from hynb.train import resharded_loading
+
+    with resharded_loading(state.resume, state.shape, state.writer):
+        state.trainer.train(resume_from_checkpoint=str(state.resume) if state.resume else None)
 
 
 def finish(state: RankState) -> None:

@@ -4,6 +4,7 @@ from .checkpoint import check_checkpoint as check_checkpoint
 from .checkpoint import check_same_shape as check_same_shape
 from .checkpoint import ended_well as ended_well
 from .checkpoint import find_base as find_base
+from .checkpoint import is_resharded as is_resharded
 from .checkpoint import resume_candidates as resume_candidates
 from .checkpoint import same_base as same_base
 from .checkpoint import set_aside as set_aside

@@ -141,8 +141,16 @@ def surplus_checkpoints(run_dir: RunDir, keep: int) -> list[Path]:
     return []
 
 
+def is_resharded(folder: Path, shape: Mapping[str, Any]) -> bool:
+    """Whether a run has another number of ranks or another ZeRO stage than the one that saved a checkpoint."""
+    record = read_record(folder / CHECKPOINT_RECORD) or {}
+    return any(record.get(name, shape[name]) != shape[name] for name in ("world_size", "zero_stage"))
+
+
 def check_same_shape(folder: Path, shape: Mapping[str, Any]) -> list[str]:
-    """The settings that differ between the run that saved a checkpoint and this one, one message per setting.
+    """What differs between the run that saved a checkpoint and this one and cannot, one message per setting.
+
+    The number of ranks and the stage may differ under ZeRO 1 to 3.
 
     Args:
         shape: of this run: world_size, zero_stage, use_lora and sequence_parallel_size.
@@ -153,11 +161,13 @@ def check_same_shape(folder: Path, shape: Mapping[str, Any]) -> list[str]:
     # Checkpoints of runs that could not share a row.
     record = {"sequence_parallel_size": 1} | record
     hints = {
-        "world_size": "resume with the same number of ranks",
-        "zero_stage": "resume with a preset of the same stage",
+        "world_size": "without ZeRO, resume with the same number of ranks",
+        "zero_stage": "resume with a preset of ZeRO 1 to 3 if the checkpoint is of one, otherwise of the same stage",
         "use_lora": "resume with the same use_lora",
         "sequence_parallel_size": "resume with the same sequence_parallel_size, which decides the order of data",
     }
+    if record.get("zero_stage") and shape.get("zero_stage"):
+        del hints["world_size"], hints["zero_stage"]
     return [
         f"{folder}: was saved with {name} = {record[name]}, this run has {shape[name]}: {hint}"
         for name, hint in hints.items()

@@ -17,7 +17,7 @@ from hynb.families import FAMILIES
 from hynb.files import read_weight_map
 from hynb.plan import ops, zero
 from hynb.runs.checkpoint import check_checkpoint, ended_well, last_checkpoint, resume_checkpoint, saved_step
-from hynb.runs.contract import DATA, allowable_names, compare, made_with
+from hynb.runs.contract import BATCH, DATA, allowable_names, compare, made_with
 from hynb.runs.deepspeed import model_config
 from hynb.runs.events import RunReader
 from hynb.runs.folder import RunDir
@@ -317,7 +317,11 @@ def _check_changes(config: Config, resume: Path) -> list[str]:
     """What a run must not change that goes on from a checkpoint; the ranks compare its data too."""
     now = made_with(config, "")
     del now[DATA]
-    before = (read_record(resume / CHECKPOINT_RECORD) or {}).get("made_with") or {}
+    record = read_record(resume / CHECKPOINT_RECORD) or {}
+    if config.num_processes != record.get("world_size"):
+        # The ranks know their number, and compare it.
+        now = {name: value for name, value in now.items() if name not in BATCH}
+    before = record.get("made_with") or {}
     saved = [before.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     counts = [count for count in saved if isinstance(count, int)]
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps

@@ -36,7 +36,7 @@ _HARMLESS = frozenset(
         *("allow_ignored_fields", "versions"),
     )
 )
-_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _PACKAGES = ("hynb", "torch", "transformers", "deepspeed", "peft", "accelerate")
 
 
@@ -82,7 +82,7 @@ def compare(
             notes.append(f"{text}: harmless")
         elif name in _FIXED:
             refused.append(f"{text}: cannot be changed: {_FIXED[name]}")
-        elif name in _BATCH and samples and samples[0] != samples[1]:
+        elif name in BATCH and samples and samples[0] != samples[1]:
             refused.append(
                 f"{text}: the global batch would be {samples[1]} samples instead of {samples[0]}, and the position "
                 "in the data another one; choose both so that their product stays the same"

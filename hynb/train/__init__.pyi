@@ -32,9 +32,11 @@ from .process import init_process_group as init_process_group
 from .process import set_up_process as set_up_process
 from .process import show_output_at_once as show_output_at_once
 from .process import start_notes as start_notes
+from .resharding import resharded_loading as resharded_loading
 from .resume import begin_resumed as begin_resumed
 from .resume import choose_checkpoint as choose_checkpoint
 from .resume import compare_with_checkpoint as compare_with_checkpoint
+from .resume import going_on_from as going_on_from
 from .resume import run_shape as run_shape
 from .router_statistics import RouterWatch as RouterWatch
 from .saving import SavedShard as SavedShard

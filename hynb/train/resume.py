@@ -22,6 +22,7 @@ from hynb.runs import (
     checkpoint_files,
     compare,
     ended_well,
+    is_resharded,
     made_with,
     nothing_left,
     read_record,
@@ -97,6 +98,39 @@ def run_shape(config: Config, ds_config: dict[str, Any], world_size: int) -> dic
     }
 
 
+def going_on_from(config: Config, resume: Path, world_size: int) -> Config:
+    """A Config that resumes from one checkpoint and, on another number of ranks, keeps its global batch.
+
+    The global batch is kept by accumulating over more or fewer batches.
+
+    Raises:
+        ConfigError: no number of accumulation steps does, with the batch sizes that work.
+    """
+    config = config.replace(resume_from_checkpoint=str(resume))
+    record = read_record(resume / CHECKPOINT_RECORD) or {}
+    saved, before = record.get("global_batch_size"), record.get("made_with") or {}
+    replicas = world_size // config.sequence_parallel_size
+    size, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    changed = before.get("gradient_accumulation_steps") != steps
+    if record.get("world_size") == world_size or saved in (None, size * steps * replicas) or changed:
+        return config
+    if saved % (size * replicas):
+        sizes = [count for count in range(1, saved + 1) if saved % (count * replicas) == 0]
+        works = (
+            f"per_device_train_batch_size = {' or '.join(map(str, sizes))}" if sizes else "another number of ranks"
+        )
+        raise ConfigError(
+            f"per_device_train_batch_size = {size}: {world_size} ranks cannot make the global batch of {saved} "
+            f"samples that {resume} was saved with, on {record['world_size']} ranks. {works} can"
+        )
+    steps = saved // (size * replicas)
+    logger.info(
+        f"resume: gradient_accumulation_steps = {steps} instead of {config.gradient_accumulation_steps} keeps the "
+        f"global batch of {saved} samples on {world_size} ranks instead of {record['world_size']}"
+    )
+    return config.replace(gradient_accumulation_steps=steps)
+
+
 def compare_with_checkpoint(
     config: Config, resume: Path | None, shape: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
@@ -116,8 +150,17 @@ def compare_with_checkpoint(
     if resume is None:
         return now, []
     samples = shape["global_batch_size"]
-    saved = (read_record(resume / CHECKPOINT_RECORD) or {}).get("global_batch_size", samples)
-    notes, refused, changed = compare(resume, now, config.allow_changed, samples=(saved, samples))
+    record = read_record(resume / CHECKPOINT_RECORD) or {}
+    saved = record.get("global_batch_size", samples)
+    compared = dict(now)
+    if is_resharded(resume, shape):
+        logger.info(
+            f"resume: {shape['world_size']} ranks and ZeRO stage {shape['zero_stage']}, in the run that saved "
+            f"{resume.name} {record['world_size']} and {record['zero_stage']}: the states are distributed anew"
+        )
+        if saved == samples:
+            del compared["gradient_accumulation_steps"]
+    notes, refused, changed = compare(resume, compared, config.allow_changed, samples=(saved, samples))
     if refused:
         raise ConfigError(refused)
     for note in notes:

@@ -23,6 +23,7 @@ from hynb.runs import (
     check_same_shape,
     ended_well,
     find_base,
+    is_resharded,
     resume_candidates,
     same_base,
     set_aside,
@@ -141,8 +142,14 @@ def test_what_differs_between_two_runs_is_named(tmp_path):
     assert check_same_shape(tmp_path, shape) == [], "a checkpoint without a record is not compared"
     write_json(tmp_path / CHECKPOINT_RECORD, shape)
     assert check_same_shape(tmp_path, shape) == []
-    found = check_same_shape(tmp_path, shape | {"world_size": 1, "use_lora": False})
-    assert len(found) == 2 and "world_size = 2, this run has 1" in found[0] and "use_lora" in found[1]
+    other = shape | {"world_size": 1, "zero_stage": 2}
+    assert check_same_shape(tmp_path, other) == []
+        "the ranks distribute the states"
+    )
+    assert not is_resharded(tmp_path, shape)
+    found = check_same_shape(tmp_path, shape | {"world_size": 1, "zero_stage": 0, "use_lora": False})
+    assert len(found) == 3 and "world_size = 2, this run has 1" in found[0]
+    assert "zero_stage = 3, this run has 0" in found[1] and "use_lora" in found[2]
     (found,) = check_same_shape(tmp_path, shape | {"sequence_parallel_size": 2})
     assert "sequence_parallel_size = 1, this run has 2" in found, (
         "also of a checkpoint that is older than the parameter"
