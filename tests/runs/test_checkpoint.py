@@ -144,8 +144,6 @@ def test_what_differs_between_two_runs_is_named(tmp_path):
     assert check_same_shape(tmp_path, shape) == []
     other = shape | {"world_size": 1, "zero_stage": 2}
     assert check_same_shape(tmp_path, other) == []
-        "the ranks distribute the states"
-    )
     assert not is_resharded(tmp_path, shape)
     found = check_same_shape(tmp_path, shape | {"world_size": 1, "zero_stage": 0, "use_lora": False})
     assert len(found) == 3 and "world_size = 2, this run has 1" in found[0]
