@@ -276,8 +276,8 @@ class Config:
     on_nan: Literal["stop", "skip"] = _parameter(
         "stop",
         "run",
-        "What to do where a loss or gradient is NaN or infinite. stop: end the run, naming the samples and the module; "
-        "skip: leave the step out on all ranks, and stop after ten in a row.",
+        "What to do where a loss or gradient is NaN or infinite. stop: end the run, naming the samples and the "
+        "module; skip: leave the step out on all ranks, and stop after ten in a row.",
     )
     on_spike: Literal["mark", "stop"] = _parameter(
         "mark",

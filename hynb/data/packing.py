@@ -153,7 +153,9 @@ class Samples(Protocol):
 
     def __getitem__(self, index: int, /) -> dict[str, list[int]]: ...
 
-    def location(self, index: int, /) -> str: ...
+    def location(self, index: int, /) -> str:
+        """A sample's location (file:line)."""
+        ...
 
 
 class PackedDataset(torch.utils.data.Dataset):

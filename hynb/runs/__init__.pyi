@@ -26,6 +26,7 @@ from .events import evaluation_line as evaluation_line
 from .events import progress_line as progress_line
 from .folder import ProcessId as ProcessId
 from .folder import RunDir as RunDir
+from .going_on import how_to_go_on as how_to_go_on
 from .heartbeat import Phase as Phase
 from .integrity import CHECKPOINT_RECORD as CHECKPOINT_RECORD
 from .integrity import check_files as check_files

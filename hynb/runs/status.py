@@ -16,7 +16,7 @@ from hynb.runs.watchdog import watchdog_abort
 # A process on another host is considered dead when the heartbeat is this old: network disks cache for up to a minute.
 STALE_HEARTBEAT_SECONDS = 90.0
 LIVE_STATES = ("starting", "running", "stopping")
-_NO_RECORD = "its processes are gone and recorded no reason: killed, or out of memory"
+_NO_RECORD = "its processes are gone and recorded no reason: killed, or the host was restarted"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -180,7 +180,7 @@ def _failure(run_dir: RunDir) -> str:
     world_size = (read_record(run_dir.manifest) or {}).get("world_size", 0)
     silent = sorted(set(range(world_size)) - {failure["rank"] for failure in failures})
     who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
-    return f"{who} ended and reported no reason (killed, or out of memory), and the other ranks lost its connection"
+    return f"{who} ended and reported no reason (killed by a signal), and the other ranks lost its connection"
 
 
 def _joining(run_dir: RunDir) -> str:

@@ -1,4 +1,4 @@
-"""Where a loss or gradient stops to be finite: one more pass over the batch that failed, with hooks on every module."""
+"""Where a loss or gradient stops being finite: one more pass over the failed batch, with hooks on all modules."""
 
 from __future__ import annotations
 

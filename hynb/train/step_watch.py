@@ -1,9 +1,9 @@
-"""Steps that are no good: a loss or gradient that is not finite, a loss far above those before it, float16 overflow.
+"""Bad steps: a loss or gradient that is not finite, a loss far above those before it, float16 overflow.
 
-Nothing of it adds a message between the ranks to a good step. A loss that is not finite on one rank makes the gradient
-of that rank NaN, so that the norm of the gradient, which DeepSpeed reduces over all ranks before each step, shows it
-to all of them; DeepSpeed then leaves the step out (0.19.8, zero/stage_1_and_2.py and stage3.py `step`). Only then do
-the ranks compare what they know.
+Nothing of it adds a message between the ranks to a good step. A loss that is not finite on one rank makes the
+gradient of that rank NaN, so that the norm of the gradient, which DeepSpeed reduces over all ranks before each step,
+shows it to all of them; DeepSpeed then leaves the step out (0.19.8, zero/stage_1_and_2.py and stage3.py `step`). Only
+then do the ranks compare what they know.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from hynb.train.step_samples import StepSamples, shown_samples
 _MOST_SKIPPED_IN_A_ROW = 10
 # float16's loss scale is at its minimum: that many overflows in a row are the model's own.
 _MOST_OVERFLOWS_AT_MINIMUM = 5
-# A spike: so many median absolute deviations above the median of the last losses, and this share of it at least, since
-# late in training the deviation may be next to nothing. 8 deviations are 5.4 standard deviations of a normal
+# A spike: so many median absolute deviations above the median of the last losses, and this share of it at least,
+# since late in training the deviation may be next to nothing. 8 deviations are 5.4 standard deviations of a normal
 # distribution.
 SPIKE_WINDOW, SPIKE_LEAST = 50, 20
 SPIKE_DEVIATIONS, SPIKE_SHARE = 8.0, 0.1

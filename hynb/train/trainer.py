@@ -135,12 +135,8 @@ class RunTrainer(Trainer):
         self._watch.begin(inputs, first=is_first)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._begins_step = self.accelerator.sync_gradients
-        if self._begins_step and self._watch.end(
-            engine,
-            self.state.global_step,
-            lambda batch: self._loss_again(model, batch, num_items_in_batch),
-            self.model,
-        ):
+        again = functools.partial(self._loss_again, count=num_items_in_batch)
+        if self._begins_step and self._watch.end(engine, self.state.global_step, again, self.model):
             # The losses of a step that was left out, some of which are NaN, are not part of the mean.
             self._tr_loss.copy_(self._loss_before_step)
             return torch.zeros_like(loss)
