@@ -28,6 +28,7 @@ class RunStatus:
         progress: how far that phase is; empty where nothing is known.
         host: the host where a run failed, by its name in the hostfile, if the failure belongs to one host.
         rank: the rank that failed, if the failure belongs to one rank.
+        skipped_steps: steps that were left out because a loss or gradient was not finite.
         updated_at: time of the last change of status.json, in seconds since the epoch.
     """
 
@@ -40,6 +41,7 @@ class RunStatus:
     reason: str = ""
     host: str | None = None
     rank: int | None = None
+    skipped_steps: int = 0
     updated_at: float | None = None
 
     @property
@@ -51,6 +53,8 @@ class RunStatus:
         text: str = self.state
         if self.global_step:
             text += f", step {self.global_step}" + (f" of {self.max_steps}" if self.max_steps else "")
+        if self.skipped_steps:
+            text += f", {self.skipped_steps} step{'s' * (self.skipped_steps > 1)} left out (not finite)"
         # A run that is starting in the phase "starting", or running in "training", does what one expects.
         if self.phase and (self.state, self.phase) not in (("starting", "starting"), ("running", "training")):
             text += f", {self.phase}" + (f" ({self.progress})" if self.progress else "")
@@ -115,6 +119,7 @@ def _recorded_status(run_dir: RunDir, record: dict[str, Any], beat: Beat | None)
         reason=reason,
         host=record.get("host"),
         rank=record.get("rank"),
+        skipped_steps=record.get("skipped_steps") or 0,
         updated_at=record.get("updated_at"),
     )
 

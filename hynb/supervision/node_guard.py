@@ -323,8 +323,7 @@ class Ranks:
                 self._note_code(rank, process.pid)
         self._ended |= ended.keys()
         if None in ended.values():
-            now = memory_kills([process.pid for process in self._processes.values()])
-            self.memory_evidence = memory_evidence(self._memory_kills, now)
+            self.memory_evidence = memory_evidence(self._memory_kills, memory_kills(files=self._memory_kills))
         return ended
 
     def absent(self) -> list[int]:

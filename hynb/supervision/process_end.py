@@ -30,22 +30,23 @@ def exit_code_of_zombie(pid: int) -> int | None:
     return None
 
 
-def memory_kills(pids: Iterable[int] = ()) -> dict[str, int]:
+def memory_kills(pids: Iterable[int] = (), files: Iterable[str] = ()) -> dict[str, int]:
     """How many processes the kernel has ended for lack of memory so far, by the file that counts them.
 
     Args:
         pids: processes whose groups are looked at; the file of the whole host always is.
+        files: further files, as of groups whose processes have ended.
     """
-    files = {_HOST_FILE}
+    counting = {_HOST_FILE, *map(Path, files)}
     for pid in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
                 _, controllers, group = line.split(":", 2)
                 root = _GROUPS / "memory" if "memory" in controllers.split(",") else _GROUPS
                 if controllers in ("", "memory") or "memory" in controllers.split(","):
-                    files |= {root / group.lstrip("/") / name for name in _GROUP_FILES}
+                    counting |= {root / group.lstrip("/") / name for name in _GROUP_FILES}
     counts = {}
-    for file in files:
+    for file in counting:
         with contextlib.suppress(OSError, ValueError):
             lines = (line.split() for line in file.read_text().splitlines())
             counts |= {str(file): int(words[1]) for words in lines if words and words[0] == "oom_kill"}
