@@ -187,7 +187,8 @@ def _hint(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'output_dir'}: the disk is full ({error.strerror}). Free some space, then resume"
-    if found := _WORKER_KILLED.search(str(error)):
+    # The signal is in the error from which torch raised this one.
+    if found := _WORKER_KILLED.search(f"{error.__cause__}\n{error}"):
         how = found[2] or "ended without a word"
         return (
             f"a process that reads batches ahead (pid {found[1]}) {how}. If somebody or the system's lack of memory "
