@@ -23,6 +23,7 @@ from .events import RunWriter as RunWriter
 from .events import duration_text as duration_text
 from .events import effective_events as effective_events
 from .events import evaluation_line as evaluation_line
+from .events import notice_line as notice_line
 from .events import progress_line as progress_line
 from .folder import ProcessId as ProcessId
 from .folder import RunDir as RunDir

@@ -29,7 +29,7 @@ from hynb.train.router_statistics import RouterWatch
 from hynb.train.saving import SavedShard, trained_float32_routers, write_model
 from hynb.train.sealing import finish, seal
 from hynb.train.sequence_parallel import TOKEN_MASK, RowParts
-from hynb.train.step_watch import StepWatch
+from hynb.train.step_watch import SPIKE_WINDOW, StepWatch
 from hynb.train.stop_flag import StopFlag
 from hynb.train.timeouts import collective_limit, limited, save_limit
 
@@ -255,7 +255,9 @@ class RunTrainer(Trainer):
                 self.run_writer.status("running", global_step=step, max_steps=max_steps)
                 if statistics:
                     self.run_writer.event("moe", step, **statistics)
-            before = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            # Entries of evaluations are among them.
+            recent = self.state.log_history[-2 * SPIKE_WINDOW :]
+            before = [entry["loss"] for entry in recent if "loss" in entry]
             self._watch.look_for_spike(logs["loss"], before, step)
         elif self.run_writer and any(name.startswith("eval_") for name in logs):
             self.run_writer.event("eval", step, epoch=self.state.epoch, **logs)
