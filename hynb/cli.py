@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hynb.config import GROUPS, Config, parameters
 from hynb.errors import HynbError, RunFailedError, nearest
-from hynb.runs import RunStatus, evaluation_line, progress_line
+from hynb.runs import RunStatus, evaluation_line, notice_line, progress_line
 
 if TYPE_CHECKING:
     from hynb.launch import Run
@@ -276,6 +276,8 @@ def _follow(run: Run) -> int:
                 print(evaluation_line(event), flush=True)
             elif event["kind"] == "save":
                 print(f"saved {event['path']} in {event['seconds']} s", flush=True)
+            elif line := notice_line(event):
+                print(line, flush=True)
     # The processes take a moment to end, and of several hosts the final record is written then.
     status = run.wait()
     print(status)

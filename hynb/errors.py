@@ -47,6 +47,19 @@ class RunFailedError(RunError):
     exit_code = 1
 
 
+class RankError(RunFailedError):
+    """A failure that all ranks know of and that comes from one of them.
+
+    Args:
+        rank, host: of the rank that it comes from.
+    """
+
+    def __init__(self, problem: str, *, rank: int, host: str) -> None:
+        super().__init__(problem)
+        self.rank = rank
+        self.host = host
+
+
 class MergeError(HynbError):
     """An adapter and a base that cannot be merged, or an output that cannot be written."""
 

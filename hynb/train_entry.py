@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             state.step = step.__name__
             step(state)
         exit_code = 0
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         registry = state.membership.registry_of(state.rank) if state.membership and state.joined else None
         where = {"beside_rank_0": state.beside_rank_0, "phase": state.phase, "registry": registry}
         exit_code = report_failure(error, state.rank, state.run_dir, **where)
@@ -414,7 +414,7 @@ def build_trainer(state: RankState) -> None:
     Raises:
         ConfigError: transformers' Trainer refuses the TrainingArguments.
     """
-    from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, training_sampler
+    from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, training_sampler, watch_of
 
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
     coefficient = state.config.router_aux_loss_coef
@@ -439,6 +439,7 @@ def build_trainer(state: RankState) -> None:
             save_minutes=state.config.save_timeout_minutes,
             writer=state.writer,
             pace=pace_of(state.model.config.to_dict(), use_lora=state.config.use_lora),
+            watch=watch_of(state.config, state.datasets, sampler, state.parts, state.writer),
             folders=state.folders,
             parts=state.parts,
         )

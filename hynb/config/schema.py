@@ -273,6 +273,18 @@ class Config:
     trust_checkpoint: bool = _parameter(
         False, "run", "Resume from a checkpoint without digests that match its files; unpickling it runs code in it."
     )
+    on_nan: Literal["stop", "skip"] = _parameter(
+        "stop",
+        "run",
+        "What to do where a loss or gradient is NaN or infinite. stop: end the run, naming the samples and the "
+        "module; skip: leave the step out on all ranks, and stop after ten in a row.",
+    )
+    on_spike: Literal["mark", "stop"] = _parameter(
+        "mark",
+        "run",
+        "What to do where a logged loss is far above the median of those before it. mark: record it and show it in "
+        "the chart; stop: end the run.",
+    )
     logging_steps: int = _parameter(1, "run", "Steps between log lines in events.jsonl.", minimum=1, unit="steps")
     save_strategy: Literal["steps", "epoch", "no"] = _parameter("steps", "run", "When to save a checkpoint.")
     save_steps: int = _parameter(500, "run", "Steps between checkpoints.", minimum=1, unit="steps")

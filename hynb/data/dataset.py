@@ -209,6 +209,10 @@ class ChatDataset(torch.utils.data.Dataset):
         number = self._indexes[file_number].number(line)
         return location(self.files[file_number], self._seekable[file_number], number)
 
+    def locations(self, index: int) -> list[str]:
+        """The location of the one conversation in a sample; a pack has several."""
+        return [self.location(index)]
+
     def conversation(self, index: int) -> Conversation:
         """The messages of a sample.
 

@@ -153,6 +153,10 @@ class Samples(Protocol):
 
     def __getitem__(self, index: int, /) -> dict[str, list[int]]: ...
 
+    def location(self, index: int, /) -> str:
+        """A sample's location (file:line)."""
+        ...
+
 
 class PackedDataset(torch.utils.data.Dataset):
     """Packs as samples; `position_ids` restart at every conversation.
@@ -185,6 +189,13 @@ class PackedDataset(torch.utils.data.Dataset):
             pack["labels"] += [IGNORED, *sample["labels"][1:]]
             pack["position_ids"] += range(len(sample["input_ids"]))
         return pack
+
+    def locations(self, index: int) -> list[str]:
+        """The location (file:line) of each conversation in a pack, in their order."""
+        numbers = self.packs[index]
+        return [
+            self.dataset.location(number if self.parts is None else int(self.parts[number, 0])) for number in numbers
+        ]
 
     def _part(self, number: int) -> dict[str, list[int]]:
         if self.parts is None:

@@ -24,9 +24,11 @@ from .events import RunWriter as RunWriter
 from .events import duration_text as duration_text
 from .events import effective_events as effective_events
 from .events import evaluation_line as evaluation_line
+from .events import notice_line as notice_line
 from .events import progress_line as progress_line
 from .folder import ProcessId as ProcessId
 from .folder import RunDir as RunDir
+from .going_on import how_to_go_on as how_to_go_on
 from .heartbeat import Phase as Phase
 from .integrity import CHECKPOINT_RECORD as CHECKPOINT_RECORD
 from .integrity import check_files as check_files

@@ -195,6 +195,16 @@ def evaluation_line(event: dict[str, Any]) -> str:
     )
 
 
+def notice_line(event: dict[str, Any]) -> str:
+    """A step that was left out, or a loss far above those before it, as one line; empty for any other event."""
+    if event["kind"] == "skipped":
+        return str(event.get("reason"))
+    if event["kind"] == "spike":
+        limit = f"limit {event.get('limit')}, usual {event.get('usual_loss')}"
+        return f"step {event['global_step']}: the loss has a spike: {event.get('loss')} ({limit})"
+    return ""
+
+
 def _is_whole(event: dict[str, Any]) -> bool:
     return isinstance(event.get("kind"), str) and isinstance(event.get("global_step"), int)
 

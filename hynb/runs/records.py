@@ -100,7 +100,7 @@ _END["rank"] = _or_null(_COUNT)
 _FIELDS: dict[str, Mapping[str, _Check]] = {
     "status.json": _END
     | {"phase": _or_null(_TEXT), "global_step": _or_null(_COUNT), "max_steps": _or_null(_COUNT)}
-    | {"updated_at": _or_null(_NUMBER), "process": _PROCESS},
+    | {"updated_at": _or_null(_NUMBER), "process": _PROCESS, "skipped_steps": _COUNT},
     "exit.json": _END | {"id": _TEXT},
     "launch.json": {"id": _TEXT, "process": _PROCESS, "started_at": _NUMBER, "membership": _MEMBERSHIP}
     | {"ssh": _or_null(_TEXT)},

@@ -16,7 +16,7 @@ from hynb.runs.watchdog import watchdog_abort
 # A process on another host is considered dead when the heartbeat is this old: network disks cache for up to a minute.
 STALE_HEARTBEAT_SECONDS = 90.0
 LIVE_STATES = ("starting", "running", "stopping")
-_NO_RECORD = "its processes are gone and recorded no reason: killed, or out of memory"
+_NO_RECORD = "its processes are gone and recorded no reason: killed, or the host was restarted"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -28,6 +28,7 @@ class RunStatus:
         progress: how far that phase is; empty where nothing is known.
         host: the host where a run failed, by its name in the hostfile, if the failure belongs to one host.
         rank: the rank that failed, if the failure belongs to one rank.
+        skipped_steps: steps that were left out because a loss or gradient was not finite.
         updated_at: time of the last change of status.json, in seconds since the epoch.
     """
 
@@ -40,6 +41,7 @@ class RunStatus:
     reason: str = ""
     host: str | None = None
     rank: int | None = None
+    skipped_steps: int = 0
     updated_at: float | None = None
 
     @property
@@ -51,6 +53,8 @@ class RunStatus:
         text: str = self.state
         if self.global_step:
             text += f", step {self.global_step}" + (f" of {self.max_steps}" if self.max_steps else "")
+        if self.skipped_steps:
+            text += f", {self.skipped_steps} step{'s' * (self.skipped_steps > 1)} left out (not finite)"
         # A run that is starting in the phase "starting", or running in "training", does what one expects.
         if self.phase and (self.state, self.phase) not in (("starting", "starting"), ("running", "training")):
             text += f", {self.phase}" + (f" ({self.progress})" if self.progress else "")
@@ -115,6 +119,7 @@ def _recorded_status(run_dir: RunDir, record: dict[str, Any], beat: Beat | None)
         reason=reason,
         host=record.get("host"),
         rank=record.get("rank"),
+        skipped_steps=record.get("skipped_steps") or 0,
         updated_at=record.get("updated_at"),
     )
 
@@ -180,7 +185,7 @@ def _failure(run_dir: RunDir) -> str:
     world_size = (read_record(run_dir.manifest) or {}).get("world_size", 0)
     silent = sorted(set(range(world_size)) - {failure["rank"] for failure in failures})
     who = f"rank {', '.join(map(str, silent))}" if silent else "another rank"
-    return f"{who} ended and reported no reason (killed, or out of memory), and the other ranks lost its connection"
+    return f"{who} ended and reported no reason (killed by a signal), and the other ranks lost its connection"
 
 
 def _joining(run_dir: RunDir) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import select
 import shutil
 import socket
 import sys
@@ -26,6 +27,7 @@ from hynb.runs import ProcessId, RunDir, check_output_dir, clear_run_folder
 from hynb.supervision.connections import connect
 from hynb.supervision.link import Link
 from hynb.supervision.membership import PING_SECONDS, RANK_VARIABLES, Membership
+from hynb.supervision.process_end import exit_code_of_zombie, memory_evidence, memory_kills
 from hynb.supervision.processes import kill_processes, processes_of
 from hynb.supervision.registries import hold_registry, remove_abandoned_registries
 from hynb.supervision.session import Session
@@ -206,7 +208,8 @@ class Guard:
         absent = self._ranks.absent() if ended else []
         # A rank that recorded how it failed comes before those that the launcher ended because of it.
         for rank, exit_code in sorted(ended.items(), key=lambda item: item[1] is None):
-            self._session.send({"kind": "ended", "rank": rank, "code": exit_code, "absent": absent})
+            facts = {"found": self._ranks.found_codes.get(rank), "memory": self._ranks.memory_evidence}
+            self._session.send({"kind": "ended", "rank": rank, "code": exit_code, "absent": absent} | facts)
         for rank, seconds in self._ranks.frozen(self._membership.silence_seconds):
             self._session.send({"kind": "frozen", "rank": rank, "seconds": seconds})
 
@@ -264,7 +267,12 @@ class Guard:
 
 
 class Ranks:
-    """The ranks of one host, known from the notes that they leave in the registry."""
+    """The ranks of one host, known from the notes that they leave in the registry.
+
+    Attributes:
+        found_codes: exit codes of ranks that recorded none, where the system still had them; negative for a signal.
+        memory_evidence: what shows that the kernel has ended a process for lack of memory; empty for nothing.
+    """
 
     def __init__(self, membership: Membership, node: int) -> None:
         self.registry = membership.registry(node)
@@ -276,6 +284,9 @@ class Ranks:
         self._reported_stages: set[str] = set()
         self._reported_failures: set[str] = set()
         self._stopped_since: dict[int, float] = {}
+        self.found_codes: dict[int, int] = {}
+        self.memory_evidence = ""
+        self._memory_kills = memory_kills()
 
     @property
     def all_ended(self) -> bool:
@@ -309,7 +320,10 @@ class Ranks:
             if rank not in self._ended and not process.alive():
                 end = self.registry / f"rank{rank}.end"
                 ended[rank] = int(end.read_text()) if end.exists() else None
+                self._note_code(rank, process.pid)
         self._ended |= ended.keys()
+        if None in ended.values():
+            self.memory_evidence = memory_evidence(self._memory_kills, memory_kills(files=self._memory_kills))
         return ended
 
     def absent(self) -> list[int]:
@@ -342,11 +356,28 @@ class Ranks:
         """The files that receive the ranks' output."""
         return list(self._logs.values())
 
+    def _await_end(self, rank: int, pid: int) -> None:
+        """Reads a rank's exit code at once when it ends; the launcher, which looks once per second, removes it."""
+        with contextlib.suppress(OSError):
+            descriptor = os.pidfd_open(pid)
+            try:
+                select.select([descriptor], [], [])
+                self._note_code(rank, pid)
+            finally:
+                os.close(descriptor)
+
+    def _note_code(self, rank: int, pid: int) -> None:
+        if (code := exit_code_of_zombie(pid)) is not None:
+            self.found_codes[rank] = code
+
     def _register(self) -> None:
         for rank in self._numbers:
             if rank not in self._processes and (record := read_json(self.registry / f"rank{rank}.json")):
                 self._logs[rank] = Path(record["log"])
                 self._processes[rank] = ProcessId.from_record(record)
+                threading.Thread(target=self._await_end, args=(rank, record["pid"]), daemon=True).start()
+                # Of its group of processes; later counts are compared with the first ones.
+                self._memory_kills = memory_kills([record["pid"]]) | self._memory_kills
 
 
 def main(node: int) -> None:

@@ -20,10 +20,11 @@ from typing import Any
 
 from hynb.cluster import Ssh
 from hynb.files import write_json
-from hynb.runs import RunDir, RunReader, RunWriter, name_ranks, watchdog_abort
+from hynb.runs import RunDir, RunReader, RunWriter, how_to_go_on, name_ranks, watchdog_abort
 from hynb.supervision.connections import Connections, Node
 from hynb.supervision.logs import LaunchLogs
 from hynb.supervision.membership import Membership
+from hynb.supervision.process_end import end_text
 from hynb.supervision.processes import kill_over_ssh, kill_processes
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _TURN_SECONDS = 0.1
 _KILL_SECONDS = 2.0
 # The launcher's own processes end after the ranks.
 _LAUNCHER_END_SECONDS = 30.0
+_UNKNOWN_END = "was killed by a signal that is not known: by a person or a program, or probably for lack of memory"
 _KILLED = -1
 _LOG_NAME = re.compile(r"\d{14}_rank\d+\.log|failure_rank\d+\.json")
 
@@ -259,7 +261,7 @@ class Supervisor:
             case "failure":
                 self._failures.append(message["record"])
             case "ended":
-                self._rank_ended(node, message["rank"], message["code"], message["absent"])
+                self._rank_ended(node, message)
             case "frozen":
                 self._rank_frozen(node, message["rank"], message["seconds"])
             case "bye" if node.state == "joined":
@@ -331,7 +333,8 @@ class Supervisor:
             with contextlib.suppress(OSError), (self._dir.log / name).open("ab") as file:
                 file.write(data.encode("latin-1"))
 
-    def _rank_ended(self, node: Node, rank: int, exit_code: int | None, absent: Sequence[int]) -> None:
+    def _rank_ended(self, node: Node, message: dict[str, Any]) -> None:
+        rank, exit_code, absent = message["rank"], message["code"], message["absent"]
         node.ended[rank] = exit_code
         if exit_code == 0:
             return
@@ -343,8 +346,9 @@ class Supervisor:
             first = absent[0]
             self._fail(f"rank {first} on {node.name} ended before it had started up", node, rank=first, weight=2)
             return
-        reason = f"rank {rank} on {node.name} was killed (by a person, or by the system for lack of memory)"
-        self._fail(reason, node, rank=rank, weight=_KILLED)
+        found = message["found"]
+        how = _UNKNOWN_END if found is None else end_text(found, message["memory"])
+        self._fail(f"rank {rank} on {node.name} {how}", node, rank=rank, weight=_KILLED)
 
     def _rank_frozen(self, node: Node, rank: int, seconds: float) -> None:
         reason = (
@@ -374,6 +378,7 @@ class Supervisor:
         reason = cause.reason
         if tail := self._log_tail(cause):
             reason += f"\nThe end of its log:\n{tail}"
+        reason += f"\n{how_to_go_on(self._dir)}"
         known = RunReader(self._dir.path).status()
         # A full disk must not keep the supervisor from its end, whose record comes after this one.
         with contextlib.suppress(OSError):

@@ -29,6 +29,7 @@ from hynb.train.router_statistics import RouterWatch
 from hynb.train.saving import SavedShard, trained_float32_routers, write_model
 from hynb.train.sealing import finish, seal
 from hynb.train.sequence_parallel import TOKEN_MASK, RowParts
+from hynb.train.step_watch import SPIKE_WINDOW, StepWatch
 from hynb.train.stop_flag import StopFlag
 from hynb.train.timeouts import collective_limit, limited, save_limit
 
@@ -55,6 +56,7 @@ class RunTrainer(Trainer):
         sampler: the sampling order of the training set.
         routers: the statistics of the model's routers, and their balancing loss.
         pace: measures the steps.
+        watch: finds steps that are no good.
         folders: the run folders of hosts that share none; None where there is one folder.
         parts: which part of which rows this rank computes; None for rows of its own.
 
@@ -75,6 +77,7 @@ class RunTrainer(Trainer):
         sampler: SeededSampler,
         routers: RouterWatch,
         pace: Pace,
+        watch: StepWatch,
         folders: NodeLocalFolders | None,
         parts: RowParts | None = None,
         **kwargs: Any,
@@ -97,8 +100,11 @@ class RunTrainer(Trainer):
         self._parts = parts or RowParts(rank=self.args.process_index, world_size=self.args.world_size)
         self._saving = False
         self._pace = pace
-        self._times_optimizer = False
+        self._watch = watch
+        self._is_attached = False
         self._save_seconds: dict[str, float] = {}
+        self._begins_step = True
+        self._loss_before_step = torch.zeros(())
         self._settings: list[dict[str, Any]] = []
         model: Any = self.model
         if starts := trained_float32_routers(shards):
@@ -109,17 +115,39 @@ class RunTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One micro batch; counts its tokens without padding."""
-        if not self._times_optimizer:
-            self._times_optimizer = True
-            # DeepSpeed's engine, which steps inside of the backward pass; without it nothing is known.
-            engine: Any = self.deepspeed
-            if engine is not None:
-                engine.step = self._pace.timed(engine.step)
+        """One micro batch; counts its tokens without padding.
+
+        Raises:
+            RankError: the step is not finite, and the run cannot go on.
+        """
+        # DeepSpeed's engine, which steps inside of the backward pass.
+        engine: Any = self.deepspeed
+        if not self._is_attached:
+            self._is_attached = True
+            self._watch.attach(engine, self.optimizer)
+            self._watch.resumed(self.state.global_step)
+            engine.step = self._pace.timed(engine.step)
         mask = inputs.pop(TOKEN_MASK, inputs.get("attention_mask"))
         self._pace.add_tokens(mask.sum() if mask is not None else inputs["input_ids"].numel())
         self._routers.mask = mask
-        return super().training_step(model, inputs, num_items_in_batch)
+        if is_first := self._begins_step:
+            self._loss_before_step = self._tr_loss.clone()
+        self._watch.begin(inputs, first=is_first)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._begins_step = self.accelerator.sync_gradients
+        again = functools.partial(self._loss_again, count=num_items_in_batch)
+        if self._begins_step and self._watch.end(engine, self.state.global_step, again, self.model):
+            # The losses of a step that was left out, some of which are NaN, are not part of the mean.
+            self._tr_loss.copy_(self._loss_before_step)
+            return torch.zeros_like(loss)
+        return loss
+
+    def _loss_again(self, model: Any, inputs: dict[str, Any], *, count: torch.Tensor | int | None) -> Any:
+        """The loss of a micro batch in another forward pass."""
+        inputs = self._prepare_inputs(inputs)
+        self._routers.mask = inputs.get("attention_mask")
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs, num_items_in_batch=count)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The batches of this rank; ranks that share rows get the same samples."""
@@ -189,13 +217,15 @@ class RunTrainer(Trainer):
     ) -> Any:
         """The model's loss, plus the routers' balancing loss where its coefficient is not 0."""
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
         balancing = self._routers.take_loss()
-        if balancing is None:
-            return result
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            # The model's loss is already divided by the tokens of all accumulated micro batches.
-            balancing = balancing / self.current_gradient_accumulation_steps
-        return (result[0] + balancing, result[1]) if return_outputs else result + balancing
+        if balancing is not None:
+            if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+                # The model's loss is already divided by the tokens of all accumulated micro batches.
+                balancing = balancing / self.current_gradient_accumulation_steps
+            loss = loss + balancing
+        loss = self._watch.marked(loss)
+        return (loss, result[1]) if return_outputs else loss
 
     @torch.no_grad()
     def evaluate(
@@ -216,6 +246,7 @@ class RunTrainer(Trainer):
         """Writes a log step to events.jsonl too, with tokens, speed and memory over all ranks."""
         step, max_steps = self.state.global_step, self.state.max_steps
         if "loss" in logs:
+            logs["loss"] = self._watch.corrected(logs["loss"], step)
             pace, counts = self._pace.report(step, self.args.device, self._routers.counts())
             logs |= {name: value for name, value in pace.items() if isinstance(value, (int, float))}
             statistics = self._routers.summary(counts) if counts is not None else None
@@ -224,6 +255,10 @@ class RunTrainer(Trainer):
                 self.run_writer.status("running", global_step=step, max_steps=max_steps)
                 if statistics:
                     self.run_writer.event("moe", step, **statistics)
+            # Entries of evaluations are among them.
+            recent = self.state.log_history[-2 * SPIKE_WINDOW :]
+            before = [entry["loss"] for entry in recent if "loss" in entry]
+            self._watch.look_for_spike(logs["loss"], before, step)
         elif self.run_writer and any(name.startswith("eval_") for name in logs):
             self.run_writer.event("eval", step, epoch=self.state.epoch, **logs)
         super().log(logs, start_time)

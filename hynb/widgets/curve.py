@@ -26,6 +26,8 @@ class Curve:
         tokens: number of tokens trained on so far.
         saves: steps of the checkpoints.
         eval_steps, eval_loss: one entry per evaluation.
+        spikes: step and loss of each loss far above those before it.
+        skipped: steps that were left out because they were not finite.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -38,6 +40,8 @@ class Curve:
     saves: list[int] = field(default_factory=list)
     eval_steps: list[int] = field(default_factory=list)
     eval_loss: list[float] = field(default_factory=list)
+    spikes: list[tuple[int, float]] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, events: Sequence[dict[str, Any]]) -> Curve:
@@ -46,6 +50,10 @@ class Curve:
         for event in events:
             if event["kind"] == "save":
                 curve.saves.append(event["global_step"])
+            elif event["kind"] == "spike":
+                curve.spikes.append((event["global_step"], _number(event.get("loss"))))
+            elif event["kind"] == "skipped":
+                curve.skipped.append(event["global_step"])
             elif event["kind"] == "eval":
                 curve.eval_steps.append(event["global_step"])
                 curve.eval_loss.append(_number(event.get("eval_loss")))
@@ -93,7 +101,7 @@ class Curve:
         if not self.steps:
             return []
         found = [
-            ("loss", f"{self.loss[-1]:.4f} (first {self.loss[0]:.4f}, smoothed {self.smoothed()[-1]:.4f})"),
+            ("loss", self._loss_text()),
             ("learning rate", f"{self.learning_rate[-1]:.3g}"),
             ("speed", f"{self.tokens_per_second[-1]:,.0f} tokens/s{self._share_text()}"),
             ("step", f"{self.step_seconds[-1]:.3g} s{self._parts_text()}"),
@@ -102,7 +110,18 @@ class Curve:
         ]
         if self.eval_steps:
             found.insert(1, ("evaluation loss", self._evaluation_text()))
-        return [(name, text) for name, text in found if "nan" not in text]
+        if self.skipped:
+            found.insert(1, ("steps left out", f"{len(self.skipped)}, not finite (last: step {self.skipped[-1]})"))
+        if self.spikes:
+            found.insert(1, ("loss spikes", f"{len(self.spikes)} (last: step {self.spikes[-1][0]})"))
+        return [(name, text) for name, text in found if name == "loss" or "nan" not in text]
+
+    def _loss_text(self) -> str:
+        """The newest loss, which may be none, with the first and the smoothed one."""
+        if not math.isfinite(self.loss[-1]):
+            return f"{self.loss[-1]} at step {self.steps[-1]}: not finite"
+        first = next(value for value in self.loss if math.isfinite(value))
+        return f"{self.loss[-1]:.4f} (first {first:.4f}, smoothed {self.smoothed()[-1]:.4f})"
 
     def alt_text(self, status: RunStatus) -> str:
         """The plot in words, for those who cannot see it."""
@@ -111,6 +130,9 @@ class Curve:
         seconds = self.seconds_left(status.max_steps)
         left = f", about {duration_text(seconds)} left" if status.live and seconds is not None else ""
         evaluation = f"; evaluation loss {self._evaluation_text()}" if self.eval_steps else ""
+        bad = sum(not math.isfinite(value) for value in self.loss)
+        evaluation += f"; not finite at {bad} log steps" if bad else ""
+        evaluation += f"; {len(self.spikes)} spikes" if self.spikes else ""
         return (
             f"Training loss by step: {self.loss[0]:.4f} at step {self.steps[0]}, "
             f"{self.loss[-1]:.4f} at step {self.steps[-1]}{evaluation}; the run is {status}{left}. "
@@ -140,7 +162,10 @@ class Curve:
         return f" on rank {self.newest.get('memory_rank')}, the most" if several else ""
 
     def _evaluation_text(self) -> str:
-        lowest, step = min(zip(self.eval_loss, self.eval_steps, strict=True))
+        # NaN compares as neither smaller nor larger.
+        lowest, step = min(
+            zip(self.eval_loss, self.eval_steps, strict=True), key=lambda pair: (pair[0] != pair[0], pair)
+        )
         text = f"{self.eval_loss[-1]:.4f} at step {self.eval_steps[-1]}"
         return text if step == self.eval_steps[-1] else f"{text} (lowest {lowest:.4f} at step {step})"
 

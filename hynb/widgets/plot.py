@@ -22,7 +22,7 @@ _MARKED_POINTS = 40
 _WIDTH_INCHES, _HEIGHT_INCHES = 9.0, 4.6
 _DPI = 130
 _PALETTE_COLOURS = 96
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#1f6feb", "#bc4c00", "#1a7f37", "#8250df"
+_BLUE, _ORANGE, _GREEN, _PURPLE, _RED = "#1f6feb", "#bc4c00", "#1a7f37", "#8250df", "#cf222e"
 # matplotlib's font cache is not thread-safe; the panel's thread and a cell may draw at the same time.
 _DRAWING = threading.Lock()
 
@@ -102,9 +102,20 @@ def _draw_loss(axes: Axes, curve: Curve, shown: slice, marker: str | None) -> No
         # Told apart from the training loss by markers and dashes, not by the colour alone.
         style = {"color": _ORANGE, "linestyle": "--", "marker": "D", "markersize": 4, "linewidth": 1.5}
         axes.plot(curve.eval_steps, curve.eval_loss, label="evaluation", **style)
+    missing = [step for step, value in zip(curve.steps, curve.loss, strict=True) if not math.isfinite(value)]
+    if missing or curve.skipped:
+        # A line has a gap there, or nothing at all; so they are marked at the lower edge.
+        style = {"color": _RED, "marker": "x", "markersize": 6, "linestyle": "none", "clip_on": False}
+        steps_without = sorted({*missing, *curve.skipped})
+        axes.plot(
+            steps_without, [0] * len(steps_without), transform=axes.get_xaxis_transform(), label="not finite", **style
+        )
+    if curve.spikes:
+        style = {"color": _RED, "marker": "^", "markersize": 7, "markerfacecolor": "none", "linestyle": "none"}
+        axes.plot(*zip(*curve.spikes, strict=True), label="spike", **style)
     for index, step in enumerate(curve.saves):
         label = "checkpoint" if index == 0 else None
         axes.axvline(step, color=_GREEN, linewidth=1, linestyle=(0, (2, 3)), label=label)
     if curve.steps:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=4, frameon=False, fontsize=9)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=6, frameon=False, fontsize=9)
     axes.set_ylabel("loss")

@@ -10,7 +10,7 @@ from typing import Any
 from hynb.config import Config, absolute_paths, load_yaml
 from hynb.errors import RunFailedError
 from hynb.launch import Run, attach, launch
-from hynb.runs import RunDir, RunReader, RunStatus, evaluation_line, progress_line
+from hynb.runs import RunDir, RunReader, RunStatus, evaluation_line, notice_line, progress_line
 from hynb.widgets.panel import RunPanel
 from hynb.widgets.result import show_result
 from hynb.widgets.table import path_text
@@ -110,6 +110,8 @@ class _Printer:
                 print(f"saved {event['path']} in {event['seconds']} s", flush=True)
             elif event["kind"] == "eval":
                 print(evaluation_line(event), flush=True)
+            elif line := notice_line(event):
+                print(line, flush=True)
             elif event["kind"] == "log":
                 self._show_log(event, status)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 import socket
+import sys
 import time
 
 import pytest
+import torch
 
-from hynb.errors import ConfigError, RunError, RunFailedError
+from hynb.errors import ConfigError, DataError, RankError, RunError, RunFailedError
 from hynb.runs import RunDir, RunReader, RunWriter
 from hynb.train import report_failure
 
@@ -99,3 +103,65 @@ def test_a_record_reaches_the_guard_where_the_run_folder_cannot_be_written(tmp_p
 def test_a_refused_run_writes_nothing(tmp_path, capsys):
     assert report(ConfigError("wrong"), 0, None) == 2
     assert "hynb: wrong" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __init__(self, error: Exception | int) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        if isinstance(self.error, int):
+            os.kill(os.getpid(), self.error)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (DataError("/x.jsonl:3: not JSON\nand more"), 2, "/x.jsonl:3: not JSON\nand more (in a process that reads"),
+        (
+            ValueError("odd"),
+            1,
+            "ValueError: odd (in a process that reads batches ahead: DataLoader",
+        ),
+        (signal.SIGKILL, 1, "a process that reads batches ahead (pid "),
+        (signal.SIGSEGV, 1, "a process that reads batches ahead (pid "),
+    ],
+)
+def test_a_failure_in_a_worker_of_the_data_loader_is_its_own_message(run_dir, capsys, error, code, reason):
+    with pytest.raises(Exception) as caught:
+        list(torch.utils.data.DataLoader(_Broken(error), num_workers=1))
+    assert report(caught.value, 0, run_dir) == code
+    found = json.loads(run_dir.failure(0).read_text())["reason"]
+    assert found.startswith(reason)
+    assert "Original Traceback" not in found
+    if isinstance(error, int):
+        assert {signal.SIGKILL: "Killed", signal.SIGSEGV: "Segmentation fault"}[error] in found
+    capsys.readouterr()
+
+
+def test_sys_exit_in_a_rank_is_named_with_its_place(run_dir, capsys):
+    for code, shown, exit_code in ((3, "3", 3), ("done", "'done'", 1), (None, "None", 1)):
+        with pytest.raises(SystemExit) as caught:
+            sys.exit(code)
+        assert report_failure(caught.value, 0, run_dir, beside_rank_0=True) == exit_code
+        found = json.loads(run_dir.failure(0).read_text())["reason"]
+        assert found.startswith(f"sys.exit({shown}) was called at {__file__}:")
+    capsys.readouterr()
+
+
+def test_what_all_ranks_know_is_reported_of_the_rank_that_it_comes_from(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr("hynb.train.failure._GRACE_SECONDS", 0.2)
+    error = RankError("step 3: the loss is nan", rank=1, host="beta")
+    assert report(error, 1, run_dir) == 1
+    assert capsys.readouterr().err == "hynb: step 3: the loss is nan\n"
+    assert report(error, 2, run_dir) == 1
+    assert capsys.readouterr().err == "", "rank 1 has said it"
+    assert report(error, 0, run_dir) == 1
+    (record,) = run_dir.failures()
+    assert (record["rank"], record["host"]) == (1, "beta")
+    status = RunReader(run_dir.path).status()
+    assert status.state == "failed" and status.reason == "rank 1 on beta: step 3: the loss is nan"

@@ -8,6 +8,7 @@ import pytest
 
 from hynb.runs import RunStatus
 from hynb.widgets.curve import Curve
+from hynb.widgets.plot import draw
 
 
 def log_events(steps, **values):
@@ -53,3 +54,19 @@ def test_the_lowest_loss_is_a_finite_one():
 def test_a_run_without_a_loss_is_described_too():
     assert Curve().alt_text(RunStatus(state="starting")) == "No loss yet; the run is starting."
     assert Curve().facts() == []
+
+
+def test_losses_that_are_not_finite_and_spikes_are_shown():
+    events = log_events([1, 2], loss=math.nan)
+    curve = Curve.of(events)
+    assert curve.facts()[0] == ("loss", "nan at step 2: not finite")
+    assert "not finite at 2 log steps" in curve.alt_text(RunStatus(state="failed"))
+    events += [*log_events([3], loss=2.0), *log_events([4], loss=math.nan), *log_events([5], loss=9.0)]
+    events.append({"kind": "skipped", "global_step": 4})
+    curve = Curve.of([*events, {"kind": "spike", "global_step": 5, "loss": 9.0}])
+    facts = dict(curve.facts())
+    assert facts["loss"].startswith("9.0000 (first 2.0000")
+    assert facts["steps left out"] == "1, not finite (last: step 4)" and facts["loss spikes"] == "1 (last: step 5)"
+    handles, labels = draw(curve, 10).axes[0].get_legend_handles_labels()
+    marks = dict(zip(labels, handles, strict=True))
+    assert list(marks["not finite"].get_xdata()) == [1, 2, 4] and list(marks["spike"].get_ydata()) == [9.0]

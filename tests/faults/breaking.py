@@ -1,0 +1,62 @@
+"""What breaks a rank from within: each function is called in every rank before it begins, by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# The letters of a line of the data whose values are made NaN.
+MARK = "quixotic"
+
+
+class _BadGradient(torch.autograd.Function):
+    """Passes values on, and NaN as their gradient."""
+
+    @staticmethod
+    def forward(_: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradient, torch.nan)
+
+
+def _break_layer(change: Any) -> None:
+    """Changes the output of the second layer's MLP where the tokens of MARK are."""
+    import hynb.train
+
+    plain = hynb.train.load_model
+
+    def load_model(config: Any, base: Any, tokenizer: Any, **kwargs: Any) -> Any:
+        model = plain(config, base, tokenizer, **kwargs)
+        letters = torch.tensor(tokenizer(MARK, add_special_tokens=False)["input_ids"])
+        where: list[torch.Tensor] = []
+
+        def look(_: Any, inputs: Any, __: Any) -> None:
+            windows = inputs[0].unfold(1, len(letters), 1)
+            found = (windows == letters).all(-1)
+            where[:] = [torch.nn.functional.pad(found, (0, len(letters) - 1))]
+
+        def spoil(_: Any, __: Any, output: Any) -> Any:
+            values = output[0] if isinstance(output, tuple) else output
+            if not where[0].any():
+                return output
+            values = change(values, where[0][..., None])
+            return (values, *output[1:]) if isinstance(output, tuple) else values
+
+        model.get_input_embeddings().register_forward_hook(look)
+        model.model.layers[1].mlp.register_forward_hook(spoil)
+        return model
+
+    hynb.train.load_model = load_model
+
+
+def nan_in_a_layer() -> None:
+    """The second layer's MLP has NaN where the tokens of MARK are."""
+    _break_layer(lambda values, where: values.masked_fill(where, torch.nan))
+
+
+def nan_in_a_gradient() -> None:
+    """The gradient of the second layer's MLP is NaN in the batch with MARK; the loss is not."""
+    _break_layer(lambda values, _: _BadGradient.apply(values))
