@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenised",
         type=Path,
         metavar="OUT.jsonl",
-        help="write source, input_ids and labels of every sample, and under --split_turns which answer of the record it is",
+        help="write source, input_ids and labels of every sample, and the answer's number under --split_turns",
     )
     parser.add_argument("--processes", type=int, help="worker processes [one per CPU, at most 64]")
     parser.add_argument("--no_cache", action="store_true", help="do not use the result of an earlier check")
