@@ -74,8 +74,9 @@ def change_of(message: Mapping[str, Any], text: str) -> str:
     kept = _found_beginning(content, text)
     rest = _UP_TO_ANSWER.sub("", content).strip()
     if message["role"] == "assistant" and rest != content and rest and rest in text:
+        thought = "between <think> and" if THOUGHT.search(content) else "up to"
         return (
-            "it removes the part up to </think>: move the thought to reasoning_content if the template "
+            f"it removes the part {thought} </think>: move the thought to reasoning_content if the template "
             "renders that, or remove it"
         )
     if message.get("tool_calls") and kept < _MIN_FOUND:

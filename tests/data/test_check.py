@@ -266,6 +266,11 @@ def test_the_tokenised_samples_are_written_for_comparison(tokenizer, tmp_path, c
     dataset = ChatDataset(path, tokenizer, 50)
     for item, index in zip(written, (0, 2), strict=True):
         assert {name: item[name] for name in ("input_ids", "labels")} == dataset[index]
+    write_lines(path, exchange("q"), {"messages": [*exchange("q")["messages"], *exchange("r")["messages"]]})
+    assert main([*command, "--split_turns"]) == 0
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = [(f"{path}:1", 1), (f"{path}:2", 1), (f"{path}:2", 2)]
+    assert [(item["source"], item["answer"]) for item in written] == expected
 
 
 def test_a_record_is_refused_once_however_many_answers_it_has(tokenizer, tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_what_cannot_be_found_is_refused_with_the_reason(tokenizer, monkeypatch)
         ("m.content | upper", "message 1: it leaves its content out or rewrites it"),
         ("m.content | replace('old', 'new')", "message 1: from character 5 of its content on, it writes 'new.*'old"),
         ("(m.content if m.role == 'user' else '')", "message 2: it leaves its content out"),
-        ("m.content.split('</think>')[-1]", "message 2: it removes the part up to </think>"),
+        ("m.content.split('</think>')[-1]", "message 2: it removes the part between <think> and </think>"),
     ],
 )
 def test_what_a_template_has_changed_is_named(tokenizer, monkeypatch, change, message):
