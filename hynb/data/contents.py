@@ -58,10 +58,16 @@ def notes_on(content: str, text: str) -> list[str]:
     return []
 
 
-def is_without_thought(text: str, content: str) -> bool:
-    """Whether a text is all of an answer but its thought and its tags."""
-    answer = _WHOLE_THOUGHT.sub("", content)
-    return "".join(re.sub(r"<[^<>]*>", "", text).split()) == "".join(re.sub(r"<[^<>]*>", "", answer).split())
+def is_without_thought(text: str, content: str, *, has_calls: bool = False) -> bool:
+    """Whether a text is all of an answer but its thought and its tags.
+
+    Args:
+        has_calls: tool calls stand beside the content in the text.
+    """
+    given, answer = (
+        "".join(re.sub(r"<[^<>]*>", "", part).split()) for part in (text, _WHOLE_THOUGHT.sub("", content))
+    )
+    return answer in given if has_calls else answer == given
 
 
 def change_of(message: Mapping[str, Any], text: str) -> str:

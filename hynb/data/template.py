@@ -316,7 +316,9 @@ class ChatTemplate:
             if problem:
                 unended[len(trained)] = problem
             trained.append((start, end))
-            if is_short and not is_without_thought(self.added.sub("", traced.text[start:end]), content):
+            if is_short and not is_without_thought(
+                self.added.sub("", traced.text[start:end]), content, has_calls=bool(message.get("tool_calls"))
+            ):
                 raise DataError(
                     f"{source}: the chat template cuts the answer of message {index + 1}, and not only its "
                     "thought, because other messages follow it: remove the messages behind it, or set "

@@ -755,6 +755,14 @@ def test_white_space_that_a_template_strips_at_thoughts_is_accepted_and_counted(
     # An earlier answer is without its thought, whatever its white space.
     earlier = {"messages": [*records[1]["messages"], *records[0]["messages"]]}
     assert trained_texts(earlier, chatml) == ["a<|im_end|>", *whole]
+    # The thought of a call in an earlier turn, beside a text or not.
+    source = QWEN3.replace("content + '<|im_end|>\n'", "content + ('CALL' if m.tool_calls else '') + '<|im_end|>\n'")
+    monkeypatch.setattr(chatml, "chat_template", source)
+    for content in ("", "look"):
+        calling = {"role": "assistant", "content": f"<think>\nwhich\n</think>\n{content}", "tool_calls": [CALL]}
+        called = {"messages": [EXCHANGE[0], calling, WITH_TOOLS["messages"][2], EXCHANGE[1], *records[0]["messages"]]}
+        found = trained_texts(called, chatml, allow_ignored_fields=True)
+        assert found == [f"{content}CALL<|im_end|>", "a<|im_end|>", *whole]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert "3 samples have answers in which white space beside <think> tags is" in check_data(path, chatml, 99).text()
