@@ -28,7 +28,7 @@ HELP_ZH = {
     "use_flash_attn": "安装了 flash_attn 时使用 Flash Attention 2，否则用 PyTorch 的 sdpa。",
     "attention": "注意力算子：PyTorch 的 sdpa、Flash Attention 2 或 PyTorch 的 flex attention。"
     "auto：由 use_flash_attn 决定。缺少的由 sdpa 代替。",
-    "train_data_file": 'JSONL 文件，一行一个对话：`{"messages": [{"role": …, "content": …}]}`；也接受 ShareGPT 和 Alpaca。多个文件用逗号分隔，支持通配符、.gz 和 .zst。',
+    "train_data_file": 'JSONL 文件，一行一个对话：`{"messages": [{"role": …, "content": …}]}`，或由这些对话组成的 JSON 数组（.json）；也接受 ShareGPT 和 Alpaca。多个文件用逗号分隔，支持通配符、.gz 和 .zst。',
     "eval_data_file": "训练中用于评估的文件，格式相同；auto：不评估。",
     "eval_split": "从训练样本中留出用于评估的比例。",
     "eval_steps": "两次评估之间的步数；auto：与 save_steps 相同。需要 eval_data_file 或 eval_split。",

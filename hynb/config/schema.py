@@ -94,8 +94,8 @@ class Config:
     train_data_file: str | None = _parameter(
         None,
         "data",
-        'JSONL, one conversation per line: {"messages": [{"role": …, "content": …}]}; ShareGPT and Alpaca too. '
-        "Several files separated by commas, globs, .gz and .zst.",
+        'JSONL, one conversation per line: {"messages": [{"role": …, "content": …}]}, or a JSON array of them '
+        "(.json); ShareGPT and Alpaca too. Several files separated by commas, globs, .gz and .zst.",
     )
     eval_data_file: str | None = _parameter(
         None, "data", "Files to evaluate on during training, in the same formats; automatic: none."

@@ -6,6 +6,7 @@ from .encoding import encode as encode
 from .encoding import render_prompt as render_prompt
 from .encoding import stop_token_ids as stop_token_ids
 from .encoding import trained_text as trained_text
+from .features import Features as Features
 from .files import Conversation as Conversation
 from .files import absolute_patterns as absolute_patterns
 from .files import data_hash as data_hash
@@ -21,7 +22,6 @@ from .preview import as_text as as_text
 from .records import read_conversations as read_conversations
 from .report import DataReport as DataReport
 from .template import ChatTemplate as ChatTemplate
-from .template import Features as Features
 from .tokenizer_folder import load_tokenizer_folder as load_tokenizer_folder
 from .tokenizer_folder import missing_tokenizer_files as missing_tokenizer_files
 from .tokens import kept_tokens as kept_tokens

@@ -188,6 +188,7 @@ def _check(
     rejected: list[Rejected] = []
     unknown_keys: Counter[str] = Counter()
     ignored_fields: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     done_bytes, written_time = 0, ""
     for found in scan_all(dataset, line_ranges(dataset), processes, tokens):
         for name, values in found.columns.items():
@@ -195,6 +196,7 @@ def _check(
         rejected += found.rejected
         unknown_keys.update(found.unknown_keys)
         ignored_fields.update(found.ignored_fields)
+        notes.update(found.notes)
         done_bytes += found.size_bytes
         written_time = written_time or found.written_time
         if progress:
@@ -213,6 +215,7 @@ def _check(
         duplicate_count=duplicate_count,
         unknown_keys=dict(unknown_keys),
         ignored_fields=dict(ignored_fields),
+        notes=dict(notes),
         written_time=written_time,
         spelled_locations=[dataset.location(index) for index in _first_spelled(arrays)],
         **named,

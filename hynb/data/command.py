@@ -62,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest fraction of samples that may be left out because they are too long [0.05]",
     )
     parser.add_argument(
-        "--tokenised", type=Path, metavar="OUT.jsonl", help="write source, input_ids and labels of every sample"
+        "--tokenised",
+        type=Path,
+        metavar="OUT.jsonl",
+        help="write source, input_ids and labels of every sample, and the answer's number under --split_turns",
     )
     parser.add_argument("--processes", type=int, help="worker processes [one per CPU, at most 64]")
     parser.add_argument("--no_cache", action="store_true", help="do not use the result of an earlier check")
@@ -135,7 +138,8 @@ def _write_tokenised(
     dataset = dataset.with_answers(report.line_indices.tolist(), report.answers.tolist())
     with args.tokenised.open("w", encoding="utf-8") as file:
         for index in range(len(dataset)):
-            file.write(json.dumps({"source": dataset.location(index), **dataset[index]}) + "\n")
+            answer = {"answer": int(report.answers[index])} if options.split_turns else {}
+            file.write(json.dumps({"source": dataset.location(index), **answer, **dataset[index]}) + "\n")
     return len(dataset)
 
 

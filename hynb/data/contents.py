@@ -11,6 +11,14 @@ from hynb.data.placeholders import BREAK
 
 THOUGHT = re.compile(r"<think[^<>]*>")
 _WHOLE_THOUGHT = re.compile(r"<think[^<>]*>.*?(</think[^<>]*>|$)", re.DOTALL)
+# What a text has up to the end of its last thought, also where its prompt has begun the thought.
+_UP_TO_ANSWER = re.compile(r".*</think[^<>]*>", re.DOTALL)
+_TAG_WITH_SPACE = re.compile(r"\s*(</?think[^<>]*>)\s*")
+SPACE_NOTE = "answers in which white space beside <think> tags is the template's"
+TEXT_NOTE = (
+    "answers with <think> in their content, which stays text behind the template's own thought: reasoning_content "
+    "would be the thought"
+)
 # A beginning that is shorter is found in most texts.
 _MIN_FOUND = 3
 _SHOWN = 20
@@ -24,10 +32,42 @@ def has_content(text: str, content: str) -> bool:
     )
 
 
-def is_without_thought(text: str, content: str) -> bool:
-    """Whether a text is all of an answer but its thought and its tags."""
-    answer = _WHOLE_THOUGHT.sub("", content)
-    return "".join(re.sub(r"<[^<>]*>", "", text).split()) == "".join(re.sub(r"<[^<>]*>", "", answer).split())
+def has_respaced(text: str, content: str) -> bool:
+    """Whether a content with a thought is in a text but for white space beside the tags of thoughts."""
+    given = _TAG_WITH_SPACE.sub(r"\1", content.strip())
+    return _TAG_WITH_SPACE.search(content) is not None and given in _TAG_WITH_SPACE.sub(r"\1", text)
+
+
+def has_answer(text: str, content: str) -> bool:
+    """Whether an answer is in a text, as it is or but for white space beside the tags of thoughts."""
+    return has_content(text, content) or has_respaced(text, content)
+
+
+def notes_on(content: str, text: str) -> list[str]:
+    """What a user may not expect of how an answer with a thought is written.
+
+    Args:
+        content: of the answer.
+        text: what is trained on of it.
+    """
+    opened = THOUGHT.search(content)
+    if has_respaced(text, content) and not has_content(text, content):
+        return [SPACE_NOTE]
+    if opened and (position := text.find(content.strip())) > 0 and THOUGHT.search(text[:position]):
+        return [TEXT_NOTE]
+    return []
+
+
+def is_without_thought(text: str, content: str, *, has_calls: bool = False) -> bool:
+    """Whether a text is all of an answer but its thought and its tags.
+
+    Args:
+        has_calls: tool calls stand beside the content in the text.
+    """
+    given, answer = (
+        "".join(re.sub(r"<[^<>]*>", "", part).split()) for part in (text, _WHOLE_THOUGHT.sub("", content))
+    )
+    return answer in given if has_calls else answer == given
 
 
 def change_of(message: Mapping[str, Any], text: str) -> str:
@@ -38,10 +78,11 @@ def change_of(message: Mapping[str, Any], text: str) -> str:
     """
     content = message["content"].strip()
     kept = _found_beginning(content, text)
-    rest = _WHOLE_THOUGHT.sub("", content).strip()
-    if message["role"] == "assistant" and THOUGHT.search(content) and rest and rest in text:
+    rest = _UP_TO_ANSWER.sub("", content).strip()
+    if message["role"] == "assistant" and rest != content and rest and rest in text:
+        thought = "between <think> and" if THOUGHT.search(content) else "up to"
         return (
-            "it removes the part between <think> and </think>: move the thought to reasoning_content if the template "
+            f"it removes the part {thought} </think>: move the thought to reasoning_content if the template "
             "renders that, or remove it"
         )
     if message.get("tool_calls") and kept < _MIN_FOUND:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hynb.data.contents import notes_on
 from hynb.data.files import Conversation
 from hynb.data.ignored import ignored_fields, is_asked_as_trained, switch_problem
 from hynb.data.message_forms import THOUGHT_FIELDS
@@ -95,9 +96,21 @@ def prepare(
         ignored=tuple(ignored),
         unknown=tuple(unknown),
         shortened=len(lost),
+        notes=_notes(chosen, rendered),
         spelled=any(template.added.search(message["content"] or "") for message in conversation.messages),
         special_tokens_allowed=options.allow_special_tokens_in_text,
     )
+
+
+def _notes(conversation: Conversation, rendered: Rendered) -> tuple[str, ...]:
+    """What a user may not expect of how the template writes answers with thoughts."""
+    answers = [message["content"] or "" for message in conversation.messages if message["role"] == "assistant"]
+    found = [
+        note
+        for content, (start, end) in zip(answers, rendered.trained, strict=True)
+        for note in notes_on(content, rendered.text[start:end].replace(BREAK, ""))
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def _segment(piece: Piece, tokenizer: PreTrainedTokenizerBase) -> Segment:
@@ -232,12 +245,21 @@ def template_arguments(
                 )
             raise DataError(
                 f"{conversation.source}: the chat template does not render {', '.join(ignored)}, so the model would "
-                "not learn from it: use a model whose template does, remove it from the data, or set "
-                "allow_ignored_fields: true to train without it"
+                f"not learn from it: use a model whose template does, {_advice(ignored)}remove it from the data, or "
+                "set allow_ignored_fields: true to train without it"
             )
         _check_what_is_left(conversation, ignored)
         ignored += [f"{name} (in the prompt alone)" for name in asked]
     return conversation.replaced(arguments=read), ignored, unknown
+
+
+def _advice(ignored: Sequence[str]) -> str:
+    """What else can be done about a thought that the template does not render."""
+    if any(name in ignored for name in THOUGHT_FIELDS):
+        return "write a thought into its message as reasoning_content, "
+    if any(f"messages[].{name}" in ignored for name in THOUGHT_FIELDS):
+        return "write the thought into the content where the model's answers have it (<think>…</think>), "
+    return ""
 
 
 def _check_what_is_left(conversation: Conversation, ignored: Sequence[str]) -> None:

@@ -242,7 +242,7 @@ def _refuse_long_object(path: Path, plain: Path) -> None:
             json.loads(first or b"{}")
             return
         except (ValueError, RecursionError):
-            # The first line is no record.
+            # The first line is not a record.
             content = first + file.read(_OBJECT_LIMIT_BYTES)
     try:
         text = content.decode("utf-8").lstrip()

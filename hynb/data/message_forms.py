@@ -42,9 +42,10 @@ def message_forms(messages: Messages, *, parse_first: bool) -> Iterator[Messages
     absent = [message.get("content") is None for message in messages]
     if not has_calls and not any(absent):
         return
-    orders = ((True, False) if parse_first and has_text else (False, True)) if has_calls else (False,)
-    for parsed, content in itertools.product(orders, ("as it is", "", "missing")):
-        if not parsed and content == "as it is" and not (parse_first and has_text):
+    as_given = ("as it is", "parsed", "text")
+    orders = (("parsed", "as it is") if parse_first and has_text else as_given) if has_calls else ("as it is",)
+    for arguments, content in itertools.product(orders, ("as it is", "", "missing")):
+        if arguments == content == "as it is" and not (parse_first and has_text):
             continue
         form = copy.deepcopy([dict(message) for message in messages])
         for message, is_absent in zip(form, absent, strict=True):
@@ -52,16 +53,19 @@ def message_forms(messages: Messages, *, parse_first: bool) -> Iterator[Messages
                 message["content"] = ""
             elif is_absent and content == "missing":
                 message.pop("content", None)
-            if parsed:
-                _parse_arguments(message)
+            _convert_arguments(message, arguments)
         yield form
 
 
-def _parse_arguments(message: dict[str, Any]) -> None:
+def _convert_arguments(message: dict[str, Any], form: str) -> None:
+    """Makes the arguments of tool calls mappings ("parsed") or JSON ("text"), or leaves them."""
     for call in message.get("tool_calls") or ():
         function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        given = function.get("arguments") if isinstance(function, dict) else None
+        if form == "parsed" and isinstance(given, str):
             try:
-                function["arguments"] = json.loads(function["arguments"] or "{}")
+                function["arguments"] = json.loads(given or "{}")
             except ValueError:
                 continue
+        elif form == "text" and isinstance(given, Mapping):
+            function["arguments"] = json.dumps(given, ensure_ascii=False)

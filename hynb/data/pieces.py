@@ -11,6 +11,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hynb.data.end_tokens import NoEndTokenError
 from hynb.data.files import Conversation
 from hynb.data.placeholders import BREAK, Rendered
 
@@ -55,6 +56,7 @@ class Prepared:
         unknown: the record's keys that nothing reads.
         shortened: number of answers that the template shortens.
         spelled: whether a message spells a special token.
+        notes: what a user may not expect of how the template writes the conversation.
     """
 
     segments: list[Segment]
@@ -64,6 +66,7 @@ class Prepared:
     shortened: int
     spelled: bool
     special_tokens_allowed: bool
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -90,13 +93,20 @@ def pieces(text: str, spans: list[tuple[int, int]], pattern: re.Pattern[str]) ->
 
 
 def trained_spans(conversation: Conversation, rendered: Rendered, options: LabelOptions) -> list[tuple[int, int]]:
-    """Start and end of each part of a rendering that the options choose to train on."""
+    """Start and end of each part of a rendering that the options choose to train on.
+
+    Raises:
+        NoEndTokenError: one of these is an answer that the template ends with no end token.
+    """
     answers = [message for message in conversation.messages if message["role"] == "assistant"]
     last_only = options.train_on_turns == "last" or options.split_turns
     kept = [
         (span, bool(message.get("train", True)) and (not last_only or number + 1 == len(answers)))
         for number, (message, span) in enumerate(zip(answers, rendered.trained, strict=True))
     ]
+    for number, problem in rendered.unended.items():
+        if kept[number][1]:
+            raise NoEndTokenError(f"{conversation.source}: {problem}")
     if not options.train_on_prompt:
         return [span for span, is_kept in kept if is_kept]
     # Everything but the messages that are not trained on.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from hynb.data.message_forms import Messages
@@ -15,8 +15,8 @@ from hynb.errors import DataError
 BREAK = "\ufdd2"
 # A capital and a small letter, of a script that no template looks for, show whether it changes between the two.
 _LETTERS = "\U00010400\U00010428"
-_PLACEHOLDER = f"\ufdd3{_LETTERS}{{}}\ufdd4"
-_PLACEHOLDERS = re.compile(f"(\u2003?)\ufdd3{_LETTERS}(\\d+)\ufdd4(\u2003?)")
+_PLACEHOLDER = f"\ufdd3{{}}{_LETTERS}\ufdd4"
+_PLACEHOLDERS = re.compile(f"(\u2003?)\ufdd3(\\d+){_LETTERS}\ufdd4(\u2003?)")
 # White space (an em space) that no template writes itself: where it is missing, the template strips contents.
 _PADDING = "\u2003"
 # Of each message: its role, and whether its content is empty.
@@ -31,11 +31,13 @@ class Rendered:
         text: special tokens that messages spell have a `BREAK` inside, unless they are to become tokens.
         trained: start and end of each part that is trained on, in order and apart.
         turns: for each message, start and end of what the template wrote for it; None where it wrote nothing.
+        unended: for numbers of earlier answers, from 0, that end with no end token: the problem of training on them.
     """
 
     text: str
     trained: tuple[tuple[int, int], ...]
     turns: tuple[tuple[int, int] | None, ...]
+    unended: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -69,6 +71,16 @@ def placeholder_messages(shape: Shape) -> list[dict[str, Any]]:
         {"role": role, "content": "" if empty else _PADDING + _PLACEHOLDER.format(number) + _PADDING}
         for number, (role, empty) in enumerate(shape)
     ]
+
+
+def placeholder_positions(text: str) -> dict[int, int]:
+    """Where the placeholder of each message's content begins in a rendering, by the message's index."""
+    return {int(match[2]): match.start() for match in _PLACEHOLDERS.finditer(text)}
+
+
+def placeholder(number: int) -> str:
+    """The placeholder of the content of a message."""
+    return _PLACEHOLDER.format(number)
 
 
 def without_placeholders(text: str) -> str:
@@ -136,4 +148,5 @@ class Placeholders:
             text="".join(texts),
             trained=tuple(map(moved_span, self.rendered.trained)),
             turns=tuple(moved_span(span) if span else None for span in self.rendered.turns),
+            unended=self.rendered.unended,
         )

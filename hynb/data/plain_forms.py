@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from hynb.data.contents import TEXT_NOTE, THOUGHT
 from hynb.data.files import Conversation
-from hynb.data.message_forms import Messages
+from hynb.data.message_forms import THOUGHT_FIELDS, Messages
 from hynb.data.pieces import LabelOptions, Prepared, Segment, pieces, special_ids, text_ids, trained_spans
 from hynb.data.placeholders import Shape, Slot, parts, placeholder_messages, shape_of
 from hynb.data.template import ChatTemplate
 from hynb.errors import DataError
 
 # Keys of a record that say something about the conversation, whether or not a template reads them.
-MEANINGFUL = frozenset({"tools", "reasoning_effort", "documents"})
+MEANINGFUL = frozenset({"tools", "reasoning_effort", "documents", *THOUGHT_FIELDS})
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -27,10 +28,12 @@ class _Form:
     Args:
         segments: as in `Prepared`.
         texts: the parts of each text that is to be tokenised.
+        writes_thought: whether the template writes a thought into an answer that has none.
     """
 
     segments: list[Segment]
     texts: list[Sequence[str | Slot]]
+    writes_thought: bool
 
 
 class PlainForms:
@@ -81,6 +84,7 @@ class PlainForms:
             shortened=0,
             spelled=self._is_spelled(messages),
             special_tokens_allowed=self._options.allow_special_tokens_in_text,
+            notes=(TEXT_NOTE,) if form.writes_thought and _has_thought(messages) else (),
         )
 
     def _has_first_character(self, texts: Sequence[str]) -> bool:
@@ -120,7 +124,12 @@ class PlainForms:
                 segments.pop()
                 ids = before + ids
             segments.append((ids, piece.trained))
-        return _Form(segments=segments, texts=texts)
+        writes_thought = any(THOUGHT.search(rendered.text, *span) for span in rendered.trained)
+        return _Form(segments=segments, texts=texts, writes_thought=writes_thought)
+
+
+def _has_thought(messages: Messages) -> bool:
+    return any(THOUGHT.search(message["content"]) for message in messages if message["role"] == "assistant")
 
 
 @functools.lru_cache(maxsize=16)

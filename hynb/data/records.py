@@ -10,6 +10,7 @@ from typing import Any
 
 from hynb.data.files import Conversation, Paths, find_files, lines
 from hynb.data.message_forms import THOUGHT_FIELDS
+from hynb.data.spellings import TEXT_FIELDS, normalised, spelling_problem
 from hynb.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -28,10 +29,8 @@ _SHAREGPT_ROLES = {
 _KEYS = {
     "messages": {"messages"},
     "conversations": {"conversations", "system"},
-    "instruction": {"instruction", "input", "output", "system", "history"},
+    "instruction": {"instruction", "input", "output", "system", "history", "reasoning_content"},
 }
-# Fields of messages that are texts, where an empty one is the same as none.
-_TEXT_FIELDS = (*THOUGHT_FIELDS, "name", "tool_call_id")
 # Unicode 23.7: not for text; the template's rendering is traced with some of them.
 _NONCHARACTERS = {chr(code) for code in range(0xFDD0, 0xFDF0)}
 
@@ -120,7 +119,7 @@ def _is_order(roles: tuple[str, ...]) -> bool:
     befores = [None, *messages]
     if any(_message_problem(message, before) for message, before in zip(messages, befores, strict=False)):
         return False
-    return bool(roles) and roles[-1] == "assistant"
+    return "user" in roles and roles[-1] == "assistant"
 
 
 def _checked(record: Any, source: str, line: bytes) -> tuple[list[dict[str, Any]], set[str]]:
@@ -133,16 +132,22 @@ def _checked(record: Any, source: str, line: bytes) -> tuple[list[dict[str, Any]
     if found is None or not isinstance(found[0], list) or not found[0]:
         raise DataError(f"{source}: must be {FORMATS}; it begins {excerpt(line)}")
     messages, keys = found
-    messages = [_normalised(message) for message in messages]
-    for number, message in enumerate(messages, 1):
-        if problem := _message_problem(message, messages[number - 2] if number > 1 else None):
+    kept: list[dict[str, Any]] = []
+    for number, given in enumerate(messages, 1):
+        message = normalised(given)
+        if problem := _message_problem(message, kept[-1] if kept else None):
             raise DataError(f"{source}: message {number}: {problem}")
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"{source}: the last message is the {messages[-1]['role']}'s: there is no answer to train on")
-    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
+        # An empty system message is the same as none.
+        if message["role"] != "system" or message["content"]:
+            kept.append(message)
+    if not kept or kept[-1]["role"] != "assistant":
+        last = messages[-1]["role"] if not kept else kept[-1]["role"]
+        raise DataError(f"{source}: the last message is the {last}'s: there is no answer to train on")
+    if not any(message["role"] == "user" for message in kept):
+        raise DataError(f"{source}: there is no message of the user, which the answers follow")
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in kept):
         raise DataError(f'{source}: every answer has "train": false: there is nothing to train on')
-    # An empty system message is the same as none.
-    return [message for message in messages if message["role"] != "system" or message["content"]], keys
+    return kept, keys
 
 
 def _messages(record: Any, source: str) -> tuple[Any, set[str]] | None:
@@ -186,38 +191,6 @@ def _with_tools(arguments: dict[str, Any], source: str) -> dict[str, Any]:
                 f"{_short(tool['function'])} ({_kind(tool['function'])})"
             )
     return {key: value for key, value in arguments.items() if key != "tools"} | ({"tools": tools} if tools else {})
-
-
-def _normalised(message: Any) -> Any:
-    """A message without empty fields, with OpenAI's older and fine-tuning fields in their current form."""
-    if not isinstance(message, dict):
-        return message
-    kept = {
-        key: value
-        for key, value in message.items()
-        if value is not None and (value != [] or key == "content") and (value != "" or key not in _TEXT_FIELDS)
-    }
-    if "content" in message:
-        kept["content"] = message["content"]
-    if isinstance(call := kept.get("function_call"), dict) and "tool_calls" not in kept:
-        del kept["function_call"]
-        kept["tool_calls"] = [{"type": "function", "function": call}]
-    parts = kept.get("content")
-    if (
-        isinstance(parts, list)
-        and parts
-        and all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
-    ):
-        kept["content"] = "".join(str(part.get("text", "")) for part in parts)
-    if kept.get("role") == "developer":
-        kept["role"] = "system"
-    if kept.get("role") == "function":
-        kept["role"] = "tool"
-    if kept.get("weight") in (0, 1) and "train" not in kept:
-        kept["train"] = bool(kept.pop("weight"))
-    if "content" not in kept and (kept.get("tool_calls") or any(kept.get(name) for name in THOUGHT_FIELDS)):
-        kept["content"] = None
-    return kept
 
 
 def _from_sharegpt(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
@@ -266,7 +239,8 @@ def _from_alpaca(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
         raise DataError(f"{source}: history must be a list of [question, answer]")
     for earlier_question, answer in history:
         messages += [{"role": "user", "content": earlier_question}, {"role": "assistant", "content": answer}]
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    answer = {"role": "assistant", "content": record["output"], "reasoning_content": record.get("reasoning_content")}
+    return [*messages, {"role": "user", "content": question}, answer]
 
 
 def _short(value: Any) -> str:
@@ -285,6 +259,8 @@ def _message_problem(message: Any, before: dict[str, Any] | None) -> str:
     role = message["role"]
     if role not in ROLES:
         return f"role {_short(role)} is unknown; it must be one of {', '.join(ROLES)}"
+    if problem := spelling_problem(message):
+        return problem
     problem = _content_problem(message) or _calls_problem(message) or _type_problem(message) or _text_problem(message)
     if problem:
         return problem
@@ -345,7 +321,7 @@ def _calls_problem(message: dict[str, Any]) -> str:
 
 def _type_problem(message: dict[str, Any]) -> str:
     """Fields of a message that have to be text and are not."""
-    for name in _TEXT_FIELDS:
+    for name in TEXT_FIELDS:
         if not isinstance(message.get(name), (str, type(None))):
             return f"{name} must be text, and is {_short(message[name])} ({_kind(message[name])})"
     return ""
@@ -390,16 +366,14 @@ def _texts(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 
 def _order_problem(message: dict[str, Any], before: dict[str, Any] | None) -> str:
-    role = message["role"]
-    if role == "system":
-        return "" if before is None else "the system's message must come first"
-    if before is None:
-        owner = "tool" if role == "tool" else "assistant"
-        return "" if role == "user" else f"the first message is the {owner}'s; the user's must come before it"
-    if role == "assistant" and before["role"] not in ("user", "tool"):
-        return f"the assistant's message follows the {before['role']}'s; the user's must come before it"
-    if role == "user" and before["role"] == "user":
-        return "two messages of the user follow each other"
-    if role == "tool" and not (before["role"] == "tool" or before.get("tool_calls")):
-        return f"the tool's result follows the {before['role']}'s message, which calls no tool"
+    """What no order of messages explains; where system messages and a first answer may be, the template decides."""
+    role, last = message["role"], before["role"] if before else None
+    if role == "assistant" and last == "assistant":
+        return "the assistant's message follows the assistant's; the user's must come before it: join the two"
+    if role == "user" and last == "user":
+        return "two messages of the user follow each other: join them, or write the answer that is missing"
+    if role == "tool" and not (before and (last == "tool" or before.get("tool_calls"))):
+        if not last:
+            return "the first message is the tool's: the assistant's, with tool_calls, must come before it"
+        return f"the tool's result follows the {last}'s message, which calls no tool"
     return ""

@@ -66,6 +66,7 @@ class DataReport:
         unknown_keys: for each key of records that nothing reads, the number of samples with it.
         ignored_fields: the same for fields that the template does not render, under `allow_ignored_fields`, and for
             arguments that change the prompt alone.
+        notes: for each thing that a user may not expect of how the template writes answers, the number of samples.
         from_cache: whether this is the stored result of an earlier check.
         tokens: the file with the token ids and labels of all samples, in order; None if they are not kept.
         tokens_note: why they are not kept.
@@ -89,6 +90,7 @@ class DataReport:
     duplicate_count: int
     unknown_keys: dict[str, int]
     ignored_fields: dict[str, int]
+    notes: dict[str, int]
     from_cache: bool = False
     tokens: Path | None = None
     tokens_note: str = ""
@@ -157,13 +159,17 @@ class DataReport:
         return _padded_tokens(lengths, batch_size, seed) / _padded_tokens(packed, batch_size, seed)
 
     def too_long_text(self) -> str:
-        """How many samples are left out for their length, with the first of them and the length that keeps all."""
+        """How many samples are left out for their length, the first of them, and the length that leaves none out."""
         count, first = sum(item.samples for item in self.too_long), self.too_long[0].source
         needed = max(item.needed_tokens or 0 for item in self.too_long)
         return (
             f"{count:,} samples ({self.too_long_share:.1%}), since nothing of their answers is left within "
-            f"max_seq_length = {self.max_seq_length}, the first at {first}; max_seq_length = {needed} keeps all"
+            f"max_seq_length = {self.max_seq_length}, the first at {first}; max_seq_length = {needed} leaves none out"
         )
+
+    def note_texts(self) -> list[str]:
+        """What a user may not expect of how the chat template writes answers, a line each."""
+        return [f"{count:,} samples have {note}" for note, count in sorted(self.notes.items())]
 
     def time_text(self) -> str:
         """Which time the chat template writes in training."""
@@ -208,6 +214,7 @@ class DataReport:
             if counts:
                 named = ", ".join(f"{name} ({count:,} samples)" for name, count in sorted(counts.items()))
                 out.append(f"{title}: {named}")
+        out += self.note_texts()
         if self.written_time:
             out.append(self.time_text())
         if shortened := int(self.shortened.sum()):

@@ -113,12 +113,14 @@ class Found:
         columns: an array for each of `COLUMNS` with one number per sample.
         unknown_keys, ignored_fields: number of samples with each of the records' keys that nothing reads, and with
             each field that the template does not render.
+        notes: number of samples with what a user may not expect of how the template writes them.
         written_time: what the template wrote instead of the present time; empty if it wrote none.
     """
 
     columns: dict[str, np.ndarray]
     unknown_keys: Counter[str]
     ignored_fields: Counter[str]
+    notes: Counter[str]
     rejected: list[Rejected]
     size_bytes: int
     written_time: str = ""
@@ -154,7 +156,12 @@ class _Scan:
             DataError: the chat template ends no answer, so that no line could be used.
         """
         found = Found(
-            columns={}, unknown_keys=Counter(), ignored_fields=Counter(), rejected=[], size_bytes=lines.size_bytes
+            columns={},
+            unknown_keys=Counter(),
+            ignored_fields=Counter(),
+            notes=Counter(),
+            rejected=[],
+            size_bytes=lines.size_bytes,
         )
         parts: list[dict[str, np.ndarray]] = []
         batch: list[_Parsed] = []
@@ -244,9 +251,11 @@ class _Scan:
         for number in np.flatnonzero(~is_sample).tolist():
             self._reject(batch[number], encoded.trained[starts[number] : stops[number]], found)
         for number in np.flatnonzero(is_sample).tolist():
-            if prepared[number].unknown or prepared[number].ignored:
-                found.unknown_keys.update(prepared[number].unknown)
-                found.ignored_fields.update(prepared[number].ignored)
+            item = prepared[number]
+            if item.unknown or item.ignored or item.notes:
+                found.unknown_keys.update(item.unknown)
+                found.ignored_fields.update(item.ignored)
+                found.notes.update(item.notes)
         columns = {name: values[is_sample] for name, values in columns.items()}
         self._add_tokens(columns, marked(encoded.ids, encoded.trained), starts[is_sample])
         return columns

@@ -13,15 +13,15 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from hynb.data.compared import UntraceableError, compared_spans
-from hynb.data.contents import THOUGHT, change_of, has_content, is_without_thought
-from hynb.data.end_tokens import NoEndTokenError, end_of, end_token
+from hynb.data.contents import THOUGHT, change_of, has_answer, has_content, is_without_thought
+from hynb.data.end_tokens import NoEndTokenError, end_of, end_token, trailing_tokens
+from hynb.data.features import Features, features_of
 from hynb.data.files import Conversation
 from hynb.data.jinja_trace import TRAINING_TIME, Traced, TracedTemplate
 from hynb.data.message_forms import THOUGHT_FIELDS, Messages, message_forms, plain_message
@@ -30,7 +30,9 @@ from hynb.data.placeholders import (
     Placeholders,
     Rendered,
     Shape,
+    placeholder,
     placeholder_messages,
+    placeholder_positions,
     shape_of,
     without_placeholders,
 )
@@ -44,25 +46,6 @@ if TYPE_CHECKING:
 _OWN_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "is_training", "documents"})
 # The record's own time, for templates that write the present one by calling `strftime_now`.
 TIME_ARGUMENT = "current_time"
-
-
-@dataclass(kw_only=True, frozen=True)
-class Features:
-    """What a chat template can render.
-
-    Args:
-        system, tools, tool_calls, tool_results, thoughts: whether it does.
-        arguments: names that a record may set beside its messages.
-        end_tokens: texts of the tokens that end an answer; empty if answers have no end.
-    """
-
-    system: bool
-    tools: bool
-    tool_calls: bool
-    tool_results: bool
-    thoughts: bool
-    arguments: tuple[str, ...]
-    end_tokens: tuple[str, ...]
 
 
 class ChatTemplate:
@@ -203,33 +186,12 @@ class ChatTemplate:
 
     def features(self) -> Features:
         """What the template can render, tried on small conversations."""
-        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
-        tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
-        user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-        result = {"role": "tool", "content": "found", "tool_call_id": "1"}
 
-        def differs(one: Messages, other: Messages, tools: bool = False, without: bool = False) -> bool:
-            texts = []
-            for messages, given in ((one, tools), (other, tools and not without)):
-                try:
-                    given_tools = {"tools": [tool]} if given else {}
-                    texts.append(self._trace(list(messages), self._arguments(given_tools), "chat template").text)
-                except DataError:
-                    texts.append("")
-            return bool(texts[0]) and texts[0] != texts[1]
+        def render(messages: Messages, given: Mapping[str, Any]) -> str:
+            return self._trace(messages, self._arguments(given), "chat template").text
 
-        return Features(
-            system=differs([{"role": "system", "content": "s"}, user, answer], [user, answer]),
-            tools=differs([user, answer], [user, answer], tools=True, without=True),
-            tool_calls=differs([user, calling, result, answer], [user, answer, result, answer], tools=True),
-            tool_results=differs(
-                [user, calling, result, answer], [user, calling, result | {"content": "lost"}, answer], tools=True
-            ),
-            thoughts=differs([user, answer | dict.fromkeys(THOUGHT_FIELDS, "thought")], [user, answer]),
-            arguments=tuple(sorted(self.record_arguments - {"tools"})),
-            end_tokens=tuple(sorted(self.end_tokens)),
-        )
+        names = sorted(self.record_arguments - {"tools"})
+        return features_of(render, arguments=tuple(names), end_tokens=tuple(sorted(self.end_tokens)))
 
     def rendering(self, conversation: Conversation) -> str:
         """The text up to the end of the last answer: on what follows it no answer depends."""
@@ -332,43 +294,102 @@ class ChatTemplate:
     def _render_traced(self, messages: Messages, given: Mapping[str, Any], source: str) -> Rendered:
         arguments = self._arguments(given)
         traced = self._located(messages, arguments, source)
-        trained = []
+        self._check_system_messages(messages, traced, arguments, source)
+        trained: list[tuple[int, int]] = []
+        unended: dict[int, str] = {}
         for index, message in enumerate(messages):
-            span = traced.spans[index]
-            content = message.get("content")
+            content, segment, span = message.get("content") or "", _segment(traced, index), traced.spans[index]
             if message["role"] != "assistant":
-                if isinstance(content, str) and not has_content(_segment(traced, index), content):
-                    raise DataError(_changed(message, index, _segment(traced, index), source))
+                if not has_content(segment, content):
+                    raise DataError(_changed(message, index, segment, source))
                 continue
             if span is None:
                 raise DataError(f"{source}: the chat template leaves out message {index + 1}")
-            if isinstance(content, str) and not has_content(_segment(traced, index), content):
+            is_short = not has_answer(segment, content)
+            if is_short:
                 # An earlier answer may be shortened by design; `shortened_turns` finds it.
-                alone = self._located(messages[: index + 1], arguments, source)
-                if index + 1 < len(messages) and has_content(_segment(alone, index), content):
-                    shortened = self._trained_span(messages, index, traced, arguments, source)
-                    if not is_without_thought(self.added.sub("", traced.text[slice(*shortened)]), content):
-                        raise DataError(
-                            f"{source}: the chat template cuts the answer of message {index + 1}, and not only its "
-                            "thought, because other messages follow it: remove the messages behind it, or set "
-                            "split_turns: true, which makes a sample of each answer"
-                        )
-                    trained.append(shortened)
-                    continue
-                raise DataError(_changed(message, index, _segment(alone, index), source))
-            trained.append(self._trained_span(messages, index, traced, arguments, source))
+                alone = _segment(self._located(messages[: index + 1], arguments, source), index)
+                if index + 1 == len(messages) or not has_answer(alone, content):
+                    raise DataError(_changed(message, index, alone, source))
+            start = span[0] + len(self._header(messages, index, traced, arguments, source))
+            end, problem = self._end_or_problem(messages, traced, index, start, source)
+            if problem:
+                unended[len(trained)] = problem
+            trained.append((start, end))
+            if is_short and not is_without_thought(
+                self.added.sub("", traced.text[start:end]), content, has_calls=bool(message.get("tool_calls"))
+            ):
+                raise DataError(
+                    f"{source}: the chat template cuts the answer of message {index + 1}, and not only its "
+                    "thought, because other messages follow it: remove the messages behind it, or set "
+                    "split_turns: true, which makes a sample of each answer"
+                )
         written = [span for span in traced.spans if span]
         if any(one[1] > other[0] for one, other in itertools.pairwise(written)):
             raise DataError(f"{source}: the chat template writes messages in another order than they have")
-        return Rendered(text=traced.text, trained=tuple(trained), turns=traced.spans)
+        return Rendered(text=traced.text, trained=tuple(trained), turns=traced.spans, unended=unended)
 
-    def _trained_span(
-        self, messages: Messages, index: int, traced: Traced, arguments: Mapping[str, Any], source: str
-    ) -> tuple[int, int]:
+    def _check_system_messages(
+        self, messages: Messages, traced: Traced, arguments: Mapping[str, Any], source: str
+    ) -> None:
+        """Refuses system messages that are lost, moved before other messages, or not told apart from them.
+
+        Raises:
+            DataError: naming the message.
+        """
+        indices = [index for index, message in enumerate(messages) if message["role"] == "system"]
+        hoisted = [index for index in indices if traced.spans[index] is None and messages[index].get("content")]
+        for index in indices:
+            if index and (span := traced.spans[index]) and _is_bare(traced.text, span, messages[index]):
+                raise DataError(
+                    f"{source}: the chat template writes the system's message {index + 1} without a beginning or an "
+                    "end: join it with the first one, or write it as the user's"
+                )
+        if not hoisted:
+            return
+        marked = [
+            {**message, "content": placeholder(index)} if index in hoisted else message
+            for index, message in enumerate(messages)
+        ]
+        try:
+            changed = self._trace(marked, arguments, source)
+        except DataError:
+            # It looks at their texts; whether these are rendered is checked as for other messages.
+            return
+        position = placeholder_positions(changed.text)
+        for index in hoisted:
+            if index not in position:
+                advice = ": join the system messages into one" if len(indices) > 1 else ""
+                raise DataError(f"{source}: the chat template leaves out the system's message {index + 1}{advice}")
+            others = [changed.spans[number] for number in range(index)]
+            if any(span and span[1] > position[index] for span in others):
+                raise DataError(
+                    f"{source}: the chat template writes the system's message {index + 1} before the messages that "
+                    "it follows: put it first, or write it as the user's"
+                )
+
+    def _end_or_problem(
+        self, messages: Messages, traced: Traced, index: int, start: int, source: str
+    ) -> tuple[int, str]:
+        """The end of an answer's end token; of an earlier answer without one, its end and what is wrong with it.
+
+        Raises:
+            NoEndTokenError: the last answer has none.
+        """
         span = traced.spans[index]
         assert span is not None
-        start = span[0] + len(self._header(messages, index, traced, arguments, source))
-        return start, self._end(traced, index, start, source)
+        try:
+            return self._end(traced, index, start, source), ""
+        except NoEndTokenError:
+            if not any(message["role"] == "assistant" for message in messages[index + 1 :]):
+                raise
+        tokens = [match[0] for match in trailing_tokens(traced.text[start : span[1]], self.added)]
+        ends = f"with {tokens[-1]!r}" if tokens else "without an end token"
+        return span[1], (
+            f"the chat template ends the answer of message {index + 1} {ends}, and the last answer of a conversation "
+            f"with {' or '.join(map(repr, sorted(self.end_tokens)))}, at which generation stops: set split_turns: "
+            "true or train_on_turns: last, which train on last answers alone"
+        )
 
     def _header(
         self, messages: Messages, index: int, traced: Traced, arguments: Mapping[str, Any], source: str
@@ -380,6 +401,8 @@ class ChatTemplate:
         span = traced.spans[index]
         assert span is not None
         segment = traced.text[span[0] : span[1]]
+        if all(message["role"] == "system" for message in messages[:index]):
+            return self._without_thought(self._opening_prompt(messages, index, segment, arguments, source), segment)
         roles = tuple(message["role"] for message in messages[max(0, index - 2) : index])
         rest = {name: value for name, value in arguments.items() if name not in ("tools", "documents")}
         key = (index == 0, roles, bool(arguments.get("tools")), json.dumps(rest, sort_keys=True, default=str))
@@ -389,6 +412,10 @@ class ChatTemplate:
             prompt = found or ""
             if found is not None:
                 self._generation_prompts[key] = prompt
+        return self._without_thought(prompt, segment)
+
+    def _without_thought(self, prompt: str, segment: str) -> str:
+        """What a generation prompt and an answer have in common, but for a thought that the prompt begins."""
         header = _common(prompt, segment)
         # The prompt may open a thought, or close one, which the answer has or has not: the two may agree in the first
         # characters of a token, such as <think> and <tool_calls>.
@@ -397,6 +424,25 @@ class ChatTemplate:
             if match.start() < len(header) and (is_thought or len(header) < match.end()):
                 header = header[: match.start()]
         return header
+
+    def _opening_prompt(
+        self, messages: Messages, index: int, segment: str, arguments: Mapping[str, Any], source: str
+    ) -> str:
+        """The generation prompt of an answer that no message of the user comes before.
+
+        Raises:
+            DataError: the template does not write such an answer as it writes others.
+        """
+        asked = [*messages[:index], {"role": "user", "content": "…"}]
+        before = self._trace(asked, arguments, source).text
+        prompt = self._generation_prompt(asked, before, segment, arguments, source) or ""
+        thought = THOUGHT.search(prompt)
+        if not prompt or not segment.startswith(prompt[: thought.start()] if thought else prompt):
+            raise DataError(
+                f"{source}: message {index + 1}: the chat template has no beginning for an assistant's message that "
+                "follows no message of the user: put the user's before it, or remove it"
+            )
+        return prompt
 
     def _generation_prompt(
         self, messages: Messages, before: str, segment: str, arguments: Mapping[str, Any], source: str
@@ -492,6 +538,11 @@ def _segment(traced: Traced, index: int) -> str:
     """What the template wrote for a message; the whole text where it was written outside of a loop."""
     span = traced.spans[index]
     return traced.text[span[0] : span[1]] if span else traced.text
+
+
+def _is_bare(text: str, span: tuple[int, int], message: Mapping[str, Any]) -> bool:
+    """Whether a template writes nothing for a message but its content."""
+    return text[span[0] : span[1]].strip() == message["content"].strip()
 
 
 def _changed(message: Mapping[str, Any], index: int, text: str, source: str) -> str:

@@ -54,7 +54,7 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, resuming: bool)
                 f"output_dir = {output_dir}: holds no run, but {', '.join(foreign)}, which a run would replace: "
                 "choose another folder"
             ]
-        # What a failed start leaves (parameters, logs) is no loss.
+        # What a failed start leaves (parameters, logs) may be overwritten.
         earlier = "this host's part of an earlier run" if foreign else ""
     if earlier and not overwrite and not resuming:
         return [

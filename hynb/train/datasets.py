@@ -285,6 +285,8 @@ def _check(
         logger.info(f"the key {name} of {count} samples is not used: neither hynb nor the chat template reads it")
     for name, count in report.ignored_fields.items():
         logger.info(f"the field {name} of {count} samples is not rendered by the chat template")
+    for text in report.note_texts():
+        logger.info(text)
     if report.written_time:
         logger.info(report.time_text())
     if shortened := int(report.shortened.sum()):

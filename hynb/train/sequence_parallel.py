@@ -157,7 +157,7 @@ def _exchange_heads(model: PreTrainedModel, group: Any) -> None:
 
 
 def _as_pack(sample: dict[str, list[int]]) -> dict[str, list[int]]:
-    """A sample as a pack of one conversation, if it is no pack."""
+    """A sample as a pack of one conversation, if it is not one."""
     if "position_ids" in sample:
         return sample
     # The first token is not predicted: the token before it belongs to another conversation.

@@ -43,14 +43,14 @@ def test_samples_that_are_too_long_are_left_out_and_counted_up_to_a_share(tokeni
     assert report.rejected_locations == [f"{path}:39", f"{path}:40"]
     needed = report.too_long[1].needed_tokens
     assert "2 samples (5.0%), since nothing of their answers is left within max_seq_length = 64" in report.text()
-    assert f"max_seq_length = {needed} keeps all" in report.text()
+    assert f"max_seq_length = {needed} leaves none out" in report.text()
     assert check_data(path, tokenizer, needed).samples == 40
     assert check_data(path, tokenizer, needed - 1).samples == 39
     written = [json.loads(line) for line in rejected_path.read_text().splitlines()]
     assert [item["source"] for item in written] == report.rejected_locations
     assert f"from {needed} tokens on it is trained on" in written[1]["problem"]
     with pytest.raises(
-        DataError, match=rf"2 samples \(5.0%\).* max_seq_length = {needed} keeps all. Raise max_seq_len"
+        DataError, match=rf"2 samples \(5.0%\).* max_seq_length = {needed} leaves none out. Raise max_seq_len"
     ):
         check_data(path, tokenizer, 64, max_cut_share=0.04)
 
@@ -266,6 +266,11 @@ def test_the_tokenised_samples_are_written_for_comparison(tokenizer, tmp_path, c
     dataset = ChatDataset(path, tokenizer, 50)
     for item, index in zip(written, (0, 2), strict=True):
         assert {name: item[name] for name in ("input_ids", "labels")} == dataset[index]
+    write_lines(path, exchange("q"), {"messages": [*exchange("q")["messages"], *exchange("r")["messages"]]})
+    assert main([*command, "--split_turns"]) == 0
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = [(f"{path}:1", 1), (f"{path}:2", 1), (f"{path}:2", 2)]
+    assert [(item["source"], item["answer"]) for item in written] == expected
 
 
 def test_a_record_is_refused_once_however_many_answers_it_has(tokenizer, tmp_path, monkeypatch):
@@ -282,7 +287,7 @@ def test_a_record_is_refused_once_however_many_answers_it_has(tokenizer, tmp_pat
     assert len(rejected_path.read_text().splitlines()) == 1
     assert report.answers.tolist() == [1, 2, 3, 4, 1]
     assert "2 lines, 1 of them rejected or without one of their answers; 5 samples, one for each" in report.text()
-    # Answers that are too long: one entry with their number, and the length that keeps all.
+    # Answers that are too long: one entry with their number, and the length that leaves none out.
     path = write_lines(tmp_path / "b.jsonl", {"messages": turns}, exchange("q"))
     needed = check_data(path, tokenizer, 99, options=options).lengths.tolist()
     report = check_data(path, tokenizer, needed[1], **(found | {"max_cut_share": 1}))

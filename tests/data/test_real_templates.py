@@ -654,3 +654,212 @@ def test_parts_of_tools_and_calls_that_a_template_leaves_out_are_refused(
         return
     with pytest.raises(DataError, match=rf"does not render {field} so"):
         shown(record, chatml)
+
+
+def parts(*pairs):
+    return [{"type": kind, ("thinking" if kind == "thinking" else "text"): value} for kind, value in pairs]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "a", "reasoning": "why"},
+        {"content": "a", "thinking": "why"},
+        {"content": "a", "reasoning": "why", "reasoning_content": "why"},
+        {"content": parts(("thinking", "why"), ("text", "a"))},
+        {"content": parts(("thinking", [{"type": "text", "text": "why"}]), ("output_text", "a"))},
+    ],
+)
+def test_a_thought_in_any_spelling_is_the_same(shared, answer):
+    tokenizer = tokenizer_of("hy3", shared)
+    found = trained_texts({"messages": [EXCHANGE[0], {"role": "assistant"} | answer]}, tokenizer)
+    assert found == ["<think:opensource>why</think:opensource>a<｜hy_eos:opensource｜>"]
+    assert trained_texts({"instruction": "q", "output": "a", "reasoning_content": "why"}, tokenizer) == found
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"content": parts(("text", "a"), ("thinking", "why"))}, "part 2 of the content is a thought behind text"),
+        (
+            {"content": [{"type": "tool_use"}]},
+            "part 1 of the content is of the type tool_use: write it as tool_calls",
+        ),
+        (
+            {"content": [{"type": "image_url"}]},
+            "part 1 of the content is of the type image_url: only text is trained",
+        ),
+        ({"content": ["a"]}, 'part 1 of the content must be an object such as {"type": "text"'),
+        ({"content": parts(("thinking", "x"), ("text", "a")), "thinking": "y"}, "has one in a field of its own"),
+        ({"content": "a", "reasoning": "x", "thinking": "y"}, "reasoning and thinking are different thoughts"),
+        ({"content": "a", "weight": 0.5}, "weight says whether .* must be 1 or true, 0 or false; it is 0.5"),
+        (
+            {"content": "a", "loss": False, "train": True},
+            "must be 1 or true, 0 or false, as train is true; it is fal",
+        ),
+    ],
+)
+def test_what_has_no_common_spelling_is_refused_by_name(answer, message):
+    with pytest.raises(DataError, match=f"f.jsonl:3: message 2: .*{message}"):
+        conversation({"messages": [EXCHANGE[0], {"role": "assistant"} | answer]})
+
+
+def test_thoughts_where_no_template_reads_them_are_refused_with_advice(shared):
+    tokenizer = tokenizer_of("hunyuan-7b", shared)
+    with pytest.raises(
+        DataError, match=r"does not render reasoning_content.* write a thought into its message as reas"
+    ):
+        shown({"reasoning_content": "why", "messages": EXCHANGE}, tokenizer)
+    with pytest.raises(
+        DataError, match=r"does not render messages\[\].thinking.* write the thought into the content"
+    ):
+        shown({"messages": [EXCHANGE[0], EXCHANGE[1] | {"thinking": "why"}]}, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["weight", "loss"])
+def test_an_answer_that_is_not_to_be_trained_on_in_other_spellings(shared, name):
+    tokenizer = tokenizer_of("hunyuan-7b", shared)
+    for off, on in ((0, 1), (False, True)):
+        messages = [
+            EXCHANGE[0],
+            EXCHANGE[1] | {name: off},
+            EXCHANGE[0],
+            {"role": "assistant", "content": "b", name: on},
+        ]
+        assert trained_texts({"messages": messages}, tokenizer) == ["b<|eos|>"]
+
+
+# The answers of Qwen3's template: thoughts behind the last question alone, of which it strips white space.
+QWEN3 = (
+    "{%- set last = namespace(user=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- set content = m.content %}"
+    "{%- if m.role == 'assistant' %}{%- set thought = m.reasoning_content or '' %}{%- if '</think>' in content %}"
+    "{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{%- if loop.index0 > last.user %}"
+    "{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{%- endif %}{%- endif %}"
+    "{{- content + '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- endif %}"
+)
+
+
+def test_white_space_that_a_template_strips_at_thoughts_is_accepted_and_counted(
+    chatml, monkeypatch, tmp_path, shared
+):
+    monkeypatch.setattr(chatml, "chat_template", QWEN3)
+    whole = ["<think>\nwhy\n</think>\n\na<|im_end|>"]
+    contents = ["<think>\nwhy\n</think>\n\na", "<think>\nwhy\n</think>\na", "<think>why</think>a", "why\n</think>\na"]
+    records = [{"messages": [EXCHANGE[0], {"role": "assistant", "content": content}]} for content in contents]
+    for record in records:
+        assert trained_texts(record, chatml) == whole
+    # An earlier answer is without its thought, whatever its white space.
+    earlier = {"messages": [*records[1]["messages"], *records[0]["messages"]]}
+    assert trained_texts(earlier, chatml) == ["a<|im_end|>", *whole]
+    # The thought of a call in an earlier turn, beside a text or not.
+    source = QWEN3.replace("content + '<|im_end|>\n'", "content + ('CALL' if m.tool_calls else '') + '<|im_end|>\n'")
+    monkeypatch.setattr(chatml, "chat_template", source)
+    for content in ("", "look"):
+        calling = {"role": "assistant", "content": f"<think>\nwhich\n</think>\n{content}", "tool_calls": [CALL]}
+        called = {"messages": [EXCHANGE[0], calling, WITH_TOOLS["messages"][2], EXCHANGE[1], *records[0]["messages"]]}
+        found = trained_texts(called, chatml, allow_ignored_fields=True)
+        assert found == [f"{content}CALL<|im_end|>", "a<|im_end|>", *whole]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "3 samples have answers in which white space beside <think> tags is" in check_data(path, chatml, 99).text()
+    # Of Hy3, whose template writes a thought of its own, the content's stays text.
+    report = check_data(path, tokenizer_of("hy3", shared), 99)
+    assert "3 samples have answers with <think> in their content, which stays text" in report.text()
+    assert not check_data(path, tokenizer_of("hunyuan-7b", shared), 99).notes
+
+
+def test_a_conversation_that_begins_with_the_assistant(shared, chatml):
+    opening = {"messages": [{"role": "assistant", "content": "hello"}, *EXCHANGE]}
+    assert trained_texts(opening, chatml) == ["hello<|im_end|>", "a<|im_end|>"]
+    assert "<|im_start|>assistant\n⟦hello" in shown(opening, chatml)
+    with_system = {"tools": [TOOL], "messages": [{"role": "system", "content": "s"}, *opening["messages"]]}
+    assert trained_texts(with_system, chatml) == trained_texts(opening, chatml)
+    assert "<｜hy_Assistant:opensource｜>⟦<think:opensource></think:opensource>hello" in shown(
+        opening, tokenizer_of("hy3", shared)
+    )
+    for name in ("hunyuan-7b", "hunyuan-a13b", "hunyuan-large"):
+        # What the user's message ends with is what begins an answer: there is nothing to begin this one.
+        with pytest.raises(
+            DataError, match=r"f.jsonl:3: message 1: the chat template has no beginning for an assist"
+        ):
+            shown(opening, tokenizer_of(name, shared))
+
+
+def test_several_system_messages_are_rendered_or_refused(shared, chatml):
+    one, two = ({"role": "system", "content": content} for content in ("rule one", "rule two"))
+    both, later = {"messages": [one, two, *EXCHANGE]}, {"messages": [one, *EXCHANGE, two, *EXCHANGE]}
+    assert "rule one\n\nrule two<|extra_4|>" in shown(both, tokenizer_of("hunyuan-7b", shared))
+    assert "rule one<|im_end|>\n<|im_start|>system\nrule two<|im_end|>" in shown(both, chatml)
+    assert "⟦a<|im_end|>⟧\n<|im_start|>system\nrule two<|im_end|>" in shown(later, chatml)
+    for tools in ({}, {"tools": [TOOL]}):
+        for name in ("hunyuan-7b", "hy3"):
+            with pytest.raises(DataError, match="writes the system's message 4 before the messages that it follows"):
+                shown(later | tools, tokenizer_of(name, shared))
+        with pytest.raises(DataError, match="writes the system's message 2 without a beginning or an end: join it"):
+            shown(both | tools, tokenizer_of("hunyuan-a13b", shared))
+
+
+def test_a_system_message_that_is_lost_is_refused_also_where_its_text_is_elsewhere(chatml, monkeypatch):
+    source = "{% set s = messages | selectattr('role', 'equalto', 'system') | list %}{{ s[-1].content if s }}" + (
+        QWEN_TOOLS.replace("messages %}", "messages if message.role != 'system' %}")
+    )
+    monkeypatch.setattr(chatml, "chat_template", source)
+    both = [{"role": "system", "content": content} for content in ("im_start", "rule two")]
+    for tools in ({}, {"tools": [TOOL]}):
+        with pytest.raises(DataError, match="leaves out the system's message 1: join the system messages into one"):
+            shown({"messages": [*both, *EXCHANGE]} | tools, chatml)
+        assert "rule two" in shown({"messages": [both[1], *EXCHANGE]} | tools, chatml)
+
+
+@pytest.mark.parametrize("found", [{"sky": "晴", "t": 3}, [{"t": 3}, None], 3, True])
+def test_a_result_of_a_tool_that_is_not_text_is_rendered_as_json(shared, found):
+    start, calling, result, end = WITH_TOOLS["messages"]
+    texts = [
+        shown(
+            WITH_TOOLS | {"messages": [start, calling, result | {"content": content}, end]},
+            tokenizer_of("hy3", shared),
+        )
+        for content in (found, json.dumps(found, ensure_ascii=False))
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_earlier_answers_that_end_with_another_token_are_refused_or_not_trained_on(chatml, monkeypatch):
+    monkeypatch.setattr(
+        chatml,
+        "chat_template",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + ('<|im_end|>' if loop.last else "
+        "'<|im_start|>') }}{% else %}{{ m.content + '<|extra_0|>' }}{% endif %}{% endfor %}",
+    )
+    record = {"messages": [*EXCHANGE, *EXCHANGE]}
+    message = (
+        r"ends the answer of message 2 with '<\|im_start\|>', and the last answer .* split_turns: true or train_on"
+    )
+    for tools in ({}, {"reasoning_effort": "high"}):
+        with pytest.raises(DataError, match=f"f.jsonl:3: .*{message}"):
+            shown(record | tools, chatml, allow_ignored_fields=True)
+        for options in ({"train_on_turns": "last"}, {"split_turns": True}):
+            found = trained_texts(record | tools, chatml, allow_ignored_fields=True, **options)
+            assert found == ["a<|im_end|>"]
+    untrained = {"messages": [EXCHANGE[0], EXCHANGE[1] | {"train": False}, *EXCHANGE]}
+    assert trained_texts(untrained, chatml) == ["a<|im_end|>"]
+
+
+def test_arguments_of_calls_under_a_template_that_takes_text_alone(chatml, monkeypatch):
+    """As in DeepSeek-R1's, which joins them to other texts."""
+    source = QWEN_TOOLS.replace("(call.function.arguments | tojson)", "call.function.arguments")
+    monkeypatch.setattr(chatml, "chat_template", source)
+    texts = []
+    for arguments in ({"city": "北京"}, '{"city": "北京"}'):
+        call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+        texts.append(
+            trained_texts(
+                {"tools": [TOOL], "messages": [EXCHANGE[0], WITH_TOOLS["messages"][1] | {"tool_calls": [call]}]},
+                chatml,
+            )
+        )
+    assert texts[0] == texts[1] and '"arguments": {"city": "北京"}}' in texts[0][0]

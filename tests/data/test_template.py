@@ -244,7 +244,7 @@ def test_an_answer_may_end_behind_the_loop(tokenizer, monkeypatch):
     )
     encoded = encode(Conversation(messages=[SYSTEM, QUESTION, ANSWER], source="x"), tokenizer, 99)
     assert tokenizer.decode([label for label in encoded["labels"] if label != IGNORED]) == "a\n<|eos|>"
-    with pytest.raises(DataError, match=r"^x: the chat template writes no end token after message 2"):
+    with pytest.raises(DataError, match=r"^x: the chat template ends the answer of message 2 without an end token"):
         encode(Conversation(messages=[QUESTION, ANSWER] * 2, source="x"), tokenizer, 99)
 
 
