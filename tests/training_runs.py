@@ -120,14 +120,18 @@ class RankServer:
 
 
 def print_phases() -> None:
-    """To be called in a rank before it begins: each phase that rank 0 reports is printed too."""
-    plain = RunWriter.phase
+    """To be called in a rank before it begins: each phase that rank 0 reports is printed too, and how far it is."""
+    plain, plain_progress = RunWriter.phase, RunWriter.progress
 
     def phase(self: RunWriter, name: Phase) -> None:
         print(f"phase: {name}")
         plain(self, name)
 
-    RunWriter.phase = phase
+    def progress(self: RunWriter, text: str) -> None:
+        print(f"progress: {text}")
+        plain_progress(self, text)
+
+    RunWriter.phase, RunWriter.progress = phase, progress
 
 
 def trace_gathering() -> None:
