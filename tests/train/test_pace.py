@@ -71,7 +71,7 @@ def test_events_of_two_ranks(files, ranks, tmp_path):
         assert sizes["optimizer"] > 2 * sizes["weights"], "a float32 weight and two moments of each parameter"
         assert sum(sizes.values()) == sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
         assert 0 < sizes["other"] < 1e7
-        assert event["seconds_by_part"].keys() == {"weights", "optimizer"}
+        assert event["seconds_by_part"].keys() == {"weights", "optimizer", "digests"}
 
 
 def test_peaks_of_gpus_as_the_driver_names_them():
