@@ -13,7 +13,6 @@ from torch import nn
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
 
-
 # Logits that are kept until many layers' statistics are computed at once: 16 MB in float32.
 _PENDING_ELEMENTS = 4_000_000
 # Columns of the sums of a layer, before those of its experts.
