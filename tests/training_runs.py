@@ -120,14 +120,18 @@ class RankServer:
 
 
 def print_phases() -> None:
-    """To be called in a rank before it begins: each phase that rank 0 reports is printed too."""
-    plain = RunWriter.phase
+    """To be called in a rank before it begins: each phase that rank 0 reports is printed too, and how far it is."""
+    plain, plain_progress = RunWriter.phase, RunWriter.progress
 
     def phase(self: RunWriter, name: Phase) -> None:
         print(f"phase: {name}")
         plain(self, name)
 
-    RunWriter.phase = phase
+    def progress(self: RunWriter, text: str) -> None:
+        print(f"progress: {text}")
+        plain_progress(self, text)
+
+    RunWriter.phase, RunWriter.progress = phase, progress
 
 
 def trace_gathering() -> None:
@@ -277,15 +281,15 @@ def slow_save_of_rank_1() -> None:
 
 def stop_after_step_3() -> None:
     """To be called in a rank before it begins: the run is asked to stop during step 3, and so ends at step 4."""
-    from hynb.train import RunTrainer
+    from hynb.train import RunTrainer, stop_flag
 
+    # Rank 0 looks for the file after each step.
+    stop_flag._LOOK_SECONDS = 0.0
     plain = RunTrainer.training_step
 
     def training_step(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 2 and self.run_writer:
             self.run_dir.stop_request.touch()
-            # Rank 0 looks for the file twice per second.
-            time.sleep(0.6)
         return plain(self, *args, **kwargs)
 
     RunTrainer.training_step = training_step

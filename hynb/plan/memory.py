@@ -21,6 +21,10 @@ _BUCKET_ELEMENTS = 500_000_000
 _SUB_GROUP_ELEMENTS = 1_000_000_000
 # Python with its libraries, and a shard of the checkpoint while it is loaded, per process.
 _PROCESS_BYTES = 6 << 30
+# The same without the libraries of a GPU.
+_CPU_PROCESS_BYTES = 400_000_000
+# What a rank without a GPU keeps for as long as it trains, whatever the lengths of the samples.
+_KEPT_PARTS = ("weights", "gradients", "optimizer")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -224,6 +228,17 @@ def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> M
         parts=parts,
         host_parts=host_parts,
     )
+
+
+def cpu_bytes(plan: MemoryPlan, workload: Workload) -> int:
+    """The least memory that a run takes of each host where its ranks have no GPUs.
+
+    The GPUs' part is in host memory too, and nothing is pinned. Activations, whose size depends on the samples, are
+    left out: with these bytes and no more, a run would end for lack of memory.
+    """
+    ranks = workload.gpus_per_host
+    kept = sum(plan.parts[name] * ranks + plan.host_parts[name] for name in _KEPT_PARTS)
+    return kept + _CPU_PROCESS_BYTES * ranks
 
 
 def pinned_bytes(size_bytes: int) -> int:

@@ -18,6 +18,8 @@ from hynb.runs.records import State, read_record
 from hynb.runs.status import LIVE_STATES, RunStatus, read_status
 
 EVENT_VERSION = 1
+# A new step alone is written no more often; the heartbeat has it too.
+_STATUS_SECONDS = 1.0
 # Longer than any one event.
 _TAIL_BYTES = 1 << 20
 
@@ -30,6 +32,7 @@ class RunWriter:
         self.dir.path.mkdir(parents=True, exist_ok=True)
         self._process = ProcessId.of(os.getpid())
         self._status: dict[str, Any] = {}
+        self._status_at = -_STATUS_SECONDS
         self._heartbeat: Heartbeat | None = None
 
     def start(self) -> None:
@@ -83,6 +86,8 @@ class RunWriter:
     ) -> None:
         """Replaces status.json; a step count that is not given stays as it was.
 
+        Where only the step has changed, the file is replaced at most once per second.
+
         Args:
             where: host and rank of a failure.
         """
@@ -93,7 +98,13 @@ class RunWriter:
         self._write_status(changed | {name: value for name, value in counts.items() if value is not None})
 
     def _write_status(self, changed: dict[str, Any]) -> None:
-        self._status |= changed | {"updated_at": time.time()}
+        before, now = self._status, time.monotonic()
+        self._status = before | changed | {"updated_at": time.time()}
+        steps = {"global_step", "updated_at"}
+        others_changed = any(before.get(name) != value for name, value in changed.items() if name not in steps)
+        if not others_changed and now - self._status_at < _STATUS_SECONDS:
+            return
+        self._status_at = now
         write_json(self.dir.status, self._status | {"process": asdict(self._process)})
 
 

@@ -43,10 +43,10 @@ class Shortage:
     hard: bool
 
 
-def host_bytes(config: Config, hosts: Sequence[Host]) -> int | None:
+def host_bytes(config: Config, hosts: Sequence[Host], *, on_gpus: bool) -> int | None:
     """The host memory that a run takes on the host with the most ranks, by its plan; None where it has none.
 
-    A plan is for GPUs, and for one of the presets.
+    A plan is for one of the presets, and for a model whose sizes are in a file.
     """
     if config.deepspeed not in zero.PRESETS:
         return None
@@ -56,7 +56,8 @@ def host_bytes(config: Config, hosts: Sequence[Host]) -> int | None:
         if model_config is None:
             return None
         work = workload(config, [host.slots for host in hosts])
-        return memory.estimate(model_config, work, preset=config.deepspeed).host_bytes
+        plan = memory.estimate(model_config, work, preset=config.deepspeed)
+        return plan.host_bytes if on_gpus else memory.cpu_bytes(plan, work)
     except HynbError:
         # Another check names a wrong model folder.
         return None
@@ -70,17 +71,20 @@ def shortages(facts: MemoryFacts, *, slots: int, on_gpus: bool, planned_bytes: i
         planned_bytes: host memory that they take by the run's plan; None where it is not known.
     """
     found = [
-        _lacking_memory(facts, planned_bytes),
+        _lacking_memory(facts, planned_bytes, on_gpus=on_gpus),
         _lacking_shared_memory(facts["shared_memory"], slots, on_gpus=on_gpus),
         _lacking_locked_memory(facts, slots) if on_gpus else None,
     ]
     return [item for item in found if item is not None]
 
 
-def _lacking_memory(facts: MemoryFacts, planned_bytes: int | None) -> Shortage | None:
+def _lacking_memory(facts: MemoryFacts, planned_bytes: int | None, *, on_gpus: bool) -> Shortage | None:
     needed = _LEAST_BYTES if planned_bytes is None else planned_bytes
     why = f"this run takes {needed / _GB:.1f} GB of this host by its plan" if planned_bytes else "a rank takes 2 GB"
-    less = "choose a preset that keeps less in host memory, or more hosts" if planned_bytes else "end other programs"
+    less = "end other programs"
+    if planned_bytes:
+        less = "choose a preset that keeps less in host memory" if on_gpus else "train an adapter (use_lora)"
+        less += ", or more hosts"
     if facts["free_bytes"] < needed:
         text = f"{facts['free_bytes'] / _GB:.1f} of {facts['total_bytes'] / _GB:.1f} GB are free, and {why}: {less}"
         hard = facts["total_bytes"] < needed
@@ -127,15 +131,18 @@ def _lacking_locked_memory(facts: MemoryFacts, slots: int) -> Shortage | None:
 
 
 def memory_problems(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None) -> list[str]:
-    """What the hosts of a run on GPUs lack of memory even when nothing else runs there; asked of all at once.
+    """What the hosts of a run lack of memory even when nothing else runs there; asked of all at once.
+
+    Nothing where this machine has no GPU and is none of the hosts, which may have some.
 
     Args:
         here: this machine's index among the hosts.
         ssh: how the others are asked; they are left out without it.
     """
-    if gpu_count() == 0:
+    on_gpus = gpu_count() > 0
+    if not on_gpus and here is None:
         return []
-    planned = host_bytes(config, hosts)
+    planned = host_bytes(config, hosts, on_gpus=on_gpus)
 
     def ask(index: int) -> list[str]:
         host, facts = hosts[index], None
@@ -147,7 +154,7 @@ def memory_problems(config: Config, hosts: Sequence[Host], here: int | None, ssh
             facts = host_facts.parse_memory(answer.out)
         if facts is None:
             return []
-        lacking = shortages(facts, slots=host.slots, on_gpus=True, planned_bytes=planned)
+        lacking = shortages(facts, slots=host.slots, on_gpus=on_gpus, planned_bytes=planned)
         return [f"{host.name}: {item.kind}: {item.text} (`{item.fix}`)" for item in lacking if item.hard]
 
     with ThreadPoolExecutor(max(1, len(hosts))) as pool:

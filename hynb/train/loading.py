@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from hynb.errors import ModelError
 from hynb.merge import DTYPE_BYTES, TORCH_DTYPES, TensorEntry
 from hynb.train.byte_progress import ByteProgress
+from hynb.train.library_loading import replaced
 from hynb.train.staging import PIECE_BYTES, Staging
 from hynb.train.stored_tensors import Part, range_of, stored_parts
 
@@ -79,8 +80,8 @@ def partitions_from_files(stored: Sequence[TensorEntry], progress: ByteProgress)
         return [], load_partitions(model, entries, parts, progress)
 
     with (
-        _replaced(transformers.modeling_utils, _LOADER, load),
-        _replaced(Init, "_zero_init_param", _partition),
+        replaced(transformers.modeling_utils, _LOADER, load),
+        replaced(Init, "_zero_init_param", _partition),
     ):
         yield
 
@@ -126,17 +127,6 @@ def load_partitions(
         raise ModelError(problems[:5])
     _execute(sorted(reads, key=lambda read: (read.entry.shard, read.begin)), progress)
     return set(model.state_dict()) - parts.keys()
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an attribute of a library another value for a while."""
-    plain = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, plain)
 
 
 def _partition(init: Any, param: torch.nn.Parameter) -> None:

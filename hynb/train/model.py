@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hynb.hunyuan_large import PACKED_SDPA, HunYuanLargeForCausalLM, LanguageMod
 from hynb.merge import TensorEntry
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import base_tensors, copy_model_files
+from hynb.train.library_loading import counted_reads
 
 logger = logging.getLogger(__name__)
 
@@ -214,14 +215,15 @@ def _attention(config: Config) -> str:
 def _loading(
     base: Path, stored: Sequence[TensorEntry] | None, show_progress: Callable[[str], None] | None
 ) -> AbstractContextManager[None]:
-    """Within it, from_pretrained reads only this rank's share of the weights where ZeRO-3 shards them."""
+    """Within it, from_pretrained shows its progress, and reads only this rank's share where ZeRO-3 shards weights."""
+    stored = base_tensors(base) if stored is None else stored
     if not is_deepspeed_zero3_enabled():
-        return nullcontext()
+        # Every rank reads all.
+        return counted_reads(stored, ByteProgress("loading", show=show_progress))
     # Imports DeepSpeed, which takes seconds.
     from hynb.train.loading import partitions_from_files
 
     factor = torch.distributed.get_world_size()
-    stored = base_tensors(base) if stored is None else stored
     return partitions_from_files(stored, ByteProgress("loading", factor=factor, show=show_progress))
 
 

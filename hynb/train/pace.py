@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -75,13 +76,14 @@ class Pace:
         tokens = torch.as_tensor(self._tokens).to(device, torch.float64).reshape(1)
         parts = [tokens, local.to(device), *([counts.to(device, torch.float64)] if counts is not None else [])]
         rows = _gathered(torch.cat(parts)).cpu()
-        self._tokens_total += int(rows[:, 0].sum())
+        # Numbers of Python from here on: they are few, and each operation on a tensor takes longer.
+        all_tokens, all_data, all_optimizer, memory, utilisation = rows[:, :5].t().tolist()
+        self._tokens_total += int(sum(all_tokens))
         now = time.monotonic()
         seconds, steps = max(now - self._started, 1e-9), max(1, global_step - self._step)
-        rate = float(rows[:, 0].sum()) / seconds
+        rate = sum(all_tokens) / seconds
         step_seconds = seconds / steps
-        data, optimizer = (float(rows[:, column].max()) / steps for column in (1, 2))
-        memory = rows[:, 3]
+        data, optimizer = max(all_data) / steps, max(all_optimizer) / steps
         found: dict[str, Any] = {
             "tokens": self._tokens_total,
             "tokens_per_second": round(rate, 2),
@@ -92,14 +94,14 @@ class Pace:
                 "forward and backward": round(max(0.0, step_seconds - data - optimizer), 4),
                 "optimizer": round(optimizer, 4),
             },
-            "memory_bytes": int(memory.max()),
-            "memory_rank": int(memory.argmax()),
+            "memory_bytes": int(max(memory)),
+            "memory_rank": memory.index(max(memory)),
             "memory_bytes_per_rank": [int(value) for value in memory],
         }
         if self._flops_per_token and self._peak_flops:
             found["mfu"] = round(rate / len(rows) * self._flops_per_token / self._peak_flops, 4)
-        if not torch.isnan(rows[:, 4]).any():
-            found["gpu_utilisation_per_rank"] = [int(value) for value in rows[:, 4]]
+        if not any(map(math.isnan, utilisation)):
+            found["gpu_utilisation_per_rank"] = [int(value) for value in utilisation]
         self._started, self._step = now, global_step
         self._reset()
         return found, rows[:, 5:].sum(0) if counts is not None else None
@@ -129,7 +131,8 @@ def memory_bytes() -> int:
     """The peak of this rank's GPU memory so far, or without a GPU the current memory of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
+    # proc(5): the second entry is the resident size in pages.
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _gathered(row: torch.Tensor) -> torch.Tensor:

@@ -13,20 +13,10 @@ from torch import nn
 from hynb.errors import ModelError
 from hynb.families import FAMILIES
 
-
-@dataclass(kw_only=True)
-class _LayerSums:
-    """Sums over the tokens of one layer since the last reset.
-
-    Args:
-        slots: tokens routed to each expert (experts).
-        entropy: of the router's probabilities, in nats.
-        tokens: number of tokens.
-    """
-
-    slots: torch.Tensor
-    entropy: torch.Tensor
-    tokens: torch.Tensor
+# Logits that are kept until many layers' statistics are computed at once: 16 MB in float32.
+_PENDING_ELEMENTS = 4_000_000
+# Columns of the sums of a layer, before those of its experts.
+_ENTROPY, _TOKENS, _EXPERTS = 0, 1, 2
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -47,7 +37,9 @@ class _Counted:
 class RouterWatch:
     """Counts to which experts each router of a model sends its tokens, in forward hooks and without a device sync.
 
-    Padding is left out where `mask` is set, and so is the second forward pass of gradient checkpointing.
+    Padding is left out where `mask` is set, and so is the second forward pass of gradient checkpointing. What the
+    routers of a pass have returned is counted for many layers at once: ten operations for each would cost a small
+    model several percent of its step.
 
     Args:
         model: with or without an adapter around it.
@@ -72,13 +64,15 @@ class RouterWatch:
         self._coefficient = coefficient
         self._group = group
         self._sigmoid = model_type in FAMILIES and FAMILIES[model_type].sigmoid_router
-        self._sums: list[_LayerSums | None] = []
+        self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._sums: torch.Tensor | None = None
+        self._rows: dict[tuple[torch.device, tuple[int, ...]], torch.Tensor] = {}
         self._losses: list[torch.Tensor] = []
         for name, module in routers(model, model_type):
             # …layers.7.mlp.gate
             self.layers.append(int(name.split("layers.")[1].split(".")[0]))
             module.register_forward_hook(self._hook(len(self.layers) - 1))
-        self.reset()
+        self._widths = [0] * len(self.layers)
 
     @property
     def mask(self) -> torch.Tensor | None:
@@ -87,12 +81,13 @@ class RouterWatch:
 
     @mask.setter
     def mask(self, mask: torch.Tensor | None) -> None:
+        self._add_pending()
         self._mask = mask
         self._counted = {}
 
     def reset(self) -> None:
         """Starts to count from zero."""
-        self._sums = [None] * len(self.layers)
+        self._pending, self._sums = [], None
 
     def take_loss(self) -> torch.Tensor | None:
         """The balancing loss of the last forward pass, times its coefficient; None without one.
@@ -115,11 +110,8 @@ class RouterWatch:
 
     def counts(self) -> torch.Tensor | None:
         """What this rank has counted since the last reset, to be summed over all ranks; None without routers."""
-        sums = [item for item in self._sums if item is not None]
-        if not sums:
-            return None
-        scalars = torch.stack([item.entropy for item in sums] + [item.tokens for item in sums])
-        return torch.cat([*(item.slots for item in sums), scalars])
+        self._add_pending()
+        return None if self._sums is None else self._sums.reshape(-1)
 
     def summary(self, packed: torch.Tensor) -> dict[str, list[float]]:
         """What was counted since the last reset, one entry per layer; counts from zero again.
@@ -132,22 +124,18 @@ class RouterWatch:
             experts for uniform routing); dead, the number of experts without a token; entropy of the router's
             probabilities, from 0 (one expert) to 1 (uniform).
         """
-        widths = [len(item.slots) for item in self._sums if item is not None]
-        counts = packed[: sum(widths)].split(widths)
-        entropy, tokens = packed[sum(widths) :].chunk(2)
-        totals = tokens.clamp(min=1).tolist()
-        shares = [count / total for count, total in zip(counts, totals, strict=True)]
+        # Numbers of Python: a tensor operation takes longer than the sum of a layer's experts.
+        rows = packed.view(len(self.layers), -1).tolist()
         self.reset()
-        return {
-            "layer": [*self.layers],
-            "max_share": [round(share.max().item(), 4) for share in shares],
-            "min_share": [round(share.min().item(), 4) for share in shares],
-            "dead": [int((count == 0).sum()) for count in counts],
-            "entropy": [
-                round(value / total / math.log(width), 4)
-                for value, total, width in zip(entropy.tolist(), totals, widths, strict=True)
-            ],
-        }
+        found: dict[str, list[float]] = {"layer": [*self.layers]}
+        found |= {name: [] for name in ("max_share", "min_share", "dead", "entropy")}
+        for row, width in zip(rows, self._widths, strict=True):
+            slots, total = row[_EXPERTS : _EXPERTS + width], max(1.0, row[_TOKENS])
+            found["max_share"].append(round(max(slots) / total, 4))
+            found["min_share"].append(round(min(slots) / total, 4))
+            found["dead"].append(slots.count(0))
+            found["entropy"].append(round(row[_ENTROPY] / total / math.log(width), 4))
+        return found
 
     def _hook(self, place: int) -> Callable[[nn.Module, object, tuple[torch.Tensor, ...]], None]:
         """The forward hook of the router at a place in `layers`."""
@@ -160,21 +148,22 @@ class RouterWatch:
             if recomputed and not self._coefficient:
                 return
             logits, chosen = output[0], next(item for item in output if not item.is_floating_point())
-            scores = self._scores(logits if self._coefficient else logits.detach())
-            counted = self._counted_of(logits, top_k=chosen.shape[-1])
             if self._coefficient:
+                counted = self._counted_of(logits, top_k=chosen.shape[-1])
                 slots = torch.zeros(logits.shape[-1], device=logits.device)
                 slots.index_add_(0, chosen.reshape(-1), counted.slots)
-                loss = self._balancing_loss(scores, slots, counted.tokens, top_k=chosen.shape[-1])
+                loss = self._balancing_loss(self._scores(logits), slots, counted.tokens, top_k=chosen.shape[-1])
                 if not recomputed:
                     self._losses.append(loss)
             if not recomputed:
-                self._add(place, scores.detach(), chosen, counted)
+                self._pending.append((place, logits.detach(), chosen))
+                if sum(kept.numel() for _, kept, _ in self._pending) > _PENDING_ELEMENTS:
+                    self._add_pending()
 
         return hook
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Probabilities (tokens × experts) of the router's logits."""
+        """Probabilities (… × tokens × experts) of routers' logits."""
         if not self._sigmoid:
             return torch.softmax(logits.float(), dim=-1)
         scores = torch.sigmoid(logits.float())
@@ -205,16 +194,39 @@ class RouterWatch:
         fraction = sums[:-1] / (total * top_k)
         return ranks * scores.shape[-1] * (fraction * mean).sum()
 
-    def _add(self, place: int, scores: torch.Tensor, chosen: torch.Tensor, counted: _Counted) -> None:
-        entropy = torch.dot(torch.special.entr(scores).sum(-1), counted.tokens)
-        sums = self._sums[place]
-        if sums is None:
-            slots = torch.zeros(scores.shape[-1], device=scores.device)
-            sums = self._sums[place] = _LayerSums(slots=slots, entropy=entropy, tokens=counted.total.clone())
-        else:
-            sums.entropy += entropy
-            sums.tokens += counted.total
-        sums.slots.index_add_(0, chosen.reshape(-1), counted.slots)
+    @torch.no_grad()
+    def _add_pending(self) -> None:
+        """Adds what was kept to the sums: for all layers at once whose routers have the same shape."""
+        alike: dict[tuple[torch.Size, torch.device, int], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+        for item in self._pending:
+            alike.setdefault((item[1].shape, item[1].device, item[2].shape[-1]), []).append(item)
+        self._pending = []
+        for ((_, width), device, top_k), items in alike.items():
+            counted = self._counted_of(items[0][1], top_k)
+            scores = self._scores(torch.stack([logits for _, logits, _ in items]))
+            sums = torch.zeros(len(items), _EXPERTS + width, device=device)
+            # Not torch.special.entr, which takes several times as long on a CPU.
+            logarithms = scores.clamp(min=torch.finfo(scores.dtype).tiny).log_()
+            sums[:, _ENTROPY] = -(logarithms.mul_(scores).sum(-1) @ counted.tokens)
+            sums[:, _TOKENS] = counted.total
+            chosen = torch.stack([chosen for _, _, chosen in items]).view(len(items), -1)
+            sums[:, _EXPERTS:].scatter_add_(1, chosen, counted.slots.expand(len(items), -1))
+            self._add(tuple(place for place, _, _ in items), sums)
+
+    def _add(self, places: tuple[int, ...], sums: torch.Tensor) -> None:
+        """Adds sums of layers (layers × entropy, tokens, experts) to those of all."""
+        key = (sums.device, places)
+        if key not in self._rows:
+            # Once, as a copy to a GPU would wait for it.
+            self._rows[key] = torch.tensor(places, device=sums.device)
+            for place in places:
+                self._widths[place] = sums.shape[1] - _EXPERTS
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.layers), _EXPERTS + max(self._widths), device=sums.device)
+        missing = sums.shape[1] - self._sums.shape[1]
+        if missing > 0:
+            self._sums = nn.functional.pad(self._sums, (0, missing))
+        self._sums[:, : sums.shape[1]].index_add_(0, self._rows[key], sums)
 
 
 def routers(model: nn.Module, model_type: str) -> list[tuple[str, nn.Module]]:

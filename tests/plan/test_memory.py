@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hynb.hunyuan_large  # noqa: F401  registers the model with the Auto classes
 from hynb.errors import ModelError
-from hynb.plan.memory import MemoryPlan, Workload, compare, count_parameters, estimate, pinned_bytes
+from hynb.plan.memory import MemoryPlan, Workload, compare, count_parameters, cpu_bytes, estimate, pinned_bytes
 from hynb.plan.zero import PRESETS
 
 VARIANTS = [
@@ -112,6 +112,17 @@ def test_what_a_preset_moves_to_host_memory_is_not_on_the_gpus(name):
     assert plan.host_parts["processes"] == 8 * (6 << 30)
     assert (plan.host_parts["rounding of pinned memory"] > 0) is bool(in_host_memory)
     assert sum(plan.host_parts.values()) == plan.host_bytes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_without_gpus_all_is_in_host_memory(name):
+    """Full fine-tuning on two hosts of 8 ranks; weights whole in each rank under ZeRO-1 and 2, else once."""
+    work = Workload(world_size=16, gpus_per_host=8, weight_bytes=4)
+    found = cpu_bytes(estimate(LARGE, work, preset=name), work)
+    count, weights = count_parameters(LARGE).total, 4 * (8 if PRESETS[name].stage != 3 else 0.5)
+    # 16 bytes of gradient and optimizer for each parameter, of which each host has half.
+    least = (weights + 16 / 2) * count
+    assert least <= found <= 1.4 * least + 8e9
 
 
 @pytest.mark.parametrize(("ranks", "gigabytes"), [(8, 825), (24, 1237)])

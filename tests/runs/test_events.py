@@ -9,6 +9,7 @@ import time
 import pytest
 
 from hynb.runs import RunReader, RunWriter, effective_events, progress_line
+from hynb.runs import events as events_module
 
 # A writer in a process of its own, which then waits until it is killed.
 WRITER = """
@@ -61,6 +62,22 @@ def test_a_killed_writer_is_seen_as_failed(tmp_path):
     process.stdout.close()
     status = RunReader(tmp_path).status()
     assert status.state == "failed" and "killed" in status.reason and status.phase is None
+
+
+def test_a_new_step_alone_is_written_less_often_than_all_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(events_module, "_STATUS_SECONDS", 3600.0)
+    run, reader = RunWriter(tmp_path), RunReader(tmp_path)
+    for step in (1, 2, 3):
+        run.status("running", global_step=step, max_steps=9)
+    assert reader.status().global_step == 1
+    run.phase("saving")
+    assert reader.status().global_step == 3
+    run.status("running", global_step=4, max_steps=9)
+    run.status("finished", global_step=4, exit_code=0)
+    assert (reader.status().state, reader.status().global_step) == ("finished", 4)
+    monkeypatch.setattr(events_module, "_STATUS_SECONDS", 0.0)
+    run.status("finished", global_step=5, exit_code=0)
+    assert reader.status().global_step == 5
 
 
 def test_an_incomplete_line_is_left_for_later(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import functools
 import json
 import os
 import re
@@ -24,12 +25,14 @@ import psutil
 import pytest
 from nccl_messages import waited
 
+from hynb.cluster import Host, host_facts
 from hynb.config import Config
 from hynb.errors import ClusterError, RunFailedError
 from hynb.launch import Run, launch
 from hynb.runs import ProcessId, RunDir
 from hynb.supervision import LAUNCH_VARIABLE, Membership, command_text, make_plan, processes_of
 from hynb.supervision.commands import launch_command
+from hynb.supervision.needs import memory_problems
 
 HOST = socket.gethostname()
 
@@ -73,6 +76,28 @@ def nothing_left(run: Run) -> bool:
     record = launch_record(run)
     registries = list(Path("/tmp").glob(f"hynb-{record['id']}-*"))
     return not processes(run) and not psutil.pid_exists(record["process"]["pid"]) and not registries
+
+
+def test_a_run_that_a_containers_memory_cannot_hold_is_refused_without_gpus_too(files, tmp_path, monkeypatch):
+    """Two ranks take 0.4 GB each, and the model's weights, gradients and optimizer in float32."""
+    config, host = config_of(files, tmp_path / "run"), Host(name=HOST, slots=2)
+    assert memory_problems(config, [host], 0, None) == []
+    group = tmp_path / "sys/fs/cgroup"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    (tmp_path / "proc/self/mountinfo").write_text("30 24 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n")
+    (group / "job").mkdir(parents=True)
+    (group / "job/memory.max").write_text("500000000\n")
+    (group / "job/memory.current").write_text("100000000\n")
+    monkeypatch.setattr(host_facts, "container_limit", functools.partial(host_facts.container_limit, root=tmp_path))
+    with pytest.raises(ClusterError) as caught:
+        launch(config)
+    message = str(caught.value)
+    assert f"0.4 of the 0.5 GB that the container's limit ({group}/job/memory.max) allows are free" in message
+    assert "and this run takes 0.8 GB of this host by its plan" in message and "use_lora" in message
+    assert not (tmp_path / "run" / "launch.json").exists()
+    # One rank fits below the limit, if other programs end.
+    assert memory_problems(config.replace(num_processes=1), [Host(name=HOST, slots=1)], 0, None) == []
 
 
 def test_kill_ends_one_run_and_a_killed_rank_is_named(files, tmp_path):

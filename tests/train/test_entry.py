@@ -66,14 +66,25 @@ def test_one_process_without_a_launcher(files, tmp_path):
         assert sum(text in note for note in notes) == 1, text
 
 
-def test_the_phases_of_a_run(files, ranks, tmp_path):
-    config = config_of(files, "hunyuan_v1_dense", tmp_path / "run", max_steps=2, save_steps=2, eval_split=0.2)
+@pytest.mark.parametrize(
+    ("family", "preset", "use_lora"),
+    [("hunyuan", "ds_zero2_no_offload", True), ("hunyuan_v1_dense", "ds_zero3_no_offload", False)],
+)
+def test_the_phases_of_a_run(family, preset, use_lora, files, ranks, tmp_path):
+    """And the bytes that were loaded: the whole model."""
+    values = {"max_steps": 2, "save_steps": 2, "eval_split": 0.2, "deepspeed": preset, "use_lora": use_lora}
+    config = config_of(files, family, tmp_path / "run", **values)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     done = ranks.run(tmp_path / "run.yaml", ranks=2, before="training_runs:print_phases")
     assert done.returncode == 0, done.stderr
     before = ["starting", "checking data", "meeting", "loading", "training"]
     during = ["evaluating", "training", "saving", "training"]
     assert re.findall(r"^phase: (.+)$", done.stdout, re.MULTILINE) == before + during, "of rank 0 alone"
+    (loading,) = re.findall(r"^phase: loading\n(.*?)^phase: training$", done.stdout, re.MULTILINE | re.DOTALL)
+    loaded = re.findall(r"^progress: (\S+) of (\S+) GB, \S+ GB/s$", loading, re.MULTILINE)[-1]
+    weights = load_file(files[family] / "model.safetensors").values()
+    size = sum(weight.nbytes for weight in weights) / 1e9
+    assert [float(value) for value in loaded] == [pytest.approx(size, rel=0.01)] * 2
     status = attach(tmp_path / "run").status()
     assert (status.state, status.phase) == ("finished", None)
     heartbeat = json.loads((tmp_path / "run" / "heartbeat").read_text())
