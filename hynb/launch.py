@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,16 @@ from hynb.cluster import gpu_count
 from hynb.config import Config, absolute_paths, check_config, to_yaml
 from hynb.errors import ConfigError, RunError, RunFailedError
 from hynb.files import replace_text, write_json
-from hynb.runs import ProcessId, RunDir, RunReader, RunStatus, check_run, clear_run_folder, read_record
+from hynb.runs import (
+    ProcessId,
+    RunDir,
+    RunReader,
+    RunStatus,
+    check_run,
+    clear_run_folder,
+    original_folder,
+    read_record,
+)
 from hynb.supervision import (
     LAUNCH_VARIABLE,
     Start,
@@ -133,12 +143,18 @@ class Run:
             wait_seconds: on another machine than the launching one, the longest wait for the supervisor there.
 
         Raises:
-            RunError: the run was started in another way, or its supervisor is on another machine and does not answer.
+            RunError: the run was started in another way, the folder is a copy of its own, or its supervisor is on
+                another machine and does not answer.
         """
         launcher = self._launcher()
         launch = read_record(self.dir.launch)
         if launch is None or launcher is None:
             raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
+        if original := original_folder(self.dir):
+            raise RunError(
+                f"{self.output_dir}: is a copy of {original}, made while that run was live: nothing was ended. "
+                f"To end the run: `hynb stop --kill {shlex.quote(str(original))}`"
+            )
         if launcher.alive() is None:
             return self._ask_to_kill(launcher.host, wait_seconds)
         live = self.status().live
@@ -170,12 +186,12 @@ class Run:
             return self.status()
         replace_text(self.dir.kill_request, f"{time.time()}\n")
         deadline = time.monotonic() + seconds
-        while not self.dir.exit.exists():
+        while self.status().live:
             if time.monotonic() > deadline:
                 self.dir.kill_request.unlink(missing_ok=True)
                 raise RunError(
                     f"{self.output_dir}: was launched on {host}, whose supervisor has not answered within "
-                    f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {self.output_dir}` on {host}"
+                    f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {shlex.quote(str(self.output_dir))}` on {host}"
                 )
             time.sleep(0.2)
         return self.status()
@@ -294,7 +310,7 @@ def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[i
     os.setpgid(0, 0)
     logging.basicConfig(level=logging.INFO, format="hynb: %(message)s", stream=sys.stdout)
     run_dir = RunDir(output_dir)
-    process = vars(ProcessId.of(os.getpid()))
+    process = ProcessId.of(os.getpid()).record()
     write_json(run_dir.launch, record | {"process": process, "started_at": time.time()})
     end = supervise(run_dir, record, file_descriptors)
     write_json(run_dir.exit, end | {"id": record["id"], "ended_at": time.time()})

@@ -24,7 +24,6 @@ from .events import duration_text as duration_text
 from .events import effective_events as effective_events
 from .events import evaluation_line as evaluation_line
 from .events import progress_line as progress_line
-from .folder import ProcessId as ProcessId
 from .folder import RunDir as RunDir
 from .heartbeat import Phase as Phase
 from .integrity import CHECKPOINT_RECORD as CHECKPOINT_RECORD
@@ -32,7 +31,10 @@ from .integrity import check_files as check_files
 from .integrity import checkpoint_files as checkpoint_files
 from .integrity import file_digests as file_digests
 from .integrity import flush as flush
+from .process import ProcessId as ProcessId
+from .records import is_launch_id as is_launch_id
 from .records import read_record as read_record
 from .status import RunStatus as RunStatus
+from .status import original_folder as original_folder
 from .watchdog import name_ranks as name_ranks
 from .watchdog import watchdog_abort as watchdog_abort

@@ -7,13 +7,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hynb.files import write_json
-from hynb.runs.folder import ProcessId, RunDir
+from hynb.runs.folder import RunDir
 from hynb.runs.heartbeat import Heartbeat, Phase
+from hynb.runs.process import ProcessId
 from hynb.runs.records import State, read_record
 from hynb.runs.status import LIVE_STATES, RunStatus, read_status
 
@@ -94,7 +94,7 @@ class RunWriter:
 
     def _write_status(self, changed: dict[str, Any]) -> None:
         self._status |= changed | {"updated_at": time.time()}
-        write_json(self.dir.status, self._status | {"process": asdict(self._process)})
+        write_json(self.dir.status, self._status | {"process": self._process.record()})
 
 
 class RunReader:
