@@ -189,9 +189,10 @@ class Run:
         while self.status().live:
             if time.monotonic() > deadline:
                 self.dir.kill_request.unlink(missing_ok=True)
+                quoted = shlex.quote(str(self.output_dir))
                 raise RunError(
                     f"{self.output_dir}: was launched on {host}, whose supervisor has not answered within "
-                    f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {shlex.quote(str(self.output_dir))}` on {host}"
+                    f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {quoted}` on {host}"
                 )
             time.sleep(0.2)
         return self.status()

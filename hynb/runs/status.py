@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ def original_folder(run_dir: RunDir) -> Path | None:
     recorded = ((read_record(run_dir.launch) or {}).get("membership") or {}).get("run_folder")
     try:
         # One folder may have several paths, by links and mounts.
-        is_own = recorded is None or os.stat(recorded).st_ino == run_dir.path.stat().st_ino
+        is_own = recorded is None or Path(recorded).stat().st_ino == run_dir.path.stat().st_ino
     except (OSError, ValueError):
         return None
     return None if is_own else Path(recorded)
