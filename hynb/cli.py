@@ -6,6 +6,7 @@ import argparse
 import importlib
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from hynb.launch import Run
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
+# A step and its checkpoint rarely take longer; after it a person wants to know what else can be done.
+_PATIENCE_SECONDS = 60.0
 # Commands that have their own module, which is imported only when the command is called.
 _MODULES = (
     ("merge", "hynb.merge.command", "merge a LoRA adapter into its base model"),
@@ -215,20 +218,32 @@ def _stop(args: argparse.Namespace) -> int:
         return 0
     if run.status().live:
         print("stop requested: the ranks finish their step, save a checkpoint and end", flush=True)
-    print(run.stop())
+    run.stop(wait=False)
+    print(_wait_for_stop(run))
     return 0
+
+
+def _wait_for_stop(run: Run) -> RunStatus:
+    """Waits for the end of a run, and from time to time says what it waits for."""
+    noted = time.monotonic()
+    for status, _ in run.follow():
+        if status.live and time.monotonic() - noted >= _PATIENCE_SECONDS:
+            noted = time.monotonic()
+            frozen = run.frozen_processes()
+            what = f"; stopped by a signal: {', '.join(frozen)}" if frozen else ""
+            kill = f"hynb stop --kill {shlex.quote(str(run.output_dir))}"
+            print(f"still {status}{what}. `{kill}` ends it at once, without a checkpoint", flush=True)
+    return run.wait()
 
 
 def _check(args: argparse.Namespace) -> int:
     from hynb.cluster import gpu_count, this_machine
-    from hynb.config import absolute_paths
+    from hynb.launch import check_launch
     from hynb.plan import zero
-    from hynb.runs import check_run, planned_slots, with_derived_limits, workload
-    from hynb.supervision import command_text, make_plan
+    from hynb.runs import planned_slots, with_derived_limits, workload
+    from hynb.supervision import command_text
 
-    config = absolute_paths(read_config(args.config, args.set))
-    check_run(config)
-    plan = make_plan(config)
+    config, plan = check_launch(read_config(args.config, args.set))
     ds_config, notes = zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=not gpu_count())
     gpus = this_machine().gpus
     work = workload(config, planned_slots(config, len(gpus)))

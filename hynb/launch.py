@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -13,7 +14,6 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ import psutil
 
 from hynb.cluster import gpu_count
 from hynb.config import Config, absolute_paths, check_config, to_yaml
-from hynb.errors import ConfigError, RunError, RunFailedError
+from hynb.errors import ConfigError, HynbError, RunError, RunFailedError
 from hynb.files import replace_text, write_json
 from hynb.runs import (
     ProcessId,
     RunDir,
     RunReader,
     RunStatus,
+    check_batch,
     check_run,
     clear_run_folder,
     original_folder,
@@ -35,6 +36,7 @@ from hynb.runs import (
 )
 from hynb.supervision import (
     LAUNCH_VARIABLE,
+    Plan,
     Start,
     kill,
     killed_reason,
@@ -43,6 +45,7 @@ from hynb.supervision import (
     prepare,
     processes_of,
     rank_count,
+    rank_environment,
     supervise,
 )
 
@@ -197,6 +200,16 @@ class Run:
             time.sleep(0.2)
         return self.status()
 
+    def frozen_processes(self) -> list[str]:
+        """Processes of the run on this host that are stopped by a signal (SIGSTOP), with their ranks."""
+        launch, found = read_record(self.dir.launch), []
+        for process in processes_of(launch["id"]) if launch else ():
+            with contextlib.suppress(psutil.Error):
+                if process.status() == psutil.STATUS_STOPPED:
+                    rank = process.environ().get("RANK")
+                    found.append(f"process {process.pid}" + (f" (rank {rank})" if rank else ""))
+        return found
+
     def paste_lines(self) -> str:
         """What a person pastes on the other hosts, where launcher is no_ssh and they have not joined; else empty."""
         return paste_lines(self.dir)
@@ -216,24 +229,64 @@ def launch(config: Config) -> Run:
         ClusterError: what keeps a run over several hosts from starting, with the host.
         RunError: another launch into the same folder is under way, or the job did not start.
     """
-    config = absolute_paths(config)
-    if problems := check_config(config):
-        raise ConfigError(problems)
+    config, plan = check_launch(config)
     run_dir = RunDir(config.output_dir)
-    check_run(config)
-    plan = make_plan(config)
+    is_new = not run_dir.path.exists()
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
+        try:
+            _launch_into(run_dir, config, plan)
+        except HynbError:
+            if is_new:
+                with contextlib.suppress(OSError):
+                    run_dir.path.rmdir()
+            raise
     except OSError as error:
-        raise RunError(f"output_dir = {config.output_dir}: cannot be created: {error.strerror}") from None
+        raise RunError(f"output_dir = {config.output_dir}: cannot be written: {error.strerror}") from None
+    return Run(run_dir.path)
+
+
+def check_launch(config: Config) -> tuple[Config, Plan]:
+    """Checks everything that can be known before a launch, and changes nothing on any host.
+
+    Returns:
+        the config with absolute paths, and the plan of its hosts.
+
+    Raises:
+        ConfigError: every mistake in the config, at once.
+        ClusterError: what keeps a run over several hosts from starting, with the host.
+        RunError: a record of an earlier run is damaged.
+    """
+    if problems := check_config(config):
+        raise ConfigError(problems)
+    config = absolute_paths(config)
+    check_run(config)
+    plan = make_plan(config)
+    if problems := check_batch(config, sum(host.slots for host in plan.hosts)):
+        raise ConfigError(problems)
+    rank_environment(config, {})
+    return config, plan
+
+
+def _launch_into(run_dir: RunDir, config: Config, plan: Plan) -> None:
+    """Starts a run that was checked; a launch that is refused changes nothing in the folder.
+
+    Raises:
+        HynbError: as `launch`.
+        OSError: the folder cannot be written.
+    """
     with _launch_lock(run_dir):
         # Again under the lock: two launches at the same moment must not both go on.
         check_run(config)
-        clear_run_folder(config)
-        replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
-        run_dir.log.mkdir(exist_ok=True)
-        _start_supervisor(run_dir, prepare(plan, config, run_dir, uuid.uuid4().hex, _environment(config)))
-    return Run(run_dir.path)
+        start = prepare(plan, config, run_dir, uuid.uuid4().hex, _environment(config))
+        try:
+            clear_run_folder(config)
+            replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
+            run_dir.log.mkdir(exist_ok=True)
+            start.write_files()
+            _start_supervisor(run_dir, start)
+        finally:
+            start.cancel()
 
 
 def _start_supervisor(run_dir: RunDir, start: Start) -> None:
@@ -253,8 +306,6 @@ def _start_supervisor(run_dir: RunDir, start: Start) -> None:
             pass_fds=file_descriptors,
             check=False,
         )
-    for listener in start.listeners:
-        listener.close()
     deadline = time.monotonic() + _START_SECONDS
     while not run_dir.launch.exists():
         if time.monotonic() > deadline:
@@ -290,7 +341,7 @@ def _environment(config: Config) -> dict[str, str]:
     return values
 
 
-@contextmanager
+@contextlib.contextmanager
 def _launch_lock(run_dir: RunDir) -> Iterator[None]:
     folder = os.open(run_dir.path, os.O_RDONLY)
     try:

@@ -36,6 +36,7 @@ replace_text(run_dir.config, to_yaml(config))
 run_dir.launcher_log.touch()
 plan = make_plan(config)
 start = prepare(plan, config, run_dir, uuid.uuid4().hex, {"PYTHONPATH": os.environ["PYTHONPATH"]})
+start.write_files()
 os.environ.update(start.environment)
 exports = "".join(f'export {name}="{value}"; ' for name, _, value in
                   (line.partition("=") for line in run_dir.deepspeed_env.read_text().splitlines()))

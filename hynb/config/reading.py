@@ -52,6 +52,9 @@ IGNORED |= {
     "complex_data": "upstream's script does not use it either",
 }
 
+# Of a file of parameters: `hynb parameters --yaml` writes 20,000 characters.
+_LARGEST_FILE, _DEEPEST = 1_000_000, 20
+
 
 @dataclass
 class Reading:
@@ -90,6 +93,11 @@ class Reading:
         except ValueError as error:
             self.problems.append(f"{where}: {name} {error}")
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the parameters whose values are others than the defaults: the file of a run names all of them."""
+        return frozenset(name for name, value in self.values.items() if value != parameter(name).default)
+
     def config(self, source: str) -> Config:
         """The Config of all values.
 
@@ -97,7 +105,7 @@ class Reading:
             ConfigError: every mistake, those of reading and those of the values.
         """
         values = self.defaults | self.values
-        config = Config(**values, training_args=self.training_args, given=frozenset(self.values))
+        config = Config(**values, training_args=self.training_args, given=self.given)
         problems = self.problems + [f"{source}: {problem}" for problem in check_config(config)]
         if problems:
             raise ConfigError(problems)
@@ -147,6 +155,7 @@ def read_yaml(path: str | Path) -> Reading:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
+        _refuse_features(text, path)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -163,6 +172,33 @@ def read_yaml(path: str | Path) -> Reading:
         line = key.start_mark.line + 1
         _take_yaml(reading, key, node, f"{path}:{line}", seen)
     return reading
+
+
+def _refuse_features(text: str, path: Path) -> None:
+    """Refuses what a file of parameters has no use for, before anything is built of it.
+
+    A few lines with aliases stand for gigabytes, and tags and complex keys for values that no parameter takes.
+
+    Raises:
+        ConfigError: with file:line.
+        yaml.YAMLError: the text is not YAML.
+    """
+    if len(text) > _LARGEST_FILE:
+        raise ConfigError(f"{path}: has {len(text):,} characters, a file of parameters {_LARGEST_FILE:,} at most")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        found = ""
+        if isinstance(event, yaml.AliasEvent):
+            found = f"an alias (*{event.anchor}): write the value out"
+        elif getattr(event, "anchor", None):
+            found = f"an anchor (&{event.anchor}): write the value without it"
+        elif tag := getattr(event, "tag", None):
+            found = f"a tag ({tag}): write the value without it"
+        elif depth > _DEEPEST:
+            found = f"values nested in more than {_DEEPEST} levels: no parameter takes them"
+        if found:
+            raise ConfigError(f"{path}:{event.start_mark.line + 1}: has {found}")
 
 
 def _take_yaml(reading: Reading, key: yaml.Node, node: yaml.Node, where: str, seen: dict[str, int]) -> None:

@@ -79,7 +79,7 @@ def read_shard(path: Path) -> Shard:
         tensors = [_entry(path, name, item, data_start) for name, item in header.items()]
     except FileNotFoundError:
         raise ModelError(f"{path}: the shard is missing. Finish the download") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error}). {_COPY_AGAIN}") from None
     tensors.sort(key=lambda entry: entry.begin)
     _check_ranges(path, tensors, data_start, size_bytes)

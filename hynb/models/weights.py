@@ -64,7 +64,7 @@ def _header(shard: Path) -> list[tuple[str, list[int]]]:
             content = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else None
         assert content is not None
         return [(item["dtype"], item["shape"]) for name, item in content.items() if name != "__metadata__"]
-    except (OSError, ValueError, AssertionError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, AssertionError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(
             f"{shard}: is truncated or not a safetensors file. Download or copy the file again"
         ) from None

@@ -205,8 +205,13 @@ def load(name_or_path: str) -> dict[str, Any]:
         ds_config = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: invalid UTF-8: {error}") from None
+    except (OSError, RecursionError) as error:
+        what = "is nested too deeply" if isinstance(error, RecursionError) else f"cannot be read: {error.strerror}"
+        raise ConfigError(f"{path}: {what}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: has a number that cannot be read: {error}") from None
     if not isinstance(ds_config, dict):
         raise ConfigError(f"{path}:1:1: must be a JSON object of DeepSpeed settings")
     return ds_config

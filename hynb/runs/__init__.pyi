@@ -8,6 +8,7 @@ from .checkpoint import resume_candidates as resume_candidates
 from .checkpoint import same_base as same_base
 from .checkpoint import set_aside as set_aside
 from .checkpoint import surplus_checkpoints as surplus_checkpoints
+from .checks import check_batch as check_batch
 from .checks import check_output_dir as check_output_dir
 from .checks import check_run as check_run
 from .checks import clear_run_folder as clear_run_folder

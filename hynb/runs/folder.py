@@ -6,13 +6,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hynb.errors import RunError
+from hynb.files import path_problem
 from hynb.runs.records import read_failure
+
+# Characters of a path that cannot be one.
+_SHOWN = 200
 
 
 class RunDir:
-    """The paths of all files in a run's output_dir; creates nothing."""
+    """The paths of all files in a run's output_dir; creates nothing.
+
+    Raises:
+        RunError: it cannot be the path of a folder.
+    """
 
     def __init__(self, output_dir: str | Path) -> None:
+        if problem := path_problem(str(output_dir)):
+            raise RunError(f"run folder {str(output_dir)[:_SHOWN]!r}: {problem}")
         self.path = Path(output_dir).expanduser().absolute()
         self.config = self.path / "run.yaml"
         self.ds_config = self.path / "ds_config.json"

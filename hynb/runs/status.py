@@ -99,10 +99,12 @@ def original_folder(run_dir: RunDir) -> Path | None:
     Raises:
         RunError: launch.json is damaged.
     """
-    recorded = ((read_record(run_dir.launch) or {}).get("membership") or {}).get("run_folder")
+    recorded = (read_record(run_dir.launch) or {}).get("membership", {}).get("run_folder")
+    if recorded is None:
+        return None
     try:
         # One folder may have several paths, by links and mounts.
-        is_own = recorded is None or Path(recorded).stat().st_ino == run_dir.path.stat().st_ino
+        is_own = Path(recorded).stat().st_ino == run_dir.path.stat().st_ino
     except (OSError, ValueError):
         return None
     return None if is_own else Path(recorded)
