@@ -92,7 +92,7 @@ class Parameter:
             return [f"{name}: must be {self.type_name}"]
         if self.type is list and self.default and not value:
             return [f"{name}: must name at least one module; the default is {', '.join(self.default)}"]
-        if self.type is str and not value.strip():
+        if isinstance(value, str) and not value.strip():
             return [f"{self.name}: is empty; it takes {self.type_name}"]
         if self.type in (int, float) and not _is_usable(value):
             return [f"{self.name} = {_shown(value)}: must be a finite number below 1e18"]
