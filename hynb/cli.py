@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
 # A step and its checkpoint rarely take longer; after it a person wants to know what else can be done.
 _PATIENCE_SECONDS = 60.0
+# Of a run that has many: what `status` and `attach` show at once.
+_SHOWN_CHECKPOINTS, _SHOWN_EVENTS = 10, 20
 # Commands that have their own module, which is imported only when the command is called.
 _MODULES = (
     ("merge", "hynb.merge.command", "merge a LoRA adapter into its base model"),
@@ -195,18 +197,26 @@ def _status(args: argparse.Namespace) -> int:
     run = attach(args.run_folder)
     status = run.status()
     print(status)
-    logs = [event for event in run.events() if event["kind"] == "log"]
-    if logs:
-        print(progress_line(logs[-1], status.max_steps))
+    if event := run.reader.last_log():
+        print(progress_line(event, status.max_steps))
     if checkpoints := run.checkpoints():
-        print("checkpoints: " + ", ".join(item.name for item in checkpoints))
+        earlier = len(checkpoints) - _SHOWN_CHECKPOINTS
+        names = [f"{earlier} earlier ones"] if earlier > 0 else []
+        print("checkpoints: " + ", ".join([*names, *(item.name for item in checkpoints[-_SHOWN_CHECKPOINTS:])]))
     return RunFailedError.exit_code if status.state == "failed" else 0
 
 
 def _attach(args: argparse.Namespace) -> int:
     from hynb.launch import attach
 
-    return _follow(attach(args.run_folder))
+    run = attach(args.run_folder)
+    recent = run.reader.recent_events(_SHOWN_EVENTS + 1)
+    if len(recent) > _SHOWN_EVENTS:
+        print(f"earlier lines are in {run.dir.events}; the last {_SHOWN_EVENTS}:", flush=True)
+    max_steps = run.status().max_steps
+    for event in recent[-_SHOWN_EVENTS:]:
+        _print_event(event, max_steps)
+    return _follow(run)
 
 
 def _stop(args: argparse.Namespace) -> int:
@@ -226,7 +236,7 @@ def _stop(args: argparse.Namespace) -> int:
 def _wait_for_stop(run: Run) -> RunStatus:
     """Waits for the end of a run, and from time to time says what it waits for."""
     noted = time.monotonic()
-    for status, _ in run.follow():
+    for status in run.states():
         if status.live and time.monotonic() - noted >= _PATIENCE_SECONDS:
             noted = time.monotonic()
             frozen = run.frozen_processes()
@@ -285,16 +295,20 @@ def _follow(run: Run) -> int:
             print(status, flush=True)
         before = status
         for event in events:
-            if event["kind"] == "log":
-                print(progress_line(event, status.max_steps), flush=True)
-            elif event["kind"] == "eval":
-                print(evaluation_line(event), flush=True)
-            elif event["kind"] == "save":
-                print(f"saved {event['path']} in {event['seconds']} s", flush=True)
+            _print_event(event, status.max_steps)
     # The processes take a moment to end, and of several hosts the final record is written then.
     status = run.wait()
     print(status)
     return 1 if status.state == "failed" else 0
+
+
+def _print_event(event: dict[str, Any], max_steps: int | None) -> None:
+    if event["kind"] == "log":
+        print(progress_line(event, max_steps), flush=True)
+    elif event["kind"] == "eval":
+        print(evaluation_line(event), flush=True)
+    elif event["kind"] == "save":
+        print(f"saved {event['path']} in {event['seconds']} s", flush=True)
 
 
 def _is_news(status: RunStatus, before: RunStatus | None) -> bool:

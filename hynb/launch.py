@@ -85,10 +85,19 @@ class Run:
         Raises:
             RunError: the run is still live after the timeout.
         """
+        for status in self.states(timeout_seconds=timeout_seconds):
+            yield status, self.reader.new_events()
+
+    def states(self, *, timeout_seconds: float | None = None) -> Iterator[RunStatus]:
+        """Yields the status about twice a second, until the run has ended; reads no events.
+
+        Raises:
+            RunError: the run is still live after the timeout.
+        """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             status = self.status()
-            yield status, self.reader.new_events()
+            yield status
             if not status.live:
                 return
             if deadline is not None and time.monotonic() > deadline:
@@ -108,7 +117,7 @@ class Run:
         """
         reader = RunReader(self.output_dir)
         last = self.status()
-        for status, _ in Run(self.output_dir).follow(timeout_seconds=timeout_seconds):
+        for status in self.states(timeout_seconds=timeout_seconds):
             last = status
         launcher = self._launcher()
         if launcher is not None:

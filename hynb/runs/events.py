@@ -20,6 +20,11 @@ from hynb.runs.status import LIVE_STATES, RunStatus, read_status
 EVENT_VERSION = 1
 # Longer than any one event.
 _TAIL_BYTES = 1 << 20
+# What is read of a long file for its last events, even where few lines are whole.
+_LARGEST_TAIL_BYTES = 1 << 26
+# Among so many events at the end there is a log event: evaluations and statistics are rarer than steps.
+_SEARCHED = 50
+_LOG_TAIL_BYTES = 200_000
 
 
 class RunWriter:
@@ -123,6 +128,28 @@ class RunReader:
         self._offset += len(whole)
         return list(_parse_events(whole))
 
+    def recent_events(self, count: int) -> list[dict[str, Any]]:
+        """The last events in force, read from the end of the file; `new_events` goes on after them."""
+        size, window = 0, _TAIL_BYTES // 16
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(FileNotFoundError), self.dir.events.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            while True:
+                file.seek(max(0, size - window))
+                data = file.read(window)
+                whole = data[: data.rfind(b"\n") + 1]
+                found = effective_events(list(_parse_events(whole)))
+                if len(found) >= count or window >= min(size, _LARGEST_TAIL_BYTES):
+                    break
+                window *= 4
+            self._offset = max(0, size - window) + len(whole)
+        return found[-count:]
+
+    def last_log(self) -> dict[str, Any] | None:
+        """The last log event in force; None where there is none near the end of the file."""
+        reader = RunReader(self.dir.path)
+        return next((event for event in reversed(reader.recent_events(_SEARCHED)) if event["kind"] == "log"), None)
+
     def events(self) -> list[dict[str, Any]]:
         """All events, without those of steps that a resumed run has repeated."""
         return effective_events(RunReader(self.dir.path).new_events())
@@ -135,7 +162,9 @@ class RunReader:
         """The last lines of rank 0's output, or of the launcher's output when no rank has written any."""
         for path in [*self.dir.rank_logs()[:1], self.dir.launcher_log]:
             with contextlib.suppress(OSError):
-                text = path.read_bytes()[-200_000:].decode(errors="replace")
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+                    text = file.read().decode(errors="replace")
                 # A progress bar's carriage returns would show as one endless line.
                 tail = [line.rsplit("\r", 1)[-1] for line in text.splitlines()][-lines:]
                 if any(line.strip() for line in tail):
