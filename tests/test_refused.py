@@ -1,4 +1,4 @@
-"""Mistakes that once ended in a traceback or were accepted: each is refused by name, and nothing in a folder changes."""
+"""Mistakes that once ended in a traceback or were accepted: each is refused by name and changes nothing."""
 
 from __future__ import annotations
 
