@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hynb.config import GROUPS, Config, parameters
 from hynb.errors import HynbError, RunFailedError, nearest
-from hynb.runs import RunStatus, evaluation_line, progress_line
+from hynb.runs import RunStatus, evaluation_line, progress_line, saved_line
 
 if TYPE_CHECKING:
     from hynb.launch import Run
@@ -308,7 +308,7 @@ def _print_event(event: dict[str, Any], max_steps: int | None) -> None:
     elif event["kind"] == "eval":
         print(evaluation_line(event), flush=True)
     elif event["kind"] == "save":
-        print(f"saved {event['path']} in {event['seconds']} s", flush=True)
+        print(saved_line(event), flush=True)
 
 
 def _is_news(status: RunStatus, before: RunStatus | None) -> bool:

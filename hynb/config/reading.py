@@ -185,6 +185,16 @@ def _refuse_features(text: str, path: Path) -> None:
     """
     if len(text) > _LARGEST_FILE:
         raise ConfigError(f"{path}: has {len(text):,} characters, a file of parameters {_LARGEST_FILE:,} at most")
+    if problem := _feature(text):
+        raise ConfigError(f"{path}:{problem[0]}: has {problem[1]}")
+
+
+def _feature(text: str) -> tuple[int, str] | None:
+    """The first line of a YAML text, and what is in it, that no parameter takes; None if there is nothing.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -198,7 +208,8 @@ def _refuse_features(text: str, path: Path) -> None:
         elif depth > _DEEPEST:
             found = f"values nested in more than {_DEEPEST} levels: no parameter takes them"
         if found:
-            raise ConfigError(f"{path}:{event.start_mark.line + 1}: has {found}")
+            return event.start_mark.line + 1, found
+    return None
 
 
 def _take_yaml(reading: Reading, key: yaml.Node, node: yaml.Node, where: str, seen: dict[str, int]) -> None:
@@ -322,9 +333,11 @@ def _parse_training_argument(annotation: str, value: Any) -> Any:
     if not isinstance(value, str) or ("str" in kinds and not {"bool", "dict"} & set(kinds)):
         return value
     try:
+        if problem := _feature(value):
+            raise ValueError(f"has {problem[1]}")
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ValueError(f"is {value!r}, which is invalid YAML") from None
+        raise ValueError(f"is {value[:200]!r}, which is invalid YAML") from None
     if isinstance(parsed, str) and any(kind.startswith("list") for kind in kinds):
         return parsed.replace(",", " ").split()
     return parsed

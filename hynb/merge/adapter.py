@@ -18,6 +18,7 @@ _WEIGHTS_NAME, _SETTINGS_NAME = "adapter_model.safetensors", "adapter_config.jso
 _MAGNITUDE = "lora_magnitude_vector"
 # Starts of an adapter for which PEFT takes a part out of the base's weights.
 _CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LARGEST = 1e18
 # Settings that the merge computes with, by type; null counts as absent.
 _TYPES: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "peft_type": ("a string", str),
@@ -124,6 +125,11 @@ def open_adapter(folder: Path, weight: float) -> Adapter:
     return Adapter(folder=folder, settings=settings, shapes=shapes, weight=weight)
 
 
+def _is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    is_small = not isinstance(value, (int, float)) or abs(value) < _LARGEST
+    return isinstance(value, kinds) and not isinstance(value, bool) and is_small
+
+
 def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
     """Refuses settings that nothing can be computed with.
 
@@ -133,8 +139,7 @@ def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
     problems = [
         f"{name} = {settings[name]!r}: must be {words}"
         for name, (words, kinds) in _TYPES.items()
-        if settings.get(name) is not None
-        and (not isinstance(settings[name], kinds) or isinstance(settings[name], bool))
+        if settings.get(name) is not None and not _is_a(settings[name], kinds)
     ]
     patterns = settings.get("alpha_pattern") or {}
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
@@ -142,7 +147,7 @@ def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             problems.append(f"alpha_pattern: {pattern!r} is not a regular expression ({error})")
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not _is_a(value, (int, float)):
             problems.append(f"alpha_pattern of {pattern!r} = {value!r}: must be a number")
     if problems:
         raise MergeError([f"{path}: {problem}; restore the file" for problem in problems])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _TAIL_BYTES = 1 << 20
 _LARGEST_TAIL_BYTES = 1 << 26
 # Among so many events at the end there is a log event: evaluations and statistics are rarer than steps.
 _SEARCHED = 50
+_LARGEST_NUMBER = 1 << 63
 _LOG_TAIL_BYTES = 200_000
 
 
@@ -195,14 +197,14 @@ def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
     """One log event as one line of text."""
     step = f"step {event['global_step']}" + (f"/{max_steps}" if max_steps else "")
-    parts = [f"loss {event['loss']:.4f}", f"lr {event['learning_rate']:.3g}"]
-    if event.get("grad_norm") is not None:
-        parts.append(f"grad norm {event['grad_norm']:.3g}")
-    parts.append(f"{event['tokens_per_second']:.0f} tokens/s")
-    if max_steps:
-        left = event["step_seconds"] * (max_steps - event["global_step"])
+    shown = {"loss": "loss {:.4f}", "learning_rate": "lr {:.3g}", "grad_norm": "grad norm {:.3g}"}
+    shown["tokens_per_second"] = "{:.0f} tokens/s"
+    numbers = {name: _number(event.get(name)) for name in (*shown, "step_seconds")}
+    parts = [text.format(numbers[name]) for name, text in shown.items() if numbers[name] is not None]
+    seconds = numbers["step_seconds"]
+    if max_steps and seconds is not None and math.isfinite(left := seconds * (max_steps - event["global_step"])):
         parts.append(f"left {duration_text(left)}")
-    return f"{step}  " + "  ".join(parts)
+    return "  ".join([step, *parts])
 
 
 def duration_text(seconds: float) -> str:
@@ -218,14 +220,27 @@ def duration_text(seconds: float) -> str:
 
 def evaluation_line(event: dict[str, Any]) -> str:
     """One evaluation event as one line of text."""
-    return (
-        f"evaluation at step {event['global_step']}: loss {event['eval_loss']:.4f} over {event['eval_tokens']:,} "
-        f"tokens, perplexity {event['eval_perplexity']:.4g}, {event['eval_seconds']:g} s"
-    )
+    shown = {"eval_loss": "loss {:.4f}", "eval_tokens": "over {:,.0f} tokens", "eval_perplexity": "perplexity {:.4g}"}
+    shown["eval_seconds"] = "{:g} s"
+    numbers = {name: _number(event.get(name)) for name in shown}
+    parts = [text.format(numbers[name]) for name, text in shown.items() if numbers[name] is not None]
+    return f"evaluation at step {event['global_step']}: {', '.join(parts).replace(', over', ' over')}"
+
+
+def saved_line(event: dict[str, Any]) -> str:
+    """One save event as one line of text."""
+    return f"saved {event.get('path')} in {event.get('seconds')} s"
+
+
+def _number(value: Any) -> float | None:
+    """A number of an event; None for what a damaged line has in its place."""
+    is_number = type(value) is float or (type(value) is int and abs(value) < _LARGEST_NUMBER)
+    return float(value) if is_number else None
 
 
 def _is_whole(event: dict[str, Any]) -> bool:
-    return isinstance(event.get("kind"), str) and isinstance(event.get("global_step"), int)
+    step = event.get("global_step")
+    return isinstance(event.get("kind"), str) and type(step) is int and abs(step) < _LARGEST_NUMBER
 
 
 def _before(old: dict[str, Any], resume: dict[str, Any]) -> bool:
@@ -241,7 +256,7 @@ def _ends_with_newline(path: Path) -> bool:
 def _parse_events(data: bytes) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
         # A writer that died within a line left it incomplete; its successor began a new one.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(line)
             if isinstance(event, dict) and event.get("v") == EVENT_VERSION and _is_whole(event):
                 yield event

@@ -5,8 +5,10 @@ HYNB_FUZZ=10000 tries so many inputs of each kind; otherwise each kind gets a fe
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -16,13 +18,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import tiny_data, tiny_model
 
-from hynb.cli import main
+from hynb import cli
 from hynb.cluster import hostfile
 from hynb.config import Config, read_flags, read_yaml, to_yaml
 from hynb.errors import HynbError
@@ -177,6 +178,17 @@ def files(tmp_path_factory):
     return folder
 
 
+@functools.cache
+def parser() -> argparse.ArgumentParser:
+    return cli._parser()
+
+
+def shown(command: str, folder: Path) -> None:
+    """Runs a command of `hynb`, without the milliseconds of building its parser."""
+    args = parser().parse_args([command, str(folder)])
+    args.run(args)
+
+
 def of_text(data: bytes) -> Callable[[random.Random], bytes]:
     return lambda random_: mutated_text(random_, data)
 
@@ -281,7 +293,7 @@ def test_records_of_a_run_folder(tmp_path, name):
 
     def use(data: bytes) -> None:
         (folder / name).write_bytes(data)
-        main(["status", str(folder)])
+        shown("status", folder)
         run = Run(folder)
         run.reader.manifest()
         run.frozen_processes()
@@ -313,8 +325,8 @@ def test_events(tmp_path):
 
     def use(data: bytes) -> None:
         writer.dir.events.write_bytes(data)
-        main(["status", str(tmp_path)])
-        main(["attach", str(tmp_path)])
+        shown("status", tmp_path)
+        shown("attach", tmp_path)
         Curve.of(RunReader(tmp_path).events())
 
     fuzz(8, mutate, use)
