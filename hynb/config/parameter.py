@@ -82,7 +82,7 @@ class Parameter:
 
     def problems(self, value: Any) -> list[str]:
         """One message for a value of the wrong type, outside the choices or out of bounds; else none."""
-        name = f"{self.name} = {value!r}"
+        name = f"{self.name} = {_shown(value)}"
         if value is None:
             return [] if self.optional else [f"{name}: must be {self.type_name}"]
         if self.choices and value not in self.choices:
@@ -94,13 +94,14 @@ class Parameter:
             return [f"{name}: must name at least one module; the default is {', '.join(self.default)}"]
         if isinstance(value, str) and not value.strip():
             return [f"{self.name}: is empty; it takes {self.type_name}"]
-        if self.type in (int, float) and not _is_usable(value):
-            return [f"{self.name} = {_shown(value)}: must be a finite number below 1e18"]
         if self.type in (int, float) and not self._in_bounds(value):
             return [f"{name}: must be {self.range}; the default is {self.default_text}"]
+        if self.type in (int, float) and not _is_usable(value):
+            return [f"{self.name} = {_shown(value)}: must be a finite number below 1e18"]
         return []
 
     def _in_bounds(self, value: float) -> bool:
+        # NaN fails every comparison, and every number has a bound.
         return (
             (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
@@ -159,12 +160,10 @@ def _parse_float(value: Any) -> float:
     # YAML 1.1 reads 1e-5 as text.
     if not isinstance(value, bool):
         try:
-            number = float(value)
-            if _is_usable(number):
-                return number
+            return float(value)
         except (TypeError, ValueError, OverflowError):
             pass
-    raise ValueError(f"is {_shown(value)}; it takes a finite number")
+    raise ValueError(f"is {_shown(value)}; it takes a number")
 
 
 def _shown(value: Any) -> str:

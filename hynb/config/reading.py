@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,8 +96,11 @@ class Reading:
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the parameters whose values are others than the defaults: the file of a run names all of them."""
-        return frozenset(name for name, value in self.values.items() if value != parameter(name).default)
+        """Names of the parameters that the user set; the file of a run names all, whose defaults nobody set."""
+        names_all = len(self.values) == len(parameters())
+        return frozenset(
+            name for name, value in self.values.items() if not names_all or value != parameter(name).default
+        )
 
     def config(self, source: str) -> Config:
         """The Config of all values.
@@ -177,7 +181,7 @@ def read_yaml(path: str | Path) -> Reading:
 def _refuse_features(text: str, path: Path) -> None:
     """Refuses what a file of parameters has no use for, before anything is built of it.
 
-    A few lines with aliases stand for gigabytes, and tags and complex keys for values that no parameter takes.
+    A few lines with aliases stand for gigabytes.
 
     Raises:
         ConfigError: with file:line.
@@ -203,8 +207,6 @@ def _feature(text: str) -> tuple[int, str] | None:
             found = f"an alias (*{event.anchor}): write the value out"
         elif getattr(event, "anchor", None):
             found = f"an anchor (&{event.anchor}): write the value without it"
-        elif tag := getattr(event, "tag", None):
-            found = f"a tag ({tag}): write the value without it"
         elif depth > _DEEPEST:
             found = f"values nested in more than {_DEEPEST} levels: no parameter takes them"
         if found:
@@ -329,7 +331,10 @@ def _parse_training_argument(annotation: str, value: Any) -> Any:
     if "str" not in kinds:
         for kind, parse in PARSERS.items():
             if kind.__name__ in kinds:
-                return parse(value)
+                parsed = parse(value)
+                if isinstance(parsed, float) and not math.isfinite(parsed):
+                    raise ValueError(f"is {value!r}; it takes a finite number")
+                return parsed
     if not isinstance(value, str) or ("str" in kinds and not {"bool", "dict"} & set(kinds)):
         return value
     try:

@@ -67,7 +67,7 @@ class Config:
 
     Args:
         training_args: further TrainingArguments of transformers, by name.
-        given: names of the parameters that the user set to other values than the defaults.
+        given: names of the parameters that the user set, as opposed to defaults.
     """
 
     model_name_or_path: str | None = _parameter(
