@@ -6,17 +6,22 @@ import argparse
 import importlib
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hynb.config import GROUPS, Config, parameters
 from hynb.errors import HynbError, RunFailedError, nearest
-from hynb.runs import RunStatus, evaluation_line, notice_line, progress_line
+from hynb.runs import RunStatus, evaluation_line, notice_line, progress_line, saved_line
 
 if TYPE_CHECKING:
     from hynb.launch import Run
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
+# A step and its checkpoint rarely take longer; after it a person wants to know what else can be done.
+_PATIENCE_SECONDS = 60.0
+# Of a run that has many: what `status` and `attach` show at once.
+_SHOWN_CHECKPOINTS, _SHOWN_EVENTS = 10, 20
 # Commands that have their own module, which is imported only when the command is called.
 _MODULES = (
     ("merge", "hynb.merge.command", "merge a LoRA adapter into its base model"),
@@ -192,18 +197,26 @@ def _status(args: argparse.Namespace) -> int:
     run = attach(args.run_folder)
     status = run.status()
     print(status)
-    logs = [event for event in run.events() if event["kind"] == "log"]
-    if logs:
-        print(progress_line(logs[-1], status.max_steps))
+    if event := run.reader.last_log():
+        print(progress_line(event, status.max_steps))
     if checkpoints := run.checkpoints():
-        print("checkpoints: " + ", ".join(item.name for item in checkpoints))
+        earlier = len(checkpoints) - _SHOWN_CHECKPOINTS
+        names = [f"{earlier} earlier ones"] if earlier > 0 else []
+        print("checkpoints: " + ", ".join([*names, *(item.name for item in checkpoints[-_SHOWN_CHECKPOINTS:])]))
     return RunFailedError.exit_code if status.state == "failed" else 0
 
 
 def _attach(args: argparse.Namespace) -> int:
     from hynb.launch import attach
 
-    return _follow(attach(args.run_folder))
+    run = attach(args.run_folder)
+    recent = run.reader.recent_events(_SHOWN_EVENTS + 1)
+    if len(recent) > _SHOWN_EVENTS:
+        print(f"earlier lines are in {run.dir.events}; the last {_SHOWN_EVENTS}:", flush=True)
+    max_steps = run.status().max_steps
+    for event in recent[-_SHOWN_EVENTS:]:
+        _print_event(event, max_steps)
+    return _follow(run)
 
 
 def _stop(args: argparse.Namespace) -> int:
@@ -215,20 +228,32 @@ def _stop(args: argparse.Namespace) -> int:
         return 0
     if run.status().live:
         print("stop requested: the ranks finish their step, save a checkpoint and end", flush=True)
-    print(run.stop())
+    run.stop(wait=False)
+    print(_wait_for_stop(run))
     return 0
+
+
+def _wait_for_stop(run: Run) -> RunStatus:
+    """Waits for the end of a run, and from time to time says what it waits for."""
+    noted = time.monotonic()
+    for status in run.states():
+        if status.live and time.monotonic() - noted >= _PATIENCE_SECONDS:
+            noted = time.monotonic()
+            frozen = run.frozen_processes()
+            what = f"; stopped by a signal: {', '.join(frozen)}" if frozen else ""
+            kill = f"hynb stop --kill {shlex.quote(str(run.output_dir))}"
+            print(f"still {status}{what}. `{kill}` ends it at once, without a checkpoint", flush=True)
+    return run.wait()
 
 
 def _check(args: argparse.Namespace) -> int:
     from hynb.cluster import gpu_count, this_machine
-    from hynb.config import absolute_paths
+    from hynb.launch import check_launch
     from hynb.plan import zero
-    from hynb.runs import check_run, planned_slots, with_derived_limits, workload
-    from hynb.supervision import command_text, make_plan
+    from hynb.runs import planned_slots, with_derived_limits, workload
+    from hynb.supervision import command_text
 
-    config = absolute_paths(read_config(args.config, args.set))
-    check_run(config)
-    plan = make_plan(config)
+    config, plan = check_launch(read_config(args.config, args.set))
     ds_config, notes = zero.used(config.deepspeed, config.deepspeed_values(), on_cpu=not gpu_count())
     gpus = this_machine().gpus
     work = workload(config, planned_slots(config, len(gpus)))
@@ -270,18 +295,22 @@ def _follow(run: Run) -> int:
             print(status, flush=True)
         before = status
         for event in events:
-            if event["kind"] == "log":
-                print(progress_line(event, status.max_steps), flush=True)
-            elif event["kind"] == "eval":
-                print(evaluation_line(event), flush=True)
-            elif event["kind"] == "save":
-                print(f"saved {event['path']} in {event['seconds']} s", flush=True)
-            elif line := notice_line(event):
-                print(line, flush=True)
+            _print_event(event, status.max_steps)
     # The processes take a moment to end, and of several hosts the final record is written then.
     status = run.wait()
     print(status)
     return 1 if status.state == "failed" else 0
+
+
+def _print_event(event: dict[str, Any], max_steps: int | None) -> None:
+    if event["kind"] == "log":
+        print(progress_line(event, max_steps), flush=True)
+    elif event["kind"] == "eval":
+        print(evaluation_line(event), flush=True)
+    elif event["kind"] == "save":
+        print(saved_line(event), flush=True)
+    elif line := notice_line(event):
+        print(line, flush=True)
 
 
 def _is_news(status: RunStatus, before: RunStatus | None) -> bool:

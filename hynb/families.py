@@ -107,7 +107,7 @@ def family_of(model_type: str | None) -> Family:
     Raises:
         ModelError: hynb does not support this model type.
     """
-    family = FAMILIES.get(model_type or "")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise ModelError(f"model_type = {model_type}: not supported; hynb supports {', '.join(FAMILIES)}")
     return family

@@ -11,8 +11,25 @@ from typing import Any
 
 from hynb.errors import ModelError, RunError
 
+# The limits of Linux (linux/limits.h), in bytes.
+_NAME_BYTES, _PATH_BYTES = 255, 4095
 # Which shard of a model folder holds each tensor, as transformers writes it.
 INDEX_NAME = "model.safetensors.index.json"
+
+
+def path_problem(text: str) -> str:
+    """Why a text cannot be the path of a file on any machine or for this user; empty when it can."""
+    try:
+        encoded = os.fsencode(Path(text).expanduser())
+    except RuntimeError:
+        return f"{Path(text).parts[0]}: there is no such user here; write the path in full"
+    except UnicodeEncodeError:
+        return "holds characters that no file name can have; choose another name"
+    if b"\0" in encoded:
+        return "holds a null byte, which no file name can have; choose another name"
+    if len(encoded) > _PATH_BYTES or any(len(part) > _NAME_BYTES for part in encoded.split(b"/")):
+        return f"is too long: a name may have {_NAME_BYTES} bytes and a path {_PATH_BYTES:,}; choose a shorter one"
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -25,6 +42,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except RecursionError:
+        raise RunError(f"{path}: is nested too deeply; remove the file or restore it") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}); remove the file or restore it") from None
     if not isinstance(content, dict):
@@ -78,11 +97,14 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX_NAME
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = set(weight_map.values())
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("its weight_map names no files")
+        if not weight_map or not all(isinstance(name, str) and _is_file_name(name) for name in weight_map.values()):
+            raise ValueError("its weight_map must name a file of this folder for each tensor")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: is not a valid index ({error}). Download or copy the file again") from None
     return weight_map
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and not path_problem(name)

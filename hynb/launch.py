@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,22 @@ import psutil
 
 from hynb.cluster import gpu_count
 from hynb.config import Config, absolute_paths, check_config, to_yaml
-from hynb.errors import ConfigError, RunError, RunFailedError
+from hynb.errors import ConfigError, HynbError, RunError, RunFailedError
 from hynb.files import replace_text, write_json
-from hynb.runs import ProcessId, RunDir, RunReader, RunStatus, check_run, clear_run_folder, read_record
+from hynb.runs import (
+    ProcessId,
+    RunDir,
+    RunReader,
+    RunStatus,
+    check_batch,
+    check_run,
+    clear_run_folder,
+    original_folder,
+    read_record,
+)
 from hynb.supervision import (
     LAUNCH_VARIABLE,
+    Plan,
     Start,
     kill,
     killed_reason,
@@ -33,6 +45,7 @@ from hynb.supervision import (
     prepare,
     processes_of,
     rank_count,
+    rank_environment,
     supervise,
 )
 
@@ -72,10 +85,19 @@ class Run:
         Raises:
             RunError: the run is still live after the timeout.
         """
+        for status in self.states(timeout_seconds=timeout_seconds):
+            yield status, self.reader.new_events()
+
+    def states(self, *, timeout_seconds: float | None = None) -> Iterator[RunStatus]:
+        """Yields the status about twice a second, until the run has ended; reads no events.
+
+        Raises:
+            RunError: the run is still live after the timeout.
+        """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             status = self.status()
-            yield status, self.reader.new_events()
+            yield status
             if not status.live:
                 return
             if deadline is not None and time.monotonic() > deadline:
@@ -95,7 +117,7 @@ class Run:
         """
         reader = RunReader(self.output_dir)
         last = self.status()
-        for status, _ in Run(self.output_dir).follow(timeout_seconds=timeout_seconds):
+        for status in self.states(timeout_seconds=timeout_seconds):
             last = status
         launcher = self._launcher()
         if launcher is not None:
@@ -133,12 +155,18 @@ class Run:
             wait_seconds: on another machine than the launching one, the longest wait for the supervisor there.
 
         Raises:
-            RunError: the run was started in another way, or its supervisor is on another machine and does not answer.
+            RunError: the run was started in another way, the folder is a copy of its own, or its supervisor is on
+                another machine and does not answer.
         """
         launcher = self._launcher()
         launch = read_record(self.dir.launch)
         if launch is None or launcher is None:
             raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
+        if original := original_folder(self.dir):
+            raise RunError(
+                f"{self.output_dir}: is a copy of {original}, made while that run was live: nothing was ended. "
+                f"To end the run: `hynb stop --kill {shlex.quote(str(original))}`"
+            )
         if launcher.alive() is None:
             return self._ask_to_kill(launcher.host, wait_seconds)
         live = self.status().live
@@ -170,15 +198,26 @@ class Run:
             return self.status()
         replace_text(self.dir.kill_request, f"{time.time()}\n")
         deadline = time.monotonic() + seconds
-        while not self.dir.exit.exists():
+        while self.status().live:
             if time.monotonic() > deadline:
                 self.dir.kill_request.unlink(missing_ok=True)
+                quoted = shlex.quote(str(self.output_dir))
                 raise RunError(
                     f"{self.output_dir}: was launched on {host}, whose supervisor has not answered within "
-                    f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {self.output_dir}` on {host}"
+                    f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {quoted}` on {host}"
                 )
             time.sleep(0.2)
         return self.status()
+
+    def frozen_processes(self) -> list[str]:
+        """Processes of the run on this host that are stopped by a signal (SIGSTOP), with their ranks."""
+        launch, found = read_record(self.dir.launch), []
+        for process in processes_of(launch["id"]) if launch else ():
+            with contextlib.suppress(psutil.Error):
+                if process.status() == psutil.STATUS_STOPPED:
+                    rank = process.environ().get("RANK")
+                    found.append(f"process {process.pid}" + (f" (rank {rank})" if rank else ""))
+        return found
 
     def paste_lines(self) -> str:
         """What a person pastes on the other hosts, where launcher is no_ssh and they have not joined; else empty."""
@@ -199,24 +238,64 @@ def launch(config: Config) -> Run:
         ClusterError: what keeps a run over several hosts from starting, with the host.
         RunError: another launch into the same folder is under way, or the job did not start.
     """
-    config = absolute_paths(config)
-    if problems := check_config(config):
-        raise ConfigError(problems)
+    config, plan = check_launch(config)
     run_dir = RunDir(config.output_dir)
-    check_run(config)
-    plan = make_plan(config)
+    is_new = not run_dir.path.exists()
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
+        try:
+            _launch_into(run_dir, config, plan)
+        except HynbError:
+            if is_new:
+                with contextlib.suppress(OSError):
+                    run_dir.path.rmdir()
+            raise
     except OSError as error:
-        raise RunError(f"output_dir = {config.output_dir}: cannot be created: {error.strerror}") from None
+        raise RunError(f"output_dir = {config.output_dir}: cannot be written: {error.strerror}") from None
+    return Run(run_dir.path)
+
+
+def check_launch(config: Config) -> tuple[Config, Plan]:
+    """Checks everything that can be known before a launch, and changes nothing on any host.
+
+    Returns:
+        the config with absolute paths, and the plan of its hosts.
+
+    Raises:
+        ConfigError: every mistake in the config, at once.
+        ClusterError: what keeps a run over several hosts from starting, with the host.
+        RunError: a record of an earlier run is damaged.
+    """
+    if problems := check_config(config):
+        raise ConfigError(problems)
+    config = absolute_paths(config)
+    check_run(config)
+    plan = make_plan(config)
+    if problems := check_batch(config, sum(host.slots for host in plan.hosts)):
+        raise ConfigError(problems)
+    rank_environment(config, {})
+    return config, plan
+
+
+def _launch_into(run_dir: RunDir, config: Config, plan: Plan) -> None:
+    """Starts a run that was checked; a launch that is refused changes nothing in the folder.
+
+    Raises:
+        HynbError: as `launch`.
+        OSError: the folder cannot be written.
+    """
     with _launch_lock(run_dir):
         # Again under the lock: two launches at the same moment must not both go on.
         check_run(config)
-        clear_run_folder(config)
-        replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
-        run_dir.log.mkdir(exist_ok=True)
-        _start_supervisor(run_dir, prepare(plan, config, run_dir, uuid.uuid4().hex, _environment(config)))
-    return Run(run_dir.path)
+        start = prepare(plan, config, run_dir, uuid.uuid4().hex, _environment(config))
+        try:
+            clear_run_folder(config)
+            replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
+            run_dir.log.mkdir(exist_ok=True)
+            start.write_files()
+            _start_supervisor(run_dir, start)
+        finally:
+            start.cancel()
 
 
 def _start_supervisor(run_dir: RunDir, start: Start) -> None:
@@ -236,8 +315,6 @@ def _start_supervisor(run_dir: RunDir, start: Start) -> None:
             pass_fds=file_descriptors,
             check=False,
         )
-    for listener in start.listeners:
-        listener.close()
     deadline = time.monotonic() + _START_SECONDS
     while not run_dir.launch.exists():
         if time.monotonic() > deadline:
@@ -273,7 +350,7 @@ def _environment(config: Config) -> dict[str, str]:
     return values
 
 
-@contextmanager
+@contextlib.contextmanager
 def _launch_lock(run_dir: RunDir) -> Iterator[None]:
     folder = os.open(run_dir.path, os.O_RDONLY)
     try:
@@ -294,7 +371,7 @@ def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[i
     os.setpgid(0, 0)
     logging.basicConfig(level=logging.INFO, format="hynb: %(message)s", stream=sys.stdout)
     run_dir = RunDir(output_dir)
-    process = vars(ProcessId.of(os.getpid()))
+    process = ProcessId.of(os.getpid()).record()
     write_json(run_dir.launch, record | {"process": process, "started_at": time.time()})
     end = supervise(run_dir, record, file_descriptors)
     write_json(run_dir.exit, end | {"id": record["id"], "ended_at": time.time()})

@@ -36,12 +36,13 @@ replace_text(run_dir.config, to_yaml(config))
 run_dir.launcher_log.touch()
 plan = make_plan(config)
 start = prepare(plan, config, run_dir, uuid.uuid4().hex, {"PYTHONPATH": os.environ["PYTHONPATH"]})
+start.write_files()
 os.environ.update(start.environment)
 exports = "".join(f'export {name}="{value}"; ' for name, _, value in
                   (line.partition("=") for line in run_dir.deepspeed_env.read_text().splitlines()))
 names = ",".join(host.name for host in plan.hosts)
 command = ["pdsh", "-S", "-f", "64", "-w", names, f"{exports} exec {shlex.join(sys.argv[2:])} %n"]
-record = start.record | {"argv": command, "process": vars(ProcessId.of(os.getpid()))}
+record = start.record | {"argv": command, "process": ProcessId.of(os.getpid()).record()}
 write_json(run_dir.launch, record)
 end = supervise(run_dir, record, [os.dup(listener.fileno()) for listener in start.listeners])
 write_json(run_dir.exit, end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from tiny import tiny_data, tiny_model
@@ -164,3 +165,30 @@ def test_a_check_notes_what_a_run_changes_in_a_deepspeed_file(tmp_path, capsys):
     out = capsys.readouterr().out
     note = f"hynb: deepspeed = {path}: fp16.min_loss_scale = 1e-10 is left out, because fp16 is off"
     assert note in out and out.index(note) < out.index("no problems found")
+
+
+def test_a_long_run_is_shown_from_its_end_in_little_memory(tmp_path, capsys):
+    writer = RunWriter(tmp_path)
+    writer.event("log", 1, **STEP)
+    line = writer.dir.events.read_bytes()
+    with writer.dir.events.open("ab") as file:
+        for _ in range(100):
+            file.write(line * 2_000)
+    for step in range(200_000, 200_030):
+        writer.event("log", step, **STEP)
+    for step in range(1000):
+        writer.dir.checkpoint(step).mkdir()
+    writer.status("finished", global_step=200_029, max_steps=200_029)
+    tracemalloc.start()
+    assert main(["status", str(tmp_path)]) == 0
+    _, step, checkpoints = capsys.readouterr().out.splitlines()
+    assert step.startswith("step 200029/200029") and checkpoints.startswith(
+        "checkpoints: 990 earlier ones, checkpoint-990,"
+    )
+    assert main(["attach", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lines[0].startswith(f"earlier lines are in {writer.dir.events}; the last 20:")
+    assert [line.split("/")[0] for line in lines[1:-1]] == [f"step {number}" for number in range(200_010, 200_030)]
+    assert peak < writer.dir.events.stat().st_size / 4

@@ -19,6 +19,7 @@ from .machine import parse_gpus as parse_gpus
 from .machine import this_machine as this_machine
 from .network import free_port as free_port
 from .network import is_local as is_local
+from .network import listener_of as listener_of
 from .network import own_address as own_address
 from .network import own_address_or_loopback as own_address_or_loopback
 from .network import resolve as resolve

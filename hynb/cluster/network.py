@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import socket
 
 import psutil
@@ -26,6 +27,17 @@ def free_port(address: str = _LOOPBACK) -> int:
         if address == _LOOPBACK:
             raise
         return free_port()
+
+
+def listener_of(port: int) -> str:
+    """The process that listens on a TCP port of this machine, with its command; empty when it is not known."""
+    for item in psutil.net_connections("tcp"):
+        if item.status == psutil.CONN_LISTEN and item.laddr and item.laddr.port == port and item.pid:
+            try:
+                return f"process {item.pid}, {shlex.join(psutil.Process(item.pid).cmdline())[:60]}"
+            except psutil.Error:
+                return f"process {item.pid}"
+    return ""
 
 
 def own_address(other: str, *, interface: str | None = None) -> str:

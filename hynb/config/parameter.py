@@ -9,6 +9,9 @@ from hynb.errors import nearest
 
 # How None is written on a command line and in a notebook's parameters, where plain types are needed.
 AUTOMATIC = "auto"
+_LARGEST = 10**18
+# Characters of a wrong value.
+_SHOWN = 200
 
 
 @dataclass(kw_only=True, frozen=True, eq=False)
@@ -69,17 +72,17 @@ class Parameter:
                 return []
             parts = value.replace(",", " ").split() if isinstance(value, str) else value
             if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-                raise ValueError(f"is {value!r}; it takes names, separated by commas")
+                raise ValueError(f"is {_shown(value)}; it takes names, separated by commas")
             return list(parts)
         if self.type is str:
             if not isinstance(value, str):
-                raise ValueError(f"is {value!r}; it takes {self.type_name}")
+                raise ValueError(f"is {_shown(value)}; it takes {self.type_name}")
             return value
         return PARSERS[self.type](value)
 
     def problems(self, value: Any) -> list[str]:
         """One message for a value of the wrong type, outside the choices or out of bounds; else none."""
-        name = f"{self.name} = {value!r}"
+        name = f"{self.name} = {_shown(value)}"
         if value is None:
             return [] if self.optional else [f"{name}: must be {self.type_name}"]
         if self.choices and value not in self.choices:
@@ -89,8 +92,12 @@ class Parameter:
             return [f"{name}: must be {self.type_name}"]
         if self.type is list and self.default and not value:
             return [f"{name}: must name at least one module; the default is {', '.join(self.default)}"]
+        if isinstance(value, str) and not value.strip():
+            return [f"{self.name}: is empty; it takes {self.type_name}"]
         if self.type in (int, float) and not self._in_bounds(value):
             return [f"{name}: must be {self.range}; the default is {self.default_text}"]
+        if self.type in (int, float) and not _is_usable(value):
+            return [f"{self.name} = {_shown(value)}: must be a finite number below 1e18"]
         return []
 
     def _in_bounds(self, value: float) -> bool:
@@ -105,6 +112,11 @@ class Parameter:
     def default_text(self) -> str:
         """The default as it is written on a command line; `none` for an empty list."""
         return value_text(self.default) or "none"
+
+
+def _is_usable(value: float) -> bool:
+    """Whether a number is one, and not larger than the integers of the programs that compute with it."""
+    return abs(value) < _LARGEST
 
 
 def value_text(value: Any) -> str:
@@ -126,20 +138,22 @@ def _parse_bool(value: Any) -> bool:
         return True
     if word in ("false", "no", "off", "0"):
         return False
-    raise ValueError(f"is {value!r}; it takes true or false")
+    raise ValueError(f"is {_shown(value)}; it takes true or false")
 
 
 def _parse_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and _is_usable(value):
         return value
     try:
-        if isinstance(value, float) and value.is_integer():
+        if isinstance(value, float) and _is_usable(value) and value.is_integer():
             return int(value)
         if isinstance(value, str):
-            return int(value.replace("_", ""))
+            number = int(value.replace("_", ""))
+            if _is_usable(number):
+                return number
     except ValueError:
         pass
-    raise ValueError(f"is {value!r}; it takes a whole number")
+    raise ValueError(f"is {_shown(value)}; it takes a whole number")
 
 
 def _parse_float(value: Any) -> float:
@@ -149,7 +163,15 @@ def _parse_float(value: Any) -> float:
             return float(value)
         except (TypeError, ValueError, OverflowError):
             pass
-    raise ValueError(f"is {value!r}; it takes a number")
+    raise ValueError(f"is {_shown(value)}; it takes a number")
+
+
+def _shown(value: Any) -> str:
+    """A wrong value in a message, which a long one must not fill."""
+    if isinstance(value, int) and not isinstance(value, bool) and not _is_usable(value):
+        return "a number with too many digits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 # By type: the value, or a ValueError that says what is wrong with it.

@@ -9,7 +9,7 @@ from hynb.config.schema import Config
 from hynb.data import absolute_patterns
 from hynb.plan import zero
 
-_PATHS = (
+PATHS = (
     "model_name_or_path",
     "tokenizer_name_or_path",
     "output_dir",
@@ -22,7 +22,7 @@ _PATHS = (
 def absolute_paths(config: Config) -> Config:
     """A copy of a Config with absolute paths; a preset's name and the checkpoint 'last' stay as they are."""
     changes: dict[str, str] = {}
-    for name in _PATHS:
+    for name in PATHS:
         value = getattr(config, name)
         if value is not None and not (name == "resume_from_checkpoint" and value == "last"):
             changes[name] = _absolute(value)

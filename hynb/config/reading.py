@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,9 @@ IGNORED |= {
     "complex_data": "upstream's script does not use it either",
 }
 
+# Of a file of parameters: `hynb parameters --yaml` writes 20,000 characters.
+_LARGEST_FILE, _DEEPEST = 1_000_000, 20
+
 
 @dataclass
 class Reading:
@@ -90,6 +94,14 @@ class Reading:
         except ValueError as error:
             self.problems.append(f"{where}: {name} {error}")
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the parameters that the user set; the file of a run names all, whose defaults nobody set."""
+        names_all = len(self.values) == len(parameters())
+        return frozenset(
+            name for name, value in self.values.items() if not names_all or value != parameter(name).default
+        )
+
     def config(self, source: str) -> Config:
         """The Config of all values.
 
@@ -97,7 +109,7 @@ class Reading:
             ConfigError: every mistake, those of reading and those of the values.
         """
         values = self.defaults | self.values
-        config = Config(**values, training_args=self.training_args, given=frozenset(self.values))
+        config = Config(**values, training_args=self.training_args, given=self.given)
         problems = self.problems + [f"{source}: {problem}" for problem in check_config(config)]
         if problems:
             raise ConfigError(problems)
@@ -147,6 +159,7 @@ def read_yaml(path: str | Path) -> Reading:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
+        _refuse_features(text, path)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -163,6 +176,42 @@ def read_yaml(path: str | Path) -> Reading:
         line = key.start_mark.line + 1
         _take_yaml(reading, key, node, f"{path}:{line}", seen)
     return reading
+
+
+def _refuse_features(text: str, path: Path) -> None:
+    """Refuses what a file of parameters has no use for, before anything is built of it.
+
+    A few lines with aliases stand for gigabytes.
+
+    Raises:
+        ConfigError: with file:line.
+        yaml.YAMLError: the text is not YAML.
+    """
+    if len(text) > _LARGEST_FILE:
+        raise ConfigError(f"{path}: has {len(text):,} characters, a file of parameters {_LARGEST_FILE:,} at most")
+    if problem := _feature(text):
+        raise ConfigError(f"{path}:{problem[0]}: has {problem[1]}")
+
+
+def _feature(text: str) -> tuple[int, str] | None:
+    """The first line of a YAML text, and what is in it, that no parameter takes; None if there is nothing.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        found = ""
+        if isinstance(event, yaml.AliasEvent):
+            found = f"an alias (*{event.anchor}): write the value out"
+        elif getattr(event, "anchor", None):
+            found = f"an anchor (&{event.anchor}): write the value without it"
+        elif depth > _DEEPEST:
+            found = f"values nested in more than {_DEEPEST} levels: no parameter takes them"
+        if found:
+            return event.start_mark.line + 1, found
+    return None
 
 
 def _take_yaml(reading: Reading, key: yaml.Node, node: yaml.Node, where: str, seen: dict[str, int]) -> None:
@@ -282,13 +331,18 @@ def _parse_training_argument(annotation: str, value: Any) -> Any:
     if "str" not in kinds:
         for kind, parse in PARSERS.items():
             if kind.__name__ in kinds:
-                return parse(value)
+                parsed = parse(value)
+                if isinstance(parsed, float) and not math.isfinite(parsed):
+                    raise ValueError(f"is {value!r}; it takes a finite number")
+                return parsed
     if not isinstance(value, str) or ("str" in kinds and not {"bool", "dict"} & set(kinds)):
         return value
     try:
+        if problem := _feature(value):
+            raise ValueError(f"has {problem[1]}")
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ValueError(f"is {value!r}, which is invalid YAML") from None
+        raise ValueError(f"is {value[:200]!r}, which is invalid YAML") from None
     if isinstance(parsed, str) and any(kind.startswith("list") for kind in kinds):
         return parsed.replace(",", " ").split()
     return parsed

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from hynb.config.paths import PATHS
 from hynb.config.schema import Config, parameters
+from hynb.files import path_problem
 
+# Several paths each, separated by commas.
+_FILES = ("train_data_file", "eval_data_file")
+# Characters of a path that cannot be one.
+_SHOWN = 200
 # TrainingArguments by which transformers would scale the loss or deal out the data in another way.
 _NOT_IN_PARTS = ("accelerator_config", "label_smoothing_factor")
 
@@ -13,10 +19,21 @@ _NOT_IN_PARTS = ("accelerator_config", "label_smoothing_factor")
 def check_config(config: Config) -> list[str]:
     """One message for each mistake in a Config that shows without looking at the disk."""
     invalid = {item: item.problems(getattr(config, item.name)) for item in parameters()}
+    for item in parameters():
+        invalid[item] += [] if invalid[item] else _path_problems(item.name, getattr(config, item.name))
     # An invalid value counts as its default here, so that it is reported once.
     corrected = {item.name: item.default for item, problems in invalid.items() if problems}
     problems = [problem for found in invalid.values() for problem in found]
     return problems + _contradictions(dataclasses.replace(config, **corrected))
+
+
+def _path_problems(name: str, value: object) -> list[str]:
+    """Why a parameter cannot name a file or folder, wherever it is."""
+    if not isinstance(value, str) or name not in (*PATHS, *_FILES, "deepspeed"):
+        return []
+    parts = [part.strip() for part in value.split(",")] if name in _FILES else [value]
+    shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
+    return [f"{name} = {shown!r}: {problem}" for part in parts if (problem := path_problem(part))]
 
 
 def _contradictions(config: Config) -> list[str]:

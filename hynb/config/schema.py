@@ -258,7 +258,9 @@ class Config:
         minimum=0,
         maximum=10,
     )
-    seed: int = _parameter(42, "schedule", "Seed of sampling order, dropout and new weights.", minimum=0)
+    seed: int = _parameter(
+        42, "schedule", "Seed of sampling order, dropout and new weights.", minimum=0, maximum=2**32 - 1
+    )
 
     output_dir: str = _parameter("runs/train", "run", "Run folder: logs, TensorBoard events, checkpoints.")
     overwrite_output_dir: bool = _parameter(

@@ -75,11 +75,11 @@ def read_shard(path: Path) -> Shard:
     try:
         size_bytes = path.stat().st_size
         header, data_start = _read_header(path, size_bytes)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", {}) or {}
         tensors = [_entry(path, name, item, data_start) for name, item in header.items()]
     except FileNotFoundError:
         raise ModelError(f"{path}: the shard is missing. Finish the download") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error}). {_COPY_AGAIN}") from None
     tensors.sort(key=lambda entry: entry.begin)
     _check_ranges(path, tensors, data_start, size_bytes)
@@ -224,6 +224,8 @@ def _read_header(path: Path, size_bytes: int) -> tuple[dict[str, Any], int]:
 
 def _entry(path: Path, name: str, item: Mapping[str, Any], data_start: int) -> TensorEntry:
     begin, end = item["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *item["shape"])):
+        raise ValueError(f"tensor {name}: shape and data_offsets must be whole numbers")
     return TensorEntry(
         name=name,
         shard=path,

@@ -129,7 +129,10 @@ def _largest(value: Any) -> int:
 
 def _adapter(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "adapter_config.json") or {}
-    targets = [*(config.get("target_modules") or ()), *(config.get("target_parameters") or ())]
+    targets: list[str] = []
+    for given in (config.get("target_modules"), config.get("target_parameters")):
+        # PEFT takes a regular expression, or "all-linear", in place of a list.
+        targets += [given] if isinstance(given, str) else map(str, given) if isinstance(given, list) else []
     return {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "targets": sorted(targets)}
 
 

@@ -63,8 +63,10 @@ def _header(shard: Path) -> list[tuple[str, list[int]]]:
             length = int.from_bytes(file.read(8), "little")
             content = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else None
         assert content is not None
-        return [(item["dtype"], item["shape"]) for name, item in content.items() if name != "__metadata__"]
-    except (OSError, ValueError, AssertionError, KeyError, TypeError, AttributeError):
+        found = [(item["dtype"], item["shape"]) for name, item in content.items() if name != "__metadata__"]
+        assert all(isinstance(dtype, str) and all(type(size) is int for size in shape) for dtype, shape in found)
+        return found
+    except (OSError, ValueError, AssertionError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(
             f"{shard}: is truncated or not a safetensors file. Download or copy the file again"
         ) from None

@@ -26,6 +26,17 @@ _CPU_PROCESS_BYTES = 400_000_000
 # What a rank without a GPU keeps for as long as it trains, whatever the lengths of the samples.
 _KEPT_PARTS = ("weights", "gradients", "optimizer")
 
+# The largest value of each size in a config.json, far above that of any model.
+_LARGEST = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_nextn_predict_layers", "moe_layer_num_skipped", "cla_share_factor"), 10_000
+    ),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "attention_head_dim"), 1_000_000),
+    **dict.fromkeys(("num_experts", "moe_topk", "num_shared_expert", "num_experts_per_tok"), 1_000_000),
+    **dict.fromkeys(("num_shared_experts", "hidden_size", "intermediate_size", "moe_intermediate_size"), 1 << 30),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), 1 << 30),
+}
+
 
 @dataclass(kw_only=True, frozen=True)
 class LayerCount:
@@ -178,10 +189,11 @@ def count_parameters(model_config: ModelConfig) -> ParameterCount:
         ModelError: another family, or a config without the sizes.
     """
     family = family_of(model_config.get("model_type"))
+    _check_sizes(model_config)
     try:
         hidden_size, vocab_size = model_config["hidden_size"], model_config["vocab_size"]
         layers = tuple(_layer(model_config, family, index) for index in range(model_config["num_hidden_layers"]))
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"config.json of {family.model_type}: a size is missing or invalid: {error}") from None
     embeddings = vocab_size * hidden_size
     return ParameterCount(
@@ -190,6 +202,22 @@ def count_parameters(model_config: ModelConfig) -> ParameterCount:
         lm_head=0 if model_config.get("tie_word_embeddings", False) else embeddings,
         final_norm=hidden_size,
     )
+
+
+def _check_sizes(model_config: ModelConfig) -> None:
+    """Refuses sizes that no model has; a computation with them could take for ever.
+
+    Raises:
+        ModelError: with the key and its value.
+    """
+    for name, largest in _LARGEST.items():
+        value = model_config.get(name)
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and (type(item) is not int or not 0 <= item <= largest):
+                raise ModelError(
+                    f"config.json: {name} = {str(value)[:80]}: must be a whole number from 0 to {largest:,}; "
+                    "download the file again"
+                )
 
 
 def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> MemoryPlan:

@@ -205,11 +205,30 @@ def load(name_or_path: str) -> dict[str, Any]:
         ds_config = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: invalid UTF-8: {error}") from None
+    except (OSError, RecursionError) as error:
+        what = "is nested too deeply" if isinstance(error, RecursionError) else f"cannot be read: {error.strerror}"
+        raise ConfigError(f"{path}: {what}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: has a number that cannot be read: {error}") from None
     if not isinstance(ds_config, dict):
         raise ConfigError(f"{path}:1:1: must be a JSON object of DeepSpeed settings")
+    if wrong := _sections_of_wrong_type(ds_config):
+        raise ConfigError([f"{path}: {name} = {json.dumps(value)[:80]}: must be an object" for name, value in wrong])
     return ds_config
+
+
+def _sections_of_wrong_type(ds_config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Path and value of the sections that a run reads or changes itself, where they are none."""
+    found = [
+        (name, ds_config[name]) for name in ("zero_optimization", "optimizer", "fp16", "bf16") if name in ds_config
+    ]
+    zero = ds_config.get("zero_optimization")
+    if isinstance(zero, dict):
+        names = ("offload_optimizer", "offload_param", "leaf_module")
+        found += [(f"zero_optimization.{name}", zero[name]) for name in names if zero.get(name) is not None]
+    return [(name, value) for name, value in found if not isinstance(value, dict)]
 
 
 def stage_of(ds_config: dict[str, Any]) -> int:

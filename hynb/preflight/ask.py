@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import socket
 import sys
 import time
@@ -13,9 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from hynb.cluster import PACKAGES, FactsRequest, HostFacts, Ssh, host_facts
+from hynb.cluster import PACKAGES, FactsRequest, HostFacts, Ssh, host_facts, listener_of
 from hynb.config import Config
 from hynb.errors import ClusterError
 from hynb.preflight.reach import no_python_cells, reachable_cells, unreachable_cells
@@ -94,21 +91,10 @@ def _listening(here: Target | None, config: Config) -> Iterator[_MasterPort]:
     try:
         listener = socket.create_server((here.address, port), family=family, backlog=64)
     except OSError as error:
-        yield _MasterPort(port=port, taken_by=_listener_of(port) or str(error.strerror))
+        yield _MasterPort(port=port, taken_by=listener_of(port) or str(error.strerror))
         return
     with listener:
         yield _MasterPort(port=listener.getsockname()[1])
-
-
-def _listener_of(port: int) -> str:
-    """The process that listens on a port, with its command; empty when it is not known."""
-    for item in psutil.net_connections("tcp"):
-        if item.status == psutil.CONN_LISTEN and item.laddr and item.laddr.port == port and item.pid:
-            try:
-                return f"process {item.pid}, {shlex.join(psutil.Process(item.pid).cmdline())[:60]}"
-            except psutil.Error:
-                return f"process {item.pid}"
-    return ""
 
 
 def _deadline_seconds(data: Sequence[str]) -> float:

@@ -9,6 +9,7 @@ from .checkpoint import resume_candidates as resume_candidates
 from .checkpoint import same_base as same_base
 from .checkpoint import set_aside as set_aside
 from .checkpoint import surplus_checkpoints as surplus_checkpoints
+from .checks import check_batch as check_batch
 from .checks import check_output_dir as check_output_dir
 from .checks import check_run as check_run
 from .checks import clear_run_folder as clear_run_folder
@@ -26,7 +27,7 @@ from .events import effective_events as effective_events
 from .events import evaluation_line as evaluation_line
 from .events import notice_line as notice_line
 from .events import progress_line as progress_line
-from .folder import ProcessId as ProcessId
+from .events import saved_line as saved_line
 from .folder import RunDir as RunDir
 from .going_on import how_to_go_on as how_to_go_on
 from .heartbeat import Phase as Phase
@@ -35,7 +36,10 @@ from .integrity import check_files as check_files
 from .integrity import checkpoint_files as checkpoint_files
 from .integrity import file_digests as file_digests
 from .integrity import flush as flush
+from .process import ProcessId as ProcessId
+from .records import is_launch_id as is_launch_id
 from .records import read_record as read_record
 from .status import RunStatus as RunStatus
+from .status import original_folder as original_folder
 from .watchdog import name_ranks as name_ranks
 from .watchdog import watchdog_abort as watchdog_abort

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from hynb.config import Config
 from hynb.errors import ModelError, RunError
-from hynb.files import read_json
+from hynb.files import path_problem, read_json
 from hynb.runs.events import last_events
 from hynb.runs.folder import RunDir
 from hynb.runs.integrity import CHECKPOINT_RECORD, check_files, has_digests
@@ -253,7 +253,12 @@ def _base_of_folder(folder: Path, given: Path | None) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder}: has neither config.json nor {ADAPTER_CONFIG}, so it is not a model folder")
         return folder
-    base = given or Path(adapter.get("base_model_name_or_path") or "")
+    named = adapter.get("base_model_name_or_path") or ""
+    problem = path_problem(named) if isinstance(named, str) else "must be a string"
+    if problem and given is None:
+        shown = repr(named)[:200]
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path = {shown}: {problem}; correct the file")
+    base = given or Path(named)
     if not (base / "config.json").is_file():
         raise ModelError(
             f"{folder}: is an adapter for the base {base}, which is not there. Resume with model_name_or_path set to "

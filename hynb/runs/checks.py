@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,19 @@ from hynb.config import Config
 from hynb.data import find_files
 from hynb.errors import ConfigError, HynbError, nearest
 from hynb.families import FAMILIES
-from hynb.files import read_weight_map
+from hynb.files import read_json, read_weight_map
 from hynb.plan import ops, zero
 from hynb.runs.checkpoint import check_checkpoint, ended_well, last_checkpoint, resume_checkpoint, saved_step
 from hynb.runs.contract import BATCH, DATA, allowable_names, compare, made_with
 from hynb.runs.deepspeed import model_config
 from hynb.runs.events import RunReader
 from hynb.runs.folder import RunDir
-from hynb.runs.integrity import CHECKPOINT_RECORD
+from hynb.runs.integrity import CHECKPOINT_RECORD, header_problem
 from hynb.runs.records import read_record
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+# More than a disk block, which a full disk may have left in the file system's own structures.
+_PROBE_BYTES = 1 << 16
 _TOKENIZER_FILES = ("tokenizer.json", "hy.tiktoken", "tokenizer.model", "vocab.json")
 
 
@@ -79,6 +81,13 @@ def _location_problem(output_dir: str) -> str:
         return f"{existing} is a file; name a folder" if existing != path else "is a file; name a folder"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"cannot be created or written: {existing} is not writable for this user"
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+    except OSError as error:
+        # As in /proc, and on a disk that is full or was mounted to be read only.
+        return f"cannot be created or written: {existing}: {error.strerror}; name a folder elsewhere"
     return ""
 
 
@@ -118,7 +127,7 @@ def check_run(config: Config, *, launched: bool = False) -> None:
     problems += _check_sequence_parallel(config)
     # On the hosts of a hostfile preflight checks it, and so do their ranks.
     if launched or config.hostfile is None:
-        problems += _check_compiler(config)
+        problems += _check_compiler(config) + _check_precision(config)
     if not launched:
         problems += check_output_dir(
             config.output_dir, overwrite=config.overwrite_output_dir, resuming=resume is not None
@@ -152,17 +161,19 @@ def _check_model_folder(path: str, trust_remote_code: bool) -> list[str]:
     if not folder.is_dir():
         return [f"{name}: there is no such folder. Download the model first; hynb trains from a local folder"]
     try:
-        model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        model_config = read_json(folder / "config.json")
+    except HynbError as error:
+        return [f"{problem}, or download it again" for problem in error.problems]
+    if model_config is None:
         return [f"{name}: has no config.json, so it is not a model folder{_adapter_hint(folder)}"]
-    except ValueError as error:
-        return [f"{folder / 'config.json'}: not valid JSON: {error}. Download the file again"]
     problems = []
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         problems.append(f"{name}: has a config.json but no weights (*.safetensors)")
-    problems += _missing_shards(folder)
+    problems += _missing_shards(folder) or _damaged_shards(folder)
     model_type = model_config.get("model_type")
-    if model_config.get("auto_map") and model_type not in FAMILIES and not trust_remote_code:
+    if not isinstance(model_type, str):
+        problems.append(f"{folder / 'config.json'}: model_type = {model_type!r}: must be a string; download it again")
+    elif model_config.get("auto_map") and model_type not in FAMILIES and not trust_remote_code:
         files = _code_files(model_config)
         problems.append(
             f"{name}: model_type {model_type} needs code from the folder itself ({', '.join(files)}). "
@@ -239,6 +250,31 @@ def _check_sequence_parallel(config: Config) -> list[str]:
             f"it to 1{f', or max_seq_length to {limit}' if is_dynamic else ''}"
         )
     return problems
+
+
+def check_batch(config: Config, ranks: int) -> list[str]:
+    """Why DeepSpeed would refuse the batch size in its file; empty when it would not.
+
+    Args:
+        config: as for `check_run`, which has accepted it.
+        ranks: of all hosts.
+    """
+    value = zero.load(config.deepspeed).get("train_batch_size", "auto")
+    samples, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if value in ("auto", samples * steps * ranks):
+        return []
+    return [
+        f"train_batch_size = {value} in {config.deepspeed}: this run has {samples * steps * ranks} samples per step "
+        f"(per_device_train_batch_size = {samples}, gradient_accumulation_steps = {steps}, {ranks} "
+        f'rank{"s" * (ranks > 1)}); set it to "auto", or change the run'
+    ]
+
+
+def _check_precision(config: Config) -> list[str]:
+    """Why this machine cannot train in the chosen precision; empty when it can."""
+    if config.fp16 and not gpu_count():
+        return ["fp16 needs a GPU, and this machine shows none: choose bf16, which CPUs compute too, or neither"]
+    return []
 
 
 def _head_problem(size: int, heads: int, key_value_heads: int) -> str:
@@ -360,8 +396,21 @@ def _missing_shards(folder: Path) -> list[str]:
     return []
 
 
+def _damaged_shards(folder: Path) -> list[str]:
+    """Weight files whose size is not what their header says; the values themselves are not read."""
+    problems = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            if problem := header_problem(path):
+                problems.append(f"{path}: {problem}. Download or copy the file again")
+        except OSError as error:
+            problems.append(f"{path}: cannot be read: {error.strerror}")
+    return problems
+
+
 def _code_files(model_config: dict[str, Any]) -> list[str]:
     """The Python files that an auto_map, whose entries are `file.Class`, would run."""
-    entries = model_config["auto_map"].values()
+    auto_map = model_config["auto_map"]
+    entries = auto_map.values() if isinstance(auto_map, dict) else []
     names = [item for entry in entries for item in (entry if isinstance(entry, list) else [entry]) if item]
     return sorted({str(name).split("--")[-1].rpartition(".")[0] + ".py" for name in names})

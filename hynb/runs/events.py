@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hynb.files import write_json
-from hynb.runs.folder import ProcessId, RunDir
+from hynb.runs.folder import RunDir
 from hynb.runs.heartbeat import Heartbeat, Phase
+from hynb.runs.process import ProcessId
 from hynb.runs.records import State, read_record
 from hynb.runs.status import LIVE_STATES, RunStatus, read_status
 
@@ -22,6 +23,12 @@ EVENT_VERSION = 1
 _STATUS_SECONDS = 1.0
 # Longer than any one event.
 _TAIL_BYTES = 1 << 20
+# What is read of a long file for its last events, even where few lines are whole.
+_LARGEST_TAIL_BYTES = 1 << 26
+# Among so many events at the end there is a log event: evaluations and statistics are rarer than steps.
+_SEARCHED = 50
+_LARGEST_NUMBER = 1 << 63
+_LOG_TAIL_BYTES = 200_000
 
 
 class RunWriter:
@@ -105,7 +112,7 @@ class RunWriter:
         if not others_changed and now - self._status_at < _STATUS_SECONDS:
             return
         self._status_at = now
-        write_json(self.dir.status, self._status | {"process": asdict(self._process)})
+        write_json(self.dir.status, self._status | {"process": self._process.record()})
 
 
 class RunReader:
@@ -134,6 +141,28 @@ class RunReader:
         self._offset += len(whole)
         return list(_parse_events(whole))
 
+    def recent_events(self, count: int) -> list[dict[str, Any]]:
+        """The last events in force, read from the end of the file; `new_events` goes on after them."""
+        size, window = 0, _TAIL_BYTES // 16
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(FileNotFoundError), self.dir.events.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            while True:
+                file.seek(max(0, size - window))
+                data = file.read(window)
+                whole = data[: data.rfind(b"\n") + 1]
+                found = effective_events(list(_parse_events(whole)))
+                if len(found) >= count or window >= min(size, _LARGEST_TAIL_BYTES):
+                    break
+                window *= 4
+            self._offset = max(0, size - window) + len(whole)
+        return found[-count:]
+
+    def last_log(self) -> dict[str, Any] | None:
+        """The last log event in force; None where there is none near the end of the file."""
+        reader = RunReader(self.dir.path)
+        return next((event for event in reversed(reader.recent_events(_SEARCHED)) if event["kind"] == "log"), None)
+
     def events(self) -> list[dict[str, Any]]:
         """All events, without those of steps that a resumed run has repeated."""
         return effective_events(RunReader(self.dir.path).new_events())
@@ -146,7 +175,9 @@ class RunReader:
         """The last lines of rank 0's output, or of the launcher's output when no rank has written any."""
         for path in [*self.dir.rank_logs()[:1], self.dir.launcher_log]:
             with contextlib.suppress(OSError):
-                text = path.read_bytes()[-200_000:].decode(errors="replace")
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+                    text = file.read().decode(errors="replace")
                 # A progress bar's carriage returns would show as one endless line.
                 tail = [line.rsplit("\r", 1)[-1] for line in text.splitlines()][-lines:]
                 if any(line.strip() for line in tail):
@@ -177,14 +208,14 @@ def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
     """One log event as one line of text."""
     step = f"step {event['global_step']}" + (f"/{max_steps}" if max_steps else "")
-    parts = [f"loss {event['loss']:.4f}", f"lr {event['learning_rate']:.3g}"]
-    if event.get("grad_norm") is not None:
-        parts.append(f"grad norm {event['grad_norm']:.3g}")
-    parts.append(f"{event['tokens_per_second']:.0f} tokens/s")
-    if max_steps:
-        left = event["step_seconds"] * (max_steps - event["global_step"])
+    shown = {"loss": "loss {:.4f}", "learning_rate": "lr {:.3g}", "grad_norm": "grad norm {:.3g}"}
+    shown["tokens_per_second"] = "{:.0f} tokens/s"
+    numbers = {name: _number(event.get(name)) for name in (*shown, "step_seconds")}
+    parts = [text.format(numbers[name]) for name, text in shown.items() if numbers[name] is not None]
+    seconds = numbers["step_seconds"]
+    if max_steps and seconds is not None and math.isfinite(left := seconds * (max_steps - event["global_step"])):
         parts.append(f"left {duration_text(left)}")
-    return f"{step}  " + "  ".join(parts)
+    return "  ".join([step, *parts])
 
 
 def duration_text(seconds: float) -> str:
@@ -200,10 +231,22 @@ def duration_text(seconds: float) -> str:
 
 def evaluation_line(event: dict[str, Any]) -> str:
     """One evaluation event as one line of text."""
-    return (
-        f"evaluation at step {event['global_step']}: loss {event['eval_loss']:.4f} over {event['eval_tokens']:,} "
-        f"tokens, perplexity {event['eval_perplexity']:.4g}, {event['eval_seconds']:g} s"
-    )
+    shown = {"eval_loss": "loss {:.4f}", "eval_tokens": "over {:,.0f} tokens", "eval_perplexity": "perplexity {:.4g}"}
+    shown["eval_seconds"] = "{:g} s"
+    numbers = {name: _number(event.get(name)) for name in shown}
+    parts = [text.format(numbers[name]) for name, text in shown.items() if numbers[name] is not None]
+    return f"evaluation at step {event['global_step']}: {', '.join(parts).replace(', over', ' over')}"
+
+
+def saved_line(event: dict[str, Any]) -> str:
+    """One save event as one line of text."""
+    return f"saved {event.get('path')} in {event.get('seconds')} s"
+
+
+def _number(value: Any) -> float | None:
+    """A number of an event; None for what a damaged line has in its place."""
+    is_number = type(value) is float or (type(value) is int and abs(value) < _LARGEST_NUMBER)
+    return float(value) if is_number else None
 
 
 def notice_line(event: dict[str, Any]) -> str:
@@ -217,7 +260,8 @@ def notice_line(event: dict[str, Any]) -> str:
 
 
 def _is_whole(event: dict[str, Any]) -> bool:
-    return isinstance(event.get("kind"), str) and isinstance(event.get("global_step"), int)
+    step = event.get("global_step")
+    return isinstance(event.get("kind"), str) and type(step) is int and abs(step) < _LARGEST_NUMBER
 
 
 def _before(old: dict[str, Any], resume: dict[str, Any]) -> bool:
@@ -233,7 +277,7 @@ def _ends_with_newline(path: Path) -> bool:
 def _parse_events(data: bytes) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
         # A writer that died within a line left it incomplete; its successor began a new one.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(line)
             if isinstance(event, dict) and event.get("v") == EVENT_VERSION and _is_whole(event):
                 yield event

@@ -1,23 +1,29 @@
-"""The paths of all files in a run folder, and the identity of a process."""
+"""The paths of all files in a run folder."""
 
 from __future__ import annotations
 
 import re
-import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from hynb.errors import RunError
+from hynb.files import path_problem
 from hynb.runs.records import read_failure
+
+# Characters of a path that cannot be one.
+_SHOWN = 200
 
 
 class RunDir:
-    """The paths of all files in a run's output_dir; creates nothing."""
+    """The paths of all files in a run's output_dir; creates nothing.
+
+    Raises:
+        RunError: it cannot be the path of a folder.
+    """
 
     def __init__(self, output_dir: str | Path) -> None:
+        if problem := path_problem(str(output_dir)):
+            raise RunError(f"run folder {str(output_dir)[:_SHOWN]!r}: {problem}")
         self.path = Path(output_dir).expanduser().absolute()
         self.config = self.path / "run.yaml"
         self.ds_config = self.path / "ds_config.json"
@@ -96,34 +102,3 @@ class RunDir:
             *(self.hosts, self.hostfile, self.deepspeed_env, self.kill_request, self.paste, self.led_from),
         ]
         return [item for item in single if item.exists()] + self.checkpoints()
-
-
-@dataclass(kw_only=True, frozen=True)
-class ProcessId:
-    """A process, identified by host, pid and start time, so that a reused pid is not mistaken for it."""
-
-    host: str
-    pid: int
-    create_time: float
-
-    @classmethod
-    def of(cls, pid: int) -> ProcessId:
-        """The identity of a running process of this host."""
-        return cls(host=socket.gethostname(), pid=pid, create_time=psutil.Process(pid).create_time())
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> ProcessId:
-        """The identity in a record of a run folder; other keys are those of another version."""
-        return cls(host=record["host"], pid=record["pid"], create_time=record["create_time"])
-
-    def alive(self) -> bool | None:
-        """Whether the process runs; None when it is on another host, where its pid says nothing here."""
-        if self.host != socket.gethostname():
-            return None
-        try:
-            process = psutil.Process(self.pid)
-            # psutil derives the start time from the boot time, which may differ by a clock tick between two calls.
-            same = abs(process.create_time() - self.create_time) < 1.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False

@@ -100,11 +100,13 @@ def read_heartbeat(path: Path) -> Beat | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         written = path.stat().st_mtime
-        if isinstance(content, int):
+        if type(content) is int:
             return Beat(phase=None, global_step=content, time=written)
         phase, global_step = content["phase"], content["global_step"]
+        if type(global_step) is not int or not (phase is None or isinstance(phase, str)):
+            return None
         return Beat(phase=phase, global_step=global_step, progress=str(content.get("progress", "")), time=written)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

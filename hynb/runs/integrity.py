@@ -118,7 +118,7 @@ def _content_problems(folder: Path) -> list[str]:
     names = set(weight_map.values())
     problems += [f"{folder / name}: is missing" for name in sorted(names) if not (folder / name).is_file()]
     for path in sorted(folder.glob("*.safetensors")):
-        if problem := _header_problem(path):
+        if problem := header_problem(path):
             problems.append(f"{path}: {problem}")
     for name in ("trainer_state.json", "config.json", "adapter_config.json"):
         try:
@@ -128,8 +128,12 @@ def _content_problems(folder: Path) -> list[str]:
     return problems
 
 
-def _header_problem(path: Path) -> str:
-    """Why the header of a safetensors file does not fit its size; empty when it does."""
+def header_problem(path: Path) -> str:
+    """Why the header of a safetensors file does not fit its size; empty when it does.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -141,7 +145,7 @@ def _header_problem(path: Path) -> str:
         end = max((item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"), default=0)
         expected = 8 + header_bytes + end
         wrong = expected != size_bytes
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return "has a header that is damaged"
     return f"has {size_bytes:,} bytes, by its header {expected:,}" if wrong else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,12 @@ from hynb.files import read_json
 State = Literal["absent", "starting", "running", "stopping", "finished", "stopped", "failed"]
 # What is wrong with a value, behind "must be"; empty when nothing is.
 _Check = Callable[[Any], str]
+_LAUNCH_ID = re.compile("[0-9a-f]{32}")
+
+
+def is_launch_id(value: object) -> bool:
+    """Whether a value can be the id of a launch; no process of another one ever carries it."""
+    return isinstance(value, str) and _LAUNCH_ID.fullmatch(value) is not None
 
 
 def _is_a(words: str, *types: type) -> _Check:
@@ -72,9 +79,20 @@ def _is_a_bool(value: Any) -> str:
 
 _TEXT, _NUMBER = _is_a("a string", str), _is_a("a number", int, float)
 _COUNT = _is_a("an integer", int)
-_PROCESS_FIELDS = {"host": _TEXT, "pid": _pid, "create_time": _NUMBER}
-_PROCESS = _object(_PROCESS_FIELDS, tuple(_PROCESS_FIELDS))
-_MEMBERSHIP = _object({"start_seconds": _NUMBER, "hosts": _pairs}, ())
+_PROCESS_FIELDS = {"host": _TEXT, "pid": _pid, "boot_id": _TEXT, "start_ticks": _COUNT, "create_time": _NUMBER}
+
+
+def _process(value: Any) -> str:
+    # Earlier versions recorded the time of its start by the clock.
+    start = ("create_time",) if isinstance(value, dict) and "create_time" in value else ("boot_id", "start_ticks")
+    return _object(_PROCESS_FIELDS, ("host", "pid", *start))(value)
+
+
+def _launch_id(value: Any) -> str:
+    return "" if is_launch_id(value) else "the id of a launch: 32 hexadecimal digits"
+
+
+_MEMBERSHIP = _object({"start_seconds": _NUMBER, "hosts": _pairs, "run_folder": _TEXT}, ())
 _HOSTS = _objects({"name": _TEXT, "state": _TEXT})
 
 
@@ -100,9 +118,9 @@ _END["rank"] = _or_null(_COUNT)
 _FIELDS: dict[str, Mapping[str, _Check]] = {
     "status.json": _END
     | {"phase": _or_null(_TEXT), "global_step": _or_null(_COUNT), "max_steps": _or_null(_COUNT)}
-    | {"updated_at": _or_null(_NUMBER), "process": _PROCESS, "skipped_steps": _COUNT},
+    | {"updated_at": _or_null(_NUMBER), "process": _process, "skipped_steps": _COUNT},
     "exit.json": _END | {"id": _TEXT},
-    "launch.json": {"id": _TEXT, "process": _PROCESS, "started_at": _NUMBER, "membership": _MEMBERSHIP}
+    "launch.json": {"id": _launch_id, "process": _process, "started_at": _NUMBER, "membership": _MEMBERSHIP}
     | {"ssh": _or_null(_TEXT)},
     "hosts.json": {"hosts": _HOSTS, "output_dir": _TEXT},
     "manifest.json": {"world_size": _COUNT},

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hynb.runs.folder import ProcessId, RunDir
+from hynb.runs.folder import RunDir
 from hynb.runs.heartbeat import Beat, Phase, disk_time, read_heartbeat
+from hynb.runs.process import ProcessId
 from hynb.runs.records import State, read_record
 from hynb.runs.watchdog import watchdog_abort
 
@@ -77,6 +78,9 @@ def read_status(run_dir: RunDir) -> RunStatus:
     status = _recorded_status(run_dir, record, beat)
     if not status.live:
         return status
+    if original := original_folder(run_dir):
+        reason = f"this folder is a copy of {original}, made while that run was live: look there"
+        return dataclasses.replace(status, state="failed", phase=None, progress="", reason=reason)
     end = _end_of(run_dir, launch)
     # The supervisor ends all ranks before it writes its record.
     if _is_alive(run_dir.path, record, launch if end is None else None, beat if end is None else None):
@@ -91,6 +95,23 @@ def _end_of(run_dir: RunDir, launch: dict[str, Any] | None) -> dict[str, Any] | 
     # A supervisor that was out of sight may end after the next launch into its folder.
     is_of_another = end is not None and end.get("id") not in (None, (launch or {}).get("id"))
     return None if is_of_another else end
+
+
+def original_folder(run_dir: RunDir) -> Path | None:
+    """The folder of the run that a folder was copied from; None where it is the run's own, or was moved.
+
+    Raises:
+        RunError: launch.json is damaged.
+    """
+    recorded = (read_record(run_dir.launch) or {}).get("membership", {}).get("run_folder")
+    if recorded is None:
+        return None
+    try:
+        # One folder may have several paths, by links and mounts.
+        is_own = Path(recorded).stat().st_ino == run_dir.path.stat().st_ino
+    except (OSError, ValueError):
+        return None
+    return None if is_own else Path(recorded)
 
 
 def _absent_reason(run_dir: RunDir) -> str:

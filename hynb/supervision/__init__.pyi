@@ -5,6 +5,7 @@ from .membership import Membership as Membership
 from .needs import host_bytes as host_bytes
 from .needs import shortages as shortages
 from .plan import CODE as CODE
+from .plan import Plan as Plan
 from .plan import chosen_hosts as chosen_hosts
 from .plan import make_plan as make_plan
 from .plan import rank_count as rank_count

@@ -22,6 +22,7 @@ from hynb.cluster import (
     gpu_count,
     hostfile,
     is_local,
+    listener_of,
     own_address,
     resolve,
 )
@@ -101,7 +102,7 @@ def make_plan(config: Config) -> Plan:
         raise ClusterError(problems)
     if is_local_run(hosts):
         plan = _local_plan(config, hosts[0])
-        if problems := memory_problems(config, hosts, 0, None):
+        if problems := memory_problems(config, hosts, 0, None) + _port_problems(config):
             raise ClusterError(problems)
         return plan
     local = [index for index, host in enumerate(hosts) if is_local(host.name)]
@@ -125,9 +126,26 @@ def make_plan(config: Config) -> Plan:
         problems += unready
     if not problems:
         problems += memory_problems(config, hosts, here, ssh)
+    if here == 0:
+        problems += _port_problems(config)
     if problems:
         raise ClusterError(problems)
     return _plan(config, hosts, here, ssh, visible)
+
+
+def _port_problems(config: Config) -> list[str]:
+    """Why the ranks cannot meet at the port that was chosen; empty when it is free on this machine."""
+    port = config.master_port
+    if port is None:
+        return []
+    try:
+        # As rank 0 does, which listens on all addresses.
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        holder = listener_of(port)
+        taken = f"is taken by {holder}" if holder else f"cannot be listened on: {error.strerror}"
+        return [f"master_port = {port}: {taken}. Choose another port, or leave it on auto for a free one"]
+    return []
 
 
 def plan_unchecked(config: Config) -> Plan:

@@ -11,11 +11,18 @@ from collections.abc import Sequence
 import psutil
 
 from hynb.cluster import Ssh
+from hynb.errors import RunError
+from hynb.runs import is_launch_id
 from hynb.supervision.membership import LAUNCH_VARIABLE
 
 
 def processes_of(launch_id: str) -> list[psutil.Process]:
-    """Processes on this host that carry a launch's id in their environment, except the caller."""
+    """Processes on this host that carry a launch's id in their environment, except the caller.
+
+    Raises:
+        RunError: it is not the id of a launch, and processes without one could be taken for its own.
+    """
+    _check_id(launch_id)
     found = []
     for process in psutil.process_iter():
         try:
@@ -47,7 +54,11 @@ def kill_over_ssh(ssh: Ssh, hosts: Sequence[str], launch_id: str, *, seconds: fl
 
     Args:
         seconds: the longest wait; a host that answers later does it later.
+
+    Raises:
+        RunError: as `processes_of`.
     """
+    _check_id(launch_id)
     # Whole variables are compared, so that no other job is touched; the host needs no Python for it.
     script = (
         f"for i in 1 2 3; do p=$(grep -lzxF {LAUNCH_VARIABLE}={launch_id} /proc/[0-9]*/environ 2>/dev/null "
@@ -59,6 +70,11 @@ def kill_over_ssh(ssh: Ssh, hosts: Sequence[str], launch_id: str, *, seconds: fl
     deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _check_id(launch_id: object) -> None:
+    if not is_launch_id(launch_id):
+        raise RunError(f"{launch_id!r}: is not the id of a launch, so no process was ended")
 
 
 def _is_running(process: psutil.Process) -> bool:

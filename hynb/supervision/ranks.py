@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from hynb.cluster import VISIBLE_VARIABLE, Host, chosen_devices
@@ -48,7 +48,7 @@ def join(membership: Membership, rank: int) -> Joined:
     _use_chosen_devices(membership, node)
     registry = membership.make_registry(node)
     log = _own_log(membership, rank)
-    write_json(registry / f"rank{rank}.json", asdict(ProcessId.of(os.getpid())) | {"log": str(log)})
+    write_json(registry / f"rank{rank}.json", ProcessId.of(os.getpid()).record() | {"log": str(log)})
     with contextlib.suppress(FileExistsError):
         (registry / "guard").touch(exist_ok=False)
         with (registry / "guard.log").open("wb") as output:

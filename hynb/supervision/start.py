@@ -38,15 +38,31 @@ class Start:
         record: plain values, for launch.json.
         environment: variables of the supervisor and the launcher beyond this process's own.
         listeners: sockets that the guards connect to; the supervisor inherits their file descriptors.
+        files: text by path, for the run folder; their owner alone can read them.
     """
 
     record: dict[str, Any]
     environment: dict[str, str]
     listeners: list[socket.socket]
+    files: dict[Path, str]
+
+    def write_files(self) -> None:
+        """Writes what the launcher and the guards need into the run folder.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        for path, text in self.files.items():
+            _write_private(path, text)
+
+    def cancel(self) -> None:
+        """Frees what `prepare` has taken."""
+        for listener in self.listeners:
+            listener.close()
 
 
 def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environment: dict[str, str]) -> Start:
-    """Writes what the launcher needs into the run folder and to the other hosts.
+    """Does all that can keep a launch from starting, before anything in the run folder is changed.
 
     Args:
         environment: what every rank needs on any host.
@@ -54,6 +70,7 @@ def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environ
     Raises:
         ClusterError: a host could not be written to, or no port is free.
     """
+    variables = rank_environment(config, environment)
     listeners = _listen(plan.address)
     membership = Membership(
         launch_id=launch_id,
@@ -70,20 +87,21 @@ def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environ
         devices=plan.devices,
     )
     secret_file = run_dir.secret(launch_id)
-    _write_private(secret_file, membership.secret)
-    hostfile.write(run_dir.hostfile, whole_hosts(plan.hosts))
     if plan.ssh is not None:
         _send_secret(plan, plan.ssh, secret_file, membership.secret)
     # Slurm passes the environment on itself, and no ssh carries a file to its hosts.
     needs_secret = plan.launcher == "slurm"
-    variables = rank_environment(config, environment)
     variables |= membership.variables(secret_file=None if needs_secret else secret_file)
     if plan.launcher in ("openmpi", "mpich", "slurm"):
         # The address of rank 0's host is known to the supervisor once it has joined.
         variables["MASTER_PORT"] = str(plan.master_port)
-    _write_deepspeed_env(plan, run_dir, variables)
+    files = {
+        secret_file: membership.secret,
+        run_dir.hostfile: hostfile.to_text(whole_hosts(plan.hosts)),
+        run_dir.deepspeed_env: _deepspeed_env_text(plan, variables),
+    }
     if plan.launcher == "no_ssh":
-        _write_private(run_dir.paste, paste_text(plan, run_dir, variables, secret_file))
+        files[run_dir.paste] = paste_text(plan, run_dir, variables, secret_file)
     record = {
         "id": launch_id,
         "membership": membership.record(),
@@ -95,7 +113,8 @@ def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environ
     }
     # The supervisor outlives the processes of its launch, so it does not carry their mark.
     own = {name: value for name, value in variables.items() if name not in (LAUNCH_VARIABLE, "HYNB_SECRET")}
-    return Start(record=record, environment=own | _launcher_environment(plan, run_dir), listeners=listeners)
+    environment = own | _launcher_environment(plan, run_dir)
+    return Start(record=record, environment=environment, listeners=listeners, files=files)
 
 
 def supervise(run_dir: RunDir, launch: dict[str, Any], file_descriptors: list[int]) -> dict[str, Any]:
@@ -178,8 +197,8 @@ def _read_environment(path: Path) -> dict[str, str]:
     return values
 
 
-def _write_deepspeed_env(plan: Plan, run_dir: RunDir, variables: dict[str, str]) -> None:
-    """Writes the variables that DeepSpeed's runner exports on every host, for their owner's eyes alone."""
+def _deepspeed_env_text(plan: Plan, variables: dict[str, str]) -> str:
+    """The variables that DeepSpeed's runner exports on every host."""
     lines = []
     for name, value in variables.items():
         if name == "HYNB_SECRET" or "\n" in value:
@@ -188,7 +207,7 @@ def _write_deepspeed_env(plan: Plan, run_dir: RunDir, variables: dict[str, str])
             # The runner puts the value between double quotes into a shell's command line, and pdsh expands %.
             value = re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
         lines.append(f"{name}={value}\n")
-    _write_private(run_dir.deepspeed_env, "".join(lines))
+    return "".join(lines)
 
 
 def _send_secret(plan: Plan, ssh: Ssh, path: Path, secret: str) -> None:

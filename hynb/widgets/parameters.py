@@ -67,7 +67,7 @@ def read_parameters(namespace: Mapping[str, Any]) -> Config:
         reading.config("parameters")
     for note in reading.notes:
         print(f"hynb: {note}")
-    return Config(**reading.values, training_args=reading.training_args, given=frozenset(reading.values))
+    return Config(**reading.values, training_args=reading.training_args, given=reading.given)
 
 
 def parameters_cell() -> str:

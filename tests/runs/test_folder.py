@@ -1,32 +1,8 @@
-"""The identity of a process, and the files of a run folder."""
+"""The files of a run folder."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from dataclasses import asdict
-
-import psutil
-
-from hynb.runs import ProcessId, RunDir
-
-
-def test_this_process_is_alive_and_another_host_is_unknown():
-    identity = ProcessId.of(os.getpid())
-    assert identity.alive() is True
-    assert ProcessId(**asdict(identity) | {"create_time": 1.0}).alive() is False, "a reused pid"
-    assert ProcessId(**asdict(identity) | {"host": "elsewhere"}).alive() is None
-
-
-def test_a_zombie_is_not_alive():
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    identity = ProcessId.of(process.pid)
-    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
-    assert identity.alive() is False
-    process.wait()
+from hynb.runs import RunDir
 
 
 def test_checkpoints_and_logs_are_listed_in_order(tmp_path):

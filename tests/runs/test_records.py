@@ -16,7 +16,7 @@ from hynb.runs import RunReader, RunWriter
 from hynb.widgets import RunChooser, RunPanel
 
 PROCESS = {"host": "elsewhere", "pid": 1, "create_time": 1.0}
-LAUNCH = {"id": "x", "process": PROCESS}
+LAUNCH = {"id": "1" * 32, "process": PROCESS}
 RUNNING = {"state": "running", "process": PROCESS}
 # File, its content, and what the message must say besides the file's name.
 DAMAGED = [
@@ -30,13 +30,17 @@ DAMAGED = [
     ("status.json", RUNNING | {"rank": True}, "rank = True: must be an integer or null"),
     ("status.json", RUNNING | {"reason": None}, "reason = None: must be a string"),
     ("status.json", {"state": "running", "process": 12}, "process = 12: must be an object"),
-    ("status.json", {"state": "running", "process": {"pid": 1}}, "must be an object with host, create_time"),
+    ("status.json", {"state": "running", "process": {"pid": 1}}, "must be an object with host, boot_id, start_ticks"),
     ("status.json", {"state": "running", "process": PROCESS | {"pid": "1"}}, "with pid: a process id"),
     ("status.json", {"state": "running", "process": PROCESS | {"pid": -1}}, "with pid: a process id"),
     ("status.json", {"state": "running", "process": PROCESS | {"pid": 1 << 70}}, "with pid: a process id"),
     ("launch.json", [1], "must be a JSON object, not list"),
-    ("launch.json", {"id": "x"}, "has no process"),
+    ("launch.json", {"id": "1" * 32}, "has no process"),
     ("launch.json", {"process": PROCESS}, "has no id"),
+    *(
+        ("launch.json", LAUNCH | {"id": bad}, f"id = {bad!r}: must be the id of a launch")
+        for bad in (None, "", "x", "1" * 31 + "\n", ["1" * 32], 1)
+    ),
     ("launch.json", LAUNCH | {"started_at": "today"}, "started_at = 'today': must be a number"),
     ("launch.json", LAUNCH | {"membership": {"start_seconds": "9"}}, "with start_seconds: a number"),
     ("launch.json", LAUNCH | {"membership": {"hosts": ["a", "b"]}}, "with hosts: a list of pairs"),
@@ -109,7 +113,7 @@ def test_the_panel_and_the_list_of_runs_show_the_message(damaged):
 def test_keys_of_another_version_are_passed_over(tmp_path):
     process = PROCESS | {"container": "c"}
     write_json(tmp_path / "status.json", {"state": "running", "process": process, "node": "n"})
-    write_json(tmp_path / "launch.json", {"id": "x", "process": process, "extra": 1})
+    write_json(tmp_path / "launch.json", {"id": "1" * 32, "process": process, "extra": 1})
     assert RunReader(tmp_path).status().state == "running", "a launch of another host, which may be starting up"
     os.utime(tmp_path / "launch.json", (1, 1))
     assert RunReader(tmp_path).status().state == "failed", "no heartbeat"

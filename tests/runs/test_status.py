@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import subprocess
 import time
-from dataclasses import asdict
+from pathlib import Path
 from typing import get_args
 
+import psutil
 import pytest
 
 from hynb.errors import RunError
 from hynb.files import write_json
-from hynb.runs import ProcessId, RunReader, RunStatus, RunWriter, check_output_dir
+from hynb.launch import Run
+from hynb.runs import ProcessId, RunDir, RunReader, RunStatus, RunWriter, check_output_dir
 from hynb.runs.heartbeat import Phase
 from hynb.runs.status import STALE_HEARTBEAT_SECONDS
 
@@ -50,11 +54,15 @@ def test_the_phase_of_a_live_run_is_shown(tmp_path, phase):
 def test_a_process_of_this_host_needs_no_heartbeat(tmp_path):
     RunWriter(tmp_path).status("running", max_steps=5)
     assert status_of(tmp_path).state == "running", "this very process is the writer"
-    process = asdict(ProcessId.of(os.getpid()))
-    write_json(tmp_path / "status.json", {"state": "running", "process": process | {"create_time": 1.0}})
+    process = ProcessId.of(os.getpid()).record()
+    earlier = {"host": process["host"], "pid": os.getpid(), "create_time": psutil.Process().create_time()}
+    write_json(tmp_path / "status.json", {"state": "running", "process": earlier})
+    assert status_of(tmp_path).state == "running", "a record of an earlier version"
     write_json(tmp_path / "heartbeat", {"phase": "training", "global_step": 3})
-    status = status_of(tmp_path)
-    assert status.state == "failed" and status.reason.startswith("its processes are gone"), "the pid was reused"
+    for reused in (process | {"start_ticks": 1}, process | {"boot_id": "another"}, earlier | {"create_time": 1.0}):
+        write_json(tmp_path / "status.json", {"state": "running", "process": reused})
+        status = status_of(tmp_path)
+        assert status.state == "failed" and status.reason.startswith("its processes are gone"), reused
 
 
 def set_age(path, seconds):
@@ -73,13 +81,13 @@ def test_a_process_of_another_host_is_as_alive_as_its_heartbeat(tmp_path):
 
 
 def test_a_recorded_end_outranks_the_fresh_heartbeat_of_another_host(tmp_path):
-    write_json(tmp_path / "launch.json", {"id": "second", "process": ELSEWHERE})
+    write_json(tmp_path / "launch.json", {"id": "2" * 32, "process": ELSEWHERE})
     write_json(tmp_path / "status.json", {"state": "running", "process": ELSEWHERE})
     write_json(tmp_path / "heartbeat", {"phase": "training", "global_step": 3})
     end = {"state": "stopped", "exit_code": -9, "reason": "killed on request"}
-    write_json(tmp_path / "exit.json", end | {"id": "first"})
+    write_json(tmp_path / "exit.json", end | {"id": "1" * 32})
     assert status_of(tmp_path).state == "running", "the record is of the launch before"
-    write_json(tmp_path / "exit.json", end | {"id": "second"})
+    write_json(tmp_path / "exit.json", end | {"id": "2" * 32})
     status = status_of(tmp_path)
     assert (str(status), status.exit_code) == ("stopped, step 3: killed on request", -9)
     assert check_output_dir(tmp_path, overwrite=True, resuming=False) == []
@@ -104,7 +112,7 @@ def test_a_heartbeat_of_an_earlier_version_is_read(tmp_path):
 
 def test_a_launch_of_another_host_is_alive_until_its_rank_0_should_have_begun(tmp_path):
     limit = 600 + STALE_HEARTBEAT_SECONDS
-    launch = {"id": "x", "process": ELSEWHERE, "membership": {"start_seconds": 600}}
+    launch = {"id": "1" * 32, "process": ELSEWHERE, "membership": {"start_seconds": 600}}
     write_json(tmp_path / "launch.json", launch)
     set_age(tmp_path / "launch.json", limit / 2)
     assert status_of(tmp_path).state == "starting"
@@ -169,3 +177,27 @@ def test_the_host_of_a_process_is_compared(tmp_path, monkeypatch):
     RunWriter(tmp_path).status("running")
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     assert status_of(tmp_path).state == "failed", "no heartbeat shows that it is alive"
+
+
+def test_a_copy_of_a_live_folder_is_known_as_one_and_ends_nothing(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
+    launch_id = "3" * 32
+    bystander = subprocess.Popen(["sleep", "600"], env={"HYNB_LAUNCH_ID": launch_id, "PATH": os.environ["PATH"]})
+    try:
+        membership = {"run_folder": str(run_dir.path)}
+        launch = {"id": launch_id, "process": ProcessId.of(bystander.pid).record(), "membership": membership}
+        write_json(run_dir.launch, launch)
+        copy = Path(shutil.copytree(run_dir.path, tmp_path / "copy"))
+        (tmp_path / "link").symlink_to(run_dir.path)
+        assert [status_of(tmp_path / name).state for name in ("run", "link", "copy")] == ["starting"] * 2 + ["failed"]
+        assert f"is a copy of {run_dir.path}" in status_of(copy).reason
+        with pytest.raises(RunError, match=f"is a copy of {run_dir.path}.*nothing was ended"):
+            Run(copy).kill()
+        assert Run(copy).stop().state == "failed" and not (copy / "stop_request").exists()
+        assert bystander.poll() is None and not list(tmp_path.glob("*/exit.json"))
+        run_dir.path.rename(tmp_path / "moved")
+        assert status_of(tmp_path / "moved").state == "starting"
+    finally:
+        bystander.kill()
+        bystander.wait()

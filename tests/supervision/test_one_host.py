@@ -18,7 +18,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -382,7 +381,7 @@ def test_registries_of_killed_guards_are_removed_at_the_next_start_and_no_others
     # Short, as a socket's path must be.
     temporary = Path(tempfile.mkdtemp(prefix="t"))
     monkeypatch.setenv("TMPDIR", str(temporary))
-    ours, gone = asdict(ProcessId.of(os.getpid())), {"host": HOST, "pid": os.getpid(), "create_time": 1.0}
+    ours, gone = ProcessId.of(os.getpid()).record(), {"host": HOST, "pid": os.getpid(), "create_time": 1.0}
     marked = uuid.uuid4().hex
     carries_id = subprocess.Popen(["sleep", "600"], env={**os.environ, LAUNCH_VARIABLE: marked})
 
