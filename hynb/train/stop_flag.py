@@ -41,7 +41,7 @@ class StopFlag:
         stop = self.finish()
         self._due_in -= 1
         if not stop and self._due_in <= 0:
-            self._send(self._group)
+            self._send()
         return stop
 
     def finish(self) -> bool:
@@ -55,7 +55,7 @@ class StopFlag:
         self._due_in = self._steps
         return bool(stop)
 
-    def _send(self, group: dist.ProcessGroup) -> None:
+    def _send(self) -> None:
         """Rank 0's message: whether to stop, and the steps until the next one."""
         message = torch.zeros(2)
         if dist.get_rank() == 0:
@@ -64,7 +64,7 @@ class StopFlag:
                 steps = int(_LOOK_SECONDS / max(1e-6, now - self._sent_at) * self._steps)
             self._sent_at = now
             message = torch.tensor([float(self._request.exists()), float(min(max(1, steps), _MOST_STEPS))])
-        work = dist.all_reduce(message, group=group, async_op=True)
+        work = dist.all_reduce(message, group=self._group, async_op=True)
         assert work is not None
         self._under_way = work, message
 
