@@ -94,9 +94,11 @@ class Parameter:
             return [f"{name}: must name at least one module; the default is {', '.join(self.default)}"]
         if isinstance(value, str) and not value.strip():
             return [f"{self.name}: is empty; it takes {self.type_name}"]
-        if self.type in (int, float) and not self._in_bounds(value):
+        if not isinstance(value, int | float) or self.type is bool:
+            return []
+        if not self._in_bounds(value):
             return [f"{name}: must be {self.range}; the default is {self.default_text}"]
-        if self.type in (int, float) and not _is_usable(value):
+        if not _is_usable(value):
             return [f"{self.name} = {_shown(value)}: must be a finite number below 1e18"]
         return []
 

@@ -61,7 +61,9 @@ def _convert_arguments(message: dict[str, Any], form: str) -> None:
     """Makes the arguments of tool calls mappings ("parsed") or JSON ("text"), or leaves them."""
     for call in message.get("tool_calls") or ():
         function = call.get("function") if isinstance(call, dict) else None
-        given = function.get("arguments") if isinstance(function, dict) else None
+        if not isinstance(function, dict):
+            continue
+        given = function.get("arguments")
         if form == "parsed" and isinstance(given, str):
             try:
                 function["arguments"] = json.loads(given or "{}")

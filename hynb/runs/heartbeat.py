@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hynb.files import write_json
 
@@ -103,7 +103,7 @@ def read_heartbeat(path: Path) -> Beat | None:
         if type(content) is int:
             return Beat(phase=None, global_step=content, time=written)
         phase, global_step = content["phase"], content["global_step"]
-        if type(global_step) is not int or not (phase is None or isinstance(phase, str)):
+        if type(global_step) is not int or phase not in (None, *get_args(Phase)):
             return None
         return Beat(phase=phase, global_step=global_step, progress=str(content.get("progress", "")), time=written)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
