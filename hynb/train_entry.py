@@ -60,16 +60,14 @@ class RankState:
     Args:
         beside_rank_0: this rank is on rank 0's host.
         run_dir: None until the folder is known to belong to this run: a refused run writes nothing into another's.
-        writer: writes the run folder; None on other ranks than 0.
-        notes: what rank 0 logs, for the manifest.
+        writer, notes: write the run folder, and keep what rank 0 logs for the manifest; None on other ranks.
         folders: the run folders of hosts that share none; None where there is one folder.
         skipped: why newer checkpoints than the one to resume from are passed over.
         made_with: what each checkpoint records of this run.
         changed: what the run is to change that the checkpoint would restore.
         shape: what a resumed run must have in common with the run that saved its checkpoint.
         base: folder of the base model; None for a random one.
-        stored: the tensors of the base's safetensors files, whose headers are read once: there may be hundreds on a
-            network disk.
+        stored: the tensors of the base's safetensors files, whose many headers are read once from a slow disk.
     """
 
     argv: Sequence[str]
@@ -306,11 +304,9 @@ def choose_checkpoint(state: RankState) -> None:
     """
     import torch
 
-    from hynb.train import choose_checkpoint, compare_with_checkpoint, going_on_from, run_shape
+    from hynb.train import NodeLocalFolders, choose_checkpoint, compare_with_checkpoint, going_on_from, run_shape
 
     if state.membership and state.joined and not state.joined.shared:
-        from hynb.train import NodeLocalFolders
-
         state.folders = NodeLocalFolders(state.membership, state.rank)
         # The first rank of each host creates the folders that the host's ranks write their shards into.
         state.ds_config["checkpoint"] = state.ds_config.get("checkpoint", {}) | {"use_node_local_storage": True}

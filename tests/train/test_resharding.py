@@ -12,7 +12,7 @@ from training_runs import config_of, losses
 from hynb.config import Config
 
 # The checkpoint is in the middle of the second epoch of three steps.
-SAVED, STEPS = 4, 14
+SAVED, STEPS = 4, 8
 # Samples of a global batch: 1, 2, 3 and 4 ranks can make it.
 SAMPLES = 12
 
@@ -40,15 +40,14 @@ def config(files, folder: Path, ranks: int, **values) -> Config:
         (
             False,
             (2, "zero3_no_offload"),
-            [(1, "zero3_no_offload"), (3, "zero3_no_offload"), (2, "zero2_no_offload"), (1, "zero2_offload")],
+            [(1, "zero3_no_offload"), (3, "zero3_no_offload"), (1, "zero2_offload")],
         ),
         (
             False,
             (2, "zero2_no_offload"),
-            [(1, "zero2_no_offload"), (3, "zero2_no_offload"), (4, "zero3_no_offload"), (2, "zero3_offload")],
+            [(3, "zero2_no_offload"), (4, "zero3_offload")],
         ),
         (True, (4, "zero3_no_offload"), [(2, "zero3_no_offload"), (1, "zero2_no_offload")]),
-        (True, (1, "zero2_no_offload"), [(2, "zero2_no_offload")]),
     ],
 )
 def test_losses_are_those_of_the_undisturbed_run(files, ranks, tmp_path, lora, saved, resumed):
