@@ -190,7 +190,7 @@ REFUSED: dict[str, tuple[Callable[[dict, dict], object], list[str]]] = {
     ),
     "a setting that is not supported": (
         lambda _, settings: settings.update({"lora_bias": True}),
-        ["adapter_config.json has lora_bias = True: a bias on lora_B cannot be merged"],
+        ["adapter_config.json: has lora_bias = True: a bias on lora_B cannot be merged"],
     ),
     "a magnitude without its matrices": (
         leave_magnitude_alone,
