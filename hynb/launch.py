@@ -38,6 +38,7 @@ from hynb.supervision import (
     LAUNCH_VARIABLE,
     Plan,
     Start,
+    inherited,
     kill,
     killed_reason,
     make_plan,
@@ -301,7 +302,7 @@ def _launch_into(run_dir: RunDir, config: Config, plan: Plan) -> None:
 def _start_supervisor(run_dir: RunDir, start: Start) -> None:
     """Starts the detached supervisor and waits until it has written launch.json."""
     file_descriptors = [listener.fileno() for listener in start.listeners]
-    environment = os.environ | start.environment
+    environment = inherited(os.environ) | start.environment
     environment.pop(LAUNCH_VARIABLE, None)
     command = [sys.executable, "-m", "hynb.launch", str(run_dir.path)]
     with run_dir.launcher_log.open("ab") as log:

@@ -1,4 +1,6 @@
 from .commands import command_text as command_text
+from .environment import inherited as inherited
+from .environment import rank_environment as rank_environment
 from .membership import LAUNCH_VARIABLE as LAUNCH_VARIABLE
 from .membership import RANK_VARIABLES as RANK_VARIABLES
 from .membership import Membership as Membership
@@ -19,6 +21,5 @@ from .start import Start as Start
 from .start import kill as kill
 from .start import paste_lines as paste_lines
 from .start import prepare as prepare
-from .start import rank_environment as rank_environment
 from .start import supervise as supervise
 from .supervisor import killed_reason as killed_reason

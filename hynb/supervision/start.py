@@ -20,13 +20,12 @@ from hynb.errors import ClusterError
 from hynb.files import replace_text
 from hynb.runs import RunDir
 from hynb.supervision.commands import launch_command, paste_text
+from hynb.supervision.environment import rank_environment
 from hynb.supervision.membership import LAUNCH_VARIABLE, Membership
 from hynb.supervision.plan import CODE, SSH_SECONDS, Plan, whole_hosts
 from hynb.supervision.processes import kill_over_ssh
 from hynb.supervision.supervisor import Supervisor
 
-# What the launching process has of these goes to the ranks of all hosts, as it would on one.
-_FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "HF_HOME", "CUDA_HOME", "DS_SKIP", "OMP_NUM_THREADS")
 _SECRET_BYTES = 32
 
 
@@ -162,39 +161,6 @@ def paste_lines(run_dir: RunDir) -> str:
     with contextlib.suppress(OSError):
         return run_dir.paste.read_text(encoding="utf-8")
     return ""
-
-
-def rank_environment(config: Config, environment: dict[str, str]) -> dict[str, str]:
-    """The variables of the ranks on every host: the user's .deepspeed_env, the forwarded ones and ours.
-
-    Raises:
-        ClusterError: a line of a .deepspeed_env is not NAME=VALUE.
-    """
-    values = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
-    named = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for path in dict.fromkeys((Path.home() / named, Path.cwd() / named)):
-        if path.is_file():
-            values |= _read_environment(path)
-    if config.network_interface is not None:
-        values |= {name: config.network_interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")}
-    if "OMP_NUM_THREADS" in values:
-        environment = environment | {"OMP_NUM_THREADS": values["OMP_NUM_THREADS"]}
-    return values | environment
-
-
-def _read_environment(path: Path) -> dict[str, str]:
-    values, problems = {}, []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        text = line.strip().removeprefix("export ")
-        if not text or text.startswith("#"):
-            continue
-        name, sign, value = text.partition("=")
-        if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
-            problems.append(f"{path}:{number}: {line.strip()!r} is not NAME=VALUE")
-        values[name.strip()] = value.strip()
-    if problems:
-        raise ClusterError(problems)
-    return values
 
 
 def _deepspeed_env_text(plan: Plan, variables: dict[str, str]) -> str:

@@ -99,10 +99,20 @@ def test_a_run_that_a_containers_memory_cannot_hold_is_refused_without_gpus_too(
     assert memory_problems(config.replace(num_processes=1), [Host(name=HOST, slots=1)], 0, None) == []
 
 
-def test_kill_ends_one_run_and_a_killed_rank_is_named(files, tmp_path):
+def test_kill_ends_one_run_and_a_killed_rank_is_named(files, tmp_path, monkeypatch):
+    secret = "s3cret-of-this-test"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "NCCL_PASSWORD", "DATABASE_URL"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("NCCL_DEBUG_SUBSYS", "INIT")
     first, second = (launch(config_of(files, tmp_path / name)) for name in ("first", "second"))
     until_trains(first, second)
     assert len(processes(first)) >= 4, "launcher, guard and two ranks"
+    for process in processes(first):
+        environment = process.environ()
+        assert secret not in " ".join([*process.cmdline(), *environment.values()]), process
+        assert environment["NCCL_DEBUG_SUBSYS"] == "INIT"
+    written = [path for path in first.dir.path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert written == []
     status = first.kill()
     assert status.state == "stopped" and "killed on request; there is no checkpoint" in status.reason
     until(lambda: nothing_left(first), first, 5)
