@@ -258,13 +258,12 @@ def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> M
     )
 
 
-def cpu_bytes(plan: MemoryPlan, workload: Workload) -> int:
-    """The least memory that a run takes of each host where its ranks have no GPUs.
+def cpu_bytes(plan: MemoryPlan, ranks: int) -> int:
+    """The least memory that a run takes of a host with so many ranks, where they have no GPUs.
 
     The GPUs' part is in host memory too, and nothing is pinned. Activations, whose size depends on the samples, are
     left out: with these bytes and no more, a run would end for lack of memory.
     """
-    ranks = workload.gpus_per_host
     kept = sum(plan.parts[name] * ranks + plan.host_parts[name] for name in _KEPT_PARTS)
     return kept + _CPU_PROCESS_BYTES * ranks
 

@@ -165,7 +165,7 @@ def _memory(reply: Reply, known: Known) -> list[Cell]:
     """Memory, /dev/shm and locked memory, compared with what the run's plan takes."""
     facts, on_gpus = reply.facts["memory"], bool(_visible_gpus(reply.facts))
     hosts = [target.host for target in known.targets]
-    planned = host_bytes(known.config, hosts, on_gpus=on_gpus)
+    planned = host_bytes(known.config, hosts, slots=reply.target.host.slots, on_gpus=on_gpus)
     lacking = shortages(facts, slots=reply.target.host.slots, on_gpus=on_gpus, planned_bytes=planned)
     free_bytes, total_bytes = facts["free_bytes"], facts["total_bytes"]
     if limit := facts["limit"]:

@@ -43,10 +43,13 @@ class Shortage:
     hard: bool
 
 
-def host_bytes(config: Config, hosts: Sequence[Host], *, on_gpus: bool) -> int | None:
-    """The host memory that a run takes on the host with the most ranks, by its plan; None where it has none.
+def host_bytes(config: Config, hosts: Sequence[Host], *, slots: int, on_gpus: bool) -> int | None:
+    """The host memory that a run takes of one of its hosts, by its plan; None where it has none.
 
     A plan is for one of the presets, and for a model whose sizes are in a file.
+
+    Args:
+        slots: ranks on the host; on GPUs the plan is for the host with the most.
     """
     if config.deepspeed not in zero.PRESETS:
         return None
@@ -57,7 +60,7 @@ def host_bytes(config: Config, hosts: Sequence[Host], *, on_gpus: bool) -> int |
             return None
         work = workload(config, [host.slots for host in hosts])
         plan = memory.estimate(model_config, work, preset=config.deepspeed)
-        return plan.host_bytes if on_gpus else memory.cpu_bytes(plan, work)
+        return plan.host_bytes if on_gpus else memory.cpu_bytes(plan, slots)
     except HynbError:
         # Another check names a wrong model folder.
         return None
@@ -142,7 +145,6 @@ def memory_problems(config: Config, hosts: Sequence[Host], here: int | None, ssh
     on_gpus = gpu_count() > 0
     if not on_gpus and here is None:
         return []
-    planned = host_bytes(config, hosts, on_gpus=on_gpus)
 
     def ask(index: int) -> list[str]:
         host, facts = hosts[index], None
@@ -154,6 +156,7 @@ def memory_problems(config: Config, hosts: Sequence[Host], here: int | None, ssh
             facts = host_facts.parse_memory(answer.out)
         if facts is None:
             return []
+        planned = host_bytes(config, hosts, slots=host.slots, on_gpus=on_gpus)
         lacking = shortages(facts, slots=host.slots, on_gpus=on_gpus, planned_bytes=planned)
         return [f"{host.name}: {item.kind}: {item.text} (`{item.fix}`)" for item in lacking if item.hard]
 

@@ -118,7 +118,7 @@ def test_what_a_preset_moves_to_host_memory_is_not_on_the_gpus(name):
 def test_without_gpus_all_is_in_host_memory(name):
     """Full fine-tuning on two hosts of 8 ranks; weights whole in each rank under ZeRO-1 and 2, else once."""
     work = Workload(world_size=16, gpus_per_host=8, weight_bytes=4)
-    found = cpu_bytes(estimate(LARGE, work, preset=name), work)
+    found = cpu_bytes(estimate(LARGE, work, preset=name), work.gpus_per_host)
     count, weights = count_parameters(LARGE).total, 4 * (8 if PRESETS[name].stage != 3 else 0.5)
     # 16 bytes of gradient and optimizer for each parameter, of which each host has half.
     least = (weights + 16 / 2) * count

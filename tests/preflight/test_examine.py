@@ -292,7 +292,7 @@ def test_more_slots_than_cores(hosts):
     listed = alpha.path(alpha.disk / FOLDER / "hostfile")
     listed.write_text("alpha slots=1\nbeta slots=512\n")
     report, failed = run_preflight(hosts)
-    assert failed == {("beta", "GPUs")}
+    assert failed == {("beta", "GPUs"), ("beta", "memory")}, "512 processes need memory too"
     apply_fixes(hosts, report)
     assert listed.read_text().splitlines()[1] != "beta slots=512"
     assert_all_pass(hosts)

@@ -61,7 +61,7 @@ def test_one_process_without_a_launcher(files, tmp_path):
     notes = run.reader.manifest()["notes"]
     lines = [line.removeprefix("hynb: ") for line in done.stdout.splitlines() if line.startswith("hynb: ")]
     assert notes == lines[: len(notes)], "the manifest has what was printed until then"
-    ignored = "ignored, because the model folder decides them: cla_share_factor, hidden_size"
+    ignored = "ignored, because the model folder decides them: hidden_size"
     for text in ("logging_dir is ignored", "40 samples, 0 rejected", ignored, "parameters are trained"):
         assert sum(text in note for note in notes) == 1, text
 
@@ -186,7 +186,7 @@ def test_broken_data_and_foreign_code_are_refused_before_training(files, ranks, 
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     done = ranks.run(tmp_path / "run.yaml")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{data}:2" in done.stderr and f"{data}:3: message 1: the first message is the assistant's" in done.stderr
+    assert f"{data}:2" in done.stderr and f"{data}:3: the last message is the user's" in done.stderr
     status = attach(tmp_path / "run").status()
     assert status.state == "failed" and f"{data}:2" in status.reason
     foreign = tmp_path / "foreign"
