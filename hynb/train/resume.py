@@ -117,7 +117,7 @@ def going_on_from(config: Config, resume: Path, world_size: int) -> Config:
     if saved % (size * replicas):
         sizes = [count for count in range(1, saved + 1) if saved % (count * replicas) == 0]
         works = (
-            f"per_device_train_batch_size = {' or '.join(map(str, sizes))}" if sizes else "another number of ranks"
+            f"per_device_train_batch_size = {' or '.join(map(str, sizes))}" if sizes else "Another number of ranks"
         )
         raise ConfigError(
             f"per_device_train_batch_size = {size}: {world_size} ranks cannot make the global batch of {saved} "

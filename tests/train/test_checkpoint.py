@@ -174,13 +174,14 @@ def test_what_was_trained_merges_and_generates(case, files, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["v1_moe, ZeRO-2, full, grouped"], indirect=True, scope="module")
-def test_another_world_size_is_refused_on_resume(case, tmp_path, files, ranks):
+def test_ranks_that_cannot_keep_the_global_batch_are_refused(case, tmp_path, files, ranks):
     family, values, whole, _ = case
     config = config_of(files, family, tmp_path / "run", **values)
-    config = config.replace(resume_from_checkpoint=str(whole.dir.checkpoint(SAVED)), num_processes=1)
+    config = config.replace(resume_from_checkpoint=str(whole.dir.checkpoint(SAVED)), num_processes=3)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
-    done = ranks.run(tmp_path / "run.yaml")
-    assert done.returncode == 2 and "world_size = 2, this run has 1" in done.stderr
+    done = ranks.run(tmp_path / "run.yaml", ranks=3)
+    assert done.returncode == 2 and "3 ranks cannot make the global batch of " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("preset", ["ds_zero2_no_offload", "ds_zero3_no_offload"])
