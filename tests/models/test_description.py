@@ -184,7 +184,7 @@ def empty(folder: Path) -> None:
         (empty, "has neither config.json nor adapter_config.json"),
         (break_config, "config.json: cannot be read"),
         (break_family, "model_type = llama: not supported"),
-        (break_sizes, "config.json of hunyuan: a size is missing or invalid"),
+        (break_sizes, "config.json: hidden_size = 32: must be a whole number"),
         (break_shard, "model.safetensors: is truncated or not a safetensors file"),
         (break_index, "model.safetensors.index.json: is not a valid index"),
         (break_tokenizer, "tokenizer_config.json: must be a JSON object"),
