@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from tiny import tiny_data, tiny_model
+from tiny import model_and_data, tiny_model
 
 from hynb import cli
 from hynb.cli import main
@@ -72,9 +72,7 @@ def test_values_that_make_no_sense_are_refused(item):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refused")
-    tiny_model(folder / "model", "hunyuan_v1_dense")
-    tiny_data(folder / "train.jsonl")
-    return folder
+    return model_and_data(folder)
 
 
 def settings(files: Path, folder: Path, **values: object) -> list[str]:

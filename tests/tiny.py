@@ -175,6 +175,13 @@ def with_code(folder: Path) -> Path:
     return folder
 
 
+def model_and_data(folder: Path) -> Path:
+    """What a run needs: a dense model in `model`, and its data in `train.jsonl`."""
+    tiny_model(folder / "model", "hunyuan_v1_dense")
+    tiny_data(folder / "train.jsonl")
+    return folder
+
+
 def tiny_data(path: Path, count: int = 40) -> Path:
     """Writes conversations of different lengths."""
     write_jsonl(path, car_samples(count, 1, seed=3)[0])

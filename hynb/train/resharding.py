@@ -26,6 +26,7 @@ import torch.distributed as dist
 from hynb.errors import RunError
 from hynb.runs import CHECKPOINT_RECORD, RunWriter, is_resharded, read_record
 from hynb.train.byte_progress import ByteProgress
+from hynb.train.library_loading import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -164,9 +165,8 @@ def load_resharded(engine: Any, folder: Path, progress: ByteProgress) -> None:
         group.update({key: value for key, value in before.items() if key != "params"})
     optimizer.loss_scaler = saved.scaler["loss_scaler"]
     optimizer.dynamic_loss_scale, optimizer.overflow = saved.scaler["dynamic_loss_scale"], saved.scaler["overflow"]
-    buffers = {
-        name: tensor for name, tensor in saved.model["module"].items() if name in dict(engine.module.named_buffers())
-    }
+    own = {name for name, _ in engine.module.named_buffers()}
+    buffers = {name: tensor for name, tensor in saved.model["module"].items() if name in own}
     engine.module.load_state_dict(buffers, strict=False)
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(saved.model["lr_scheduler"])
@@ -185,8 +185,6 @@ def resharded_loading(resume: Path | None, shape: Mapping[str, Any], writer: Run
     """
     # The Trainer has no other place to choose how a checkpoint is loaded.
     module: Any = importlib.import_module("transformers.trainer")
-    usual = module.deepspeed_load_checkpoint
-
     show = writer.progress if writer else None
 
     def load(engine: Any, checkpoint_path: str, load_module_strict: bool = True) -> None:
@@ -194,12 +192,11 @@ def resharded_loading(resume: Path | None, shape: Mapping[str, Any], writer: Run
             engine, Path(checkpoint_path), ByteProgress("loading states", factor=dist.get_world_size(), show=show)
         )
 
-    if resume is not None and is_resharded(resume, shape):
-        module.deepspeed_load_checkpoint = load
-    try:
+    if resume is None or not is_resharded(resume, shape):
         yield
-    finally:
-        module.deepspeed_load_checkpoint = usual
+        return
+    with replaced(module, "deepspeed_load_checkpoint", load):
+        yield
 
 
 def _fill_stage_3(optimizer: Any, names: Mapping[Any, str], saved: SavedStates, progress: ByteProgress) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_data, tiny_model
+from tiny import model_and_data
 
 from hynb import cli
 from hynb.cluster import hostfile
@@ -174,9 +174,7 @@ def fuzz(seed: int, mutate: Callable[[random.Random], Any], use: Callable[[Any],
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    tiny_model(folder / "model", "hunyuan_v1_dense")
-    tiny_data(folder / "train.jsonl")
-    return folder
+    return model_and_data(folder)
 
 
 @functools.cache

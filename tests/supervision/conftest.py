@@ -9,15 +9,13 @@ import pytest
 from conftest import need
 from hosts import two_hosts
 from jobs import made_ready
-from tiny import tiny_data, tiny_model
+from tiny import model_and_data
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    tiny_model(folder / "model", "hunyuan_v1_dense")
-    tiny_data(folder / "train.jsonl")
-    return folder
+    return model_and_data(folder)
 
 
 @pytest.fixture(scope="module")
