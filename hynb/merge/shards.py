@@ -226,6 +226,8 @@ def _entry(path: Path, name: str, item: Mapping[str, Any], data_start: int) -> T
     begin, end = item["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (begin, end, *item["shape"])):
         raise ValueError(f"tensor {name}: shape and data_offsets must be whole numbers")
+    if not isinstance(item["dtype"], str):
+        raise ValueError(f"tensor {name}: dtype must be a name")
     return TensorEntry(
         name=name,
         shard=path,

@@ -102,7 +102,7 @@ def describe(folder: str | Path, *, max_seq_length: int = 2048, lora_rank: int =
         base=str(base),
         adapter=_adapter(folder) if base != folder else None,
         family=family.model_type,
-        architectures=tuple(config.get("architectures") or ()),
+        architectures=tuple(map(str, names)) if isinstance(names := config.get("architectures"), list) else (),
         total=count.total,
         active=count.active,
         layers=len(count.layers),

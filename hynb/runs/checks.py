@@ -231,18 +231,21 @@ def _check_sequence_parallel(config: Config) -> list[str]:
             f"{name} and train_batch_size = {batch} in {config.deepspeed}: DeepSpeed would count each sequence "
             f'{size} times; set train_batch_size to "auto"'
         )
-    if model.get("model_type") not in FAMILIES:
+    if str(model.get("model_type")) not in FAMILIES:
         return [*problems, f"{name}: not known to be right for model_type {model.get('model_type')}; set it to 1"]
     heads = model.get("num_attention_heads")
-    if not isinstance(heads, int):
+    key_value_heads = model.get("num_key_value_heads") or heads
+    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    limit = model.get("max_position_embeddings") or 0
+    numbers = (heads, key_value_heads, limit)
+    if not isinstance(rope, dict) or not all(isinstance(number, int) for number in numbers):
         # Loading the model reports it.
         return problems
-    key_value_heads = model.get("num_key_value_heads") or heads
-    possible = [number for number in range(1, heads + 1) if not _head_problem(number, heads, key_value_heads)]
     if problem := _head_problem(size, heads, key_value_heads):
+        sizes = range(1, min(heads, 1024) + 1)
+        possible = [number for number in sizes if not _head_problem(number, heads, key_value_heads)]
         problems.append(f"{name}: {problem}; possible for this model: {', '.join(map(str, possible))}")
-    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
-    kind, limit = rope.get("rope_type") or rope.get("type"), model.get("max_position_embeddings") or 0
+    kind = rope.get("rope_type") or rope.get("type")
     is_dynamic = kind == "dynamic" and not rope.get("alpha") and config.max_seq_length > limit
     if is_dynamic or kind == "longrope":
         problems.append(

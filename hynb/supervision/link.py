@@ -58,7 +58,10 @@ class Link:
             if self._send_key:
                 text = _mac(self._send_key, self._sent, text) + b" " + text
                 self._sent += 1
-            self._socket.sendall(text + b"\n")
+            # sendall's timeout is for all of it: a long message over a slow network would never arrive.
+            left = memoryview(text + b"\n")
+            while left:
+                left = left[self._socket.send(left) :]
 
     def receive(self, timeout_seconds: float) -> dict[str, Any] | None:
         """The next message; None when there is none within the time.
@@ -97,7 +100,9 @@ class Link:
 
     def _read_line(self, timeout_seconds: float) -> bytes | None:
         deadline = time.monotonic() + timeout_seconds
-        while (end := self._buffer.find(b"\n")) < 0:
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
             left_seconds = deadline - time.monotonic()
             if left_seconds <= 0:
                 return None
