@@ -237,14 +237,15 @@ def _check_sequence_parallel(config: Config) -> list[str]:
     key_value_heads = model.get("num_key_value_heads") or heads
     rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
     limit = model.get("max_position_embeddings") or 0
-    numbers = (heads, key_value_heads, limit)
-    if not isinstance(rope, dict) or not all(isinstance(number, int) for number in numbers):
+    if not isinstance(heads, int) or not isinstance(key_value_heads, int):
         # Loading the model reports it.
         return problems
     if problem := _head_problem(size, heads, key_value_heads):
         sizes = range(1, min(heads, 1024) + 1)
         possible = [number for number in sizes if not _head_problem(number, heads, key_value_heads)]
         problems.append(f"{name}: {problem}; possible for this model: {', '.join(map(str, possible))}")
+    if not isinstance(rope, dict) or not isinstance(limit, int):
+        return problems
     kind = rope.get("rope_type") or rope.get("type")
     is_dynamic = kind == "dynamic" and not rope.get("alpha") and config.max_seq_length > limit
     if is_dynamic or kind == "longrope":
