@@ -63,6 +63,17 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file is there that somebody may create at any time, looked for again and again.
+
+    A network disk may answer a single look with an error (ESTALE, EIO): that look saw nothing.
+    """
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def size_text(size_bytes: float) -> str:
     """A size in bytes with a decimal prefix, such as 12.3 GB."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -76,11 +87,6 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_hash(paths: Sequence[Path]) -> str:
-    """SHA-256 of the content of one file, or of several files' hashes in the given order."""
-    return combined_hash([file_hash(path) for path in paths])
 
 
 def combined_hash(hashes: Sequence[str]) -> str:

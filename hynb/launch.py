@@ -162,6 +162,8 @@ class Run:
         launcher = self._launcher()
         launch = read_record(self.dir.launch)
         if launch is None or launcher is None:
+            if not self.status().live:
+                return self.status()
             raise RunError(f"{self.output_dir}: was not started by hynb launch; end it where it was started")
         if original := original_folder(self.dir):
             raise RunError(
@@ -204,8 +206,9 @@ class Run:
                 self.dir.kill_request.unlink(missing_ok=True)
                 quoted = shlex.quote(str(self.output_dir))
                 raise RunError(
-                    f"{self.output_dir}: was launched on {host}, whose supervisor has not answered within "
-                    f"{seconds:g} seconds: nothing was ended. Run `hynb stop --kill {quoted}` on {host}"
+                    f"{self.output_dir}: was launched on {host} (or in a container with that name), and its supervisor "
+                    f"has not answered within {seconds:g} seconds: nothing was ended. Run `hynb stop --kill {quoted}` "
+                    "there"
                 )
             time.sleep(0.2)
         return self.status()

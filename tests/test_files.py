@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 
@@ -10,8 +11,9 @@ import pytest
 from hynb.errors import ModelError, RunError
 from hynb.files import (
     INDEX_NAME,
+    combined_hash,
     file_hash,
-    files_hash,
+    is_there,
     read_json,
     read_weight_map,
     replace_text,
@@ -50,11 +52,26 @@ def test_hashes_depend_on_content_and_order(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"abc" * 100_000)
     two.write_text(json.dumps({}))
-    assert file_hash(one) == hashlib.sha256(one.read_bytes()).hexdigest() == files_hash([one])
-    assert len({files_hash([one]), files_hash([two]), files_hash([one, two]), files_hash([two, one])}) == 4
-    before = file_hash(two)
+    assert file_hash(one) == hashlib.sha256(one.read_bytes()).hexdigest()
+    first, second = file_hash(one), file_hash(two)
+    lists = ([first], [second], [first, second], [second, first])
+    assert combined_hash([first]) == first and len(set(map(combined_hash, lists))) == 4
     two.rename(tmp_path / "three")
-    assert file_hash(tmp_path / "three") == before
+    assert file_hash(tmp_path / "three") == second
+
+
+def test_a_look_that_a_network_disk_answers_with_an_error_saw_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "stop"
+    path.touch()
+    assert is_there(path) and not is_there(tmp_path / "other")
+
+    def stat(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("os.stat", stat)
+    with pytest.raises(OSError, match="Stale"):
+        path.stat()
+    assert not is_there(path)
 
 
 @pytest.mark.parametrize(

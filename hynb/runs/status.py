@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hynb.files import is_there
 from hynb.runs.folder import RunDir
 from hynb.runs.heartbeat import Beat, Phase, disk_time, read_heartbeat
 from hynb.runs.process import ProcessId
@@ -78,13 +79,14 @@ def read_status(run_dir: RunDir) -> RunStatus:
     status = _recorded_status(run_dir, record, beat)
     if not status.live:
         return status
-    if original := original_folder(run_dir):
+    end = _end_of(run_dir, launch)
+    original = original_folder(run_dir) if end is None else None
+    if original:
         reason = f"this folder is a copy of {original}, made while that run was live: look there"
         return dataclasses.replace(status, state="failed", phase=None, progress="", reason=reason)
-    end = _end_of(run_dir, launch)
     # The supervisor ends all ranks before it writes its record.
     if _is_alive(run_dir.path, record, launch if end is None else None, beat if end is None else None):
-        stopping = run_dir.stop_request.exists() and status.state != "starting"
+        stopping = is_there(run_dir.stop_request) and status.state != "starting"
         return dataclasses.replace(status, state="stopping") if stopping else status
     return _unreported_end(run_dir, status, end or {})
 

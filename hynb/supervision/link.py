@@ -20,6 +20,8 @@ from typing import Any
 
 _HANDSHAKE_SECONDS = 5.0
 _LONGEST_LINE_BYTES = 64 << 20
+# Before the other end has proven that it knows the secret.
+_LONGEST_UNPROVEN_BYTES = 1 << 12
 # A send that waits longer has lost its reader: when a cable is cut, the system's buffer fills up.
 _SEND_SECONDS = 3.0
 _GUARD, _SUPERVISOR = "guard", "supervisor"
@@ -79,7 +81,7 @@ class Link:
             self._received += 1
         try:
             message = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConnectionError("received a line that is not JSON") from error
         if not isinstance(message, dict):
             raise ConnectionError("received a line that is not a message")
@@ -110,7 +112,7 @@ class Link:
             if data is None:
                 return None
             self._buffer += data
-            if len(self._buffer) > _LONGEST_LINE_BYTES:
+            if len(self._buffer) > (_LONGEST_LINE_BYTES if self._receive_key else _LONGEST_UNPROVEN_BYTES):
                 raise ConnectionError("received a line without an end")
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
@@ -137,7 +139,7 @@ def accept(connection: socket.socket, secret: str) -> Link:
     link.send({"challenge": challenge})
     answer = link.receive(_HANDSHAKE_SECONDS) or {}
     theirs = str(answer.get("challenge", ""))
-    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(secret, _GUARD, challenge, theirs)):
+    if not _is_proof(answer.get("proof"), _proof(secret, _GUARD, challenge, theirs)):
         link.close()
         raise ConnectionError("the other end does not know the secret of this run")
     link.send({"proof": _proof(secret, _SUPERVISOR, theirs, challenge)})
@@ -159,7 +161,7 @@ def connect(address: str, port: int, secret: str, *, timeout_seconds: float = _H
     theirs, challenge = str(greeting.get("challenge", "")), secrets.token_hex(16)
     link.send({"challenge": challenge, "proof": _proof(secret, _GUARD, theirs, challenge)})
     answer = link.receive(timeout_seconds) or {}
-    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(secret, _SUPERVISOR, challenge, theirs)):
+    if not _is_proof(answer.get("proof"), _proof(secret, _SUPERVISOR, challenge, theirs)):
         link.close()
         raise ConnectionError("another program, or another run, answers there")
     link.authenticate(secret, _GUARD, challenge, theirs)
@@ -168,6 +170,10 @@ def connect(address: str, port: int, secret: str, *, timeout_seconds: float = _H
 
 def _proof(secret: str, side: str, first: str, second: str) -> str:
     return _digest(secret, f"{side}:{first}:{second}").hex()
+
+
+def _is_proof(given: object, expected: str) -> bool:
+    return hmac.compare_digest(str(given).encode(errors="replace"), expected.encode())
 
 
 def _digest(secret: str, text: str) -> bytes:

@@ -21,6 +21,8 @@ _SECRET_VARIABLE = "HYNB_SECRET"
 # Where a person starts the ranks: the value of CUDA_VISIBLE_DEVICES in their shell; empty where it is not set.
 PASTED_VISIBLE_VARIABLE = "HYNB_VISIBLE_DEVICES"
 PING_SECONDS = 1.0
+# A loop that comes this much late to its next turn stood still itself, and has heard nobody meanwhile.
+STANDSTILL_SECONDS = 2.0
 # Under which names the launchers give a rank its numbers, torch's own name first.
 RANK_VARIABLES = {
     "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),

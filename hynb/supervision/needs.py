@@ -88,11 +88,12 @@ def _lacking_memory(facts: MemoryFacts, planned_bytes: int | None, *, on_gpus: b
     if planned_bytes:
         less = "choose a preset that keeps less in host memory" if on_gpus else "train an adapter (use_lora)"
         less += ", or more hosts"
-    if facts["free_bytes"] < needed:
+    limit = facts["limit"]
+    # A limit that is too small is said first: no end of other programs helps there.
+    if facts["free_bytes"] < needed and not (limit is not None and limit["limit_bytes"] < needed):
         text = f"{facts['free_bytes'] / _GB:.1f} of {facts['total_bytes'] / _GB:.1f} GB are free, and {why}: {less}"
         hard = facts["total_bytes"] < needed
         return Shortage(kind="memory", text=text, fix="ps aux --sort=-rss | head", hard=hard)
-    limit = facts["limit"]
     if limit is not None and limit["free_bytes"] < needed:
         text = (
             f"{limit['free_bytes'] / _GB:.1f} of the {limit['limit_bytes'] / _GB:.1f} GB that the container's limit "

@@ -26,7 +26,7 @@ from hynb.files import read_json, replace_text, write_json
 from hynb.runs import ProcessId, RunDir, check_output_dir, clear_run_folder
 from hynb.supervision.connections import connect
 from hynb.supervision.link import Link
-from hynb.supervision.membership import PING_SECONDS, RANK_VARIABLES, Membership
+from hynb.supervision.membership import PING_SECONDS, RANK_VARIABLES, STANDSTILL_SECONDS, Membership
 from hynb.supervision.process_end import exit_code_of_zombie, memory_evidence, memory_kills
 from hynb.supervision.processes import kill_processes, processes_of
 from hynb.supervision.registries import hold_registry, remove_abandoned_registries
@@ -141,7 +141,12 @@ class Guard:
                 self._session.detach()
 
     def _watch_silence(self) -> None:
+        turned_at = time.monotonic()
         while not self._dismissed.wait(PING_SECONDS / 2):
+            if time.monotonic() - turned_at > PING_SECONDS / 2 + STANDSTILL_SECONDS:
+                # This process stood still itself, as where a container is paused.
+                self._session.excuse_silence()
+            turned_at = time.monotonic()
             if self._silent_seconds > self._membership.silence_seconds:
                 # From this thread, at once: the watching thread may hang on a disk that is gone as well.
                 self._must_end.set()

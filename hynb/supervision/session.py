@@ -77,6 +77,11 @@ class Session:
                 self._received = number
             return message
 
+    def excuse_silence(self) -> None:
+        """Counts the other end's silence from now on: this end could not listen."""
+        with self._lock:
+            self.heard_at = max(self.heard_at, time.monotonic())
+
     def detach(self, link: Link | None = None) -> int:
         """Closes the present connection; returns the number of the last message that arrived.
 

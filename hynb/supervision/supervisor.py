@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from hynb.cluster import Ssh
-from hynb.files import write_json
+from hynb.files import is_there, write_json
 from hynb.runs import RunDir, RunReader, RunWriter, how_to_go_on, name_ranks, watchdog_abort
 from hynb.supervision.connections import Connections, Node
 from hynb.supervision.logs import LaunchLogs
-from hynb.supervision.membership import Membership
+from hynb.supervision.membership import STANDSTILL_SECONDS, Membership
 from hynb.supervision.process_end import end_text
 from hynb.supervision.processes import kill_over_ssh, kill_processes
 
@@ -117,8 +117,13 @@ class Supervisor:
                 path.unlink(missing_ok=True)
 
     def _watch(self) -> dict[str, Any]:
+        turned_at = time.monotonic()
         while True:
             self._read_inbox(_TURN_SECONDS)
+            stood_seconds = time.monotonic() - turned_at - _TURN_SECONDS
+            if stood_seconds > STANDSTILL_SECONDS:
+                self._excuse(stood_seconds)
+            turned_at = time.monotonic()
             if record := self._requested_end():
                 return record
             now = time.monotonic()
@@ -131,13 +136,21 @@ class Supervisor:
             if done:
                 return self._normal_end()
 
+    def _excuse(self, seconds: float) -> None:
+        """Leaves a time out of all limits in which this process itself stood still, as in a paused container."""
+        for node in self._nodes:
+            node.session.excuse_silence()
+        self._start_deadline += seconds
+        if self._meeting_deadline is not None:
+            self._meeting_deadline += seconds
+
     def _requested_end(self) -> dict[str, Any] | None:
         """Ends the run where a person asked for it: killed at any time, or stopped before all hosts had joined."""
-        if self._dir.kill_request.exists():
+        if is_there(self._dir.kill_request):
             self._end_everywhere()
             return {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": killed_reason(self._dir)}
         waiting = any(node.state == "waiting" for node in self._nodes)
-        if waiting and self._dir.stop_request.exists():
+        if waiting and is_there(self._dir.stop_request):
             self._end_everywhere()
             reason = "stopped on request before all hosts had joined"
             return {"state": "stopped", "exit_code": 0, "reason": reason}

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hynb.files import is_there
+
 # A look at a network disk may take milliseconds, and a message between the ranks half a millisecond of each.
 _LOOK_SECONDS = 0.5
 # Between two messages: steps may become slower than they have been.
@@ -63,7 +65,7 @@ class StopFlag:
             if self._sent_at is not None:
                 steps = int(_LOOK_SECONDS / max(1e-6, now - self._sent_at) * self._steps)
             self._sent_at = now
-            message = torch.tensor([float(self._request.exists()), float(min(max(1, steps), _MOST_STEPS))])
+            message = torch.tensor([float(is_there(self._request)), float(min(max(1, steps), _MOST_STEPS))])
         work = dist.all_reduce(message, group=self._group, async_op=True)
         assert work is not None
         self._under_way = work, message
@@ -72,5 +74,5 @@ class StopFlag:
         now = time.monotonic()
         if not self._requested and now - self._looked_at >= _LOOK_SECONDS:
             self._looked_at = now
-            self._requested = self._request.exists()
+            self._requested = is_there(self._request)
         return self._requested

@@ -23,7 +23,8 @@ def test_this_process_is_alive_and_another_host_is_unknown():
     identity = ProcessId.of(os.getpid())
     assert identity.alive() is True and ProcessId.from_record(identity.record()) == identity
     assert replace(identity, start_ticks=1).alive() is False, "a reused pid"
-    assert replace(identity, boot_id="another").alive() is False, "the same pid and ticks after a reboot"
+    assert replace(identity, boot_id="another").alive() is None, "after a restart, or on a copy of this machine"
+    assert replace(identity, pid_namespace=1).alive() is None, "in a container of this machine"
     assert replace(identity, host="elsewhere").alive() is None
 
 

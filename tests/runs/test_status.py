@@ -59,7 +59,7 @@ def test_a_process_of_this_host_needs_no_heartbeat(tmp_path):
     write_json(tmp_path / "status.json", {"state": "running", "process": earlier})
     assert status_of(tmp_path).state == "running", "a record of an earlier version"
     write_json(tmp_path / "heartbeat", {"phase": "training", "global_step": 3})
-    for reused in (process | {"start_ticks": 1}, process | {"boot_id": "another"}, earlier | {"create_time": 1.0}):
+    for reused in (process | {"start_ticks": 1}, earlier | {"create_time": 1.0}):
         write_json(tmp_path / "status.json", {"state": "running", "process": reused})
         status = status_of(tmp_path)
         assert status.state == "failed" and status.reason.startswith("its processes are gone"), reused
@@ -70,8 +70,10 @@ def set_age(path, seconds):
     os.utime(path, (modified, modified))
 
 
-def test_a_process_of_another_host_is_as_alive_as_its_heartbeat(tmp_path):
-    write_json(tmp_path / "status.json", {"state": "running", "process": ELSEWHERE})
+@pytest.mark.parametrize("difference", [{"host": "elsewhere"}, {"boot_id": "another"}, {"pid_namespace": 1}], ids=str)
+def test_a_process_of_another_host_or_container_is_as_alive_as_its_heartbeat(tmp_path, difference):
+    process = ProcessId.of(os.getpid()).record() | difference
+    write_json(tmp_path / "status.json", {"state": "running", "process": process})
     assert status_of(tmp_path).state == "failed", "no heartbeat"
     write_json(tmp_path / "heartbeat", {"phase": "saving", "global_step": 3})
     set_age(tmp_path / "heartbeat", STALE_HEARTBEAT_SECONDS / 2)
@@ -196,6 +198,8 @@ def test_a_copy_of_a_live_folder_is_known_as_one_and_ends_nothing(tmp_path):
             Run(copy).kill()
         assert Run(copy).stop().state == "failed" and not (copy / "stop_request").exists()
         assert bystander.poll() is None and not list(tmp_path.glob("*/exit.json"))
+        write_json(copy / "exit.json", {"id": launch_id, "state": "stopped", "reason": "killed on request"})
+        assert str(status_of(copy)) == "stopped: killed on request", "the copy of an ended run"
         run_dir.path.rename(tmp_path / "moved")
         assert status_of(tmp_path / "moved").state == "starting"
     finally:

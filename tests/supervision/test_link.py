@@ -92,7 +92,7 @@ def test_a_message_that_was_changed_on_the_way_ends_the_connection(change):
     def supervisor(connection: socket.socket) -> None:
         try:
             link = accept(connection, "secret")
-            while (message := link.receive(2)) is not None:
+            while (message := link.receive(60)) is not None:
                 received.append(message["text"])
         except OSError as error:
             problems.append(str(error))
@@ -114,6 +114,22 @@ def test_a_message_that_was_changed_on_the_way_ends_the_connection(change):
             link.close()
     assert problems == ["received a message that the other end of this run did not send"]
     assert received == ["first", "second", "third"][: len(received)] and len(received) < 3
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"challenge": "x", "proof": "\xc3\xa9"}', b"[" * 4000, b'"' * 5000, b"3", b"\xff"], ids=range(5)
+)
+def test_what_another_program_sends_is_refused(line):
+    problems = []
+
+    def supervisor(connection: socket.socket) -> None:
+        with pytest.raises(OSError, match="secret of this run|not JSON|not a message|without an end") as info:
+            accept(connection, "secret")
+        problems.append(str(info.value))
+
+    with serving(supervisor) as address, socket.create_connection(address) as connection:
+        connection.sendall(line + b"\n")
+    assert problems
 
 
 def test_a_message_sent_back_to_its_sender_is_refused():

@@ -115,7 +115,7 @@ def test_kill_ends_one_run_and_a_killed_rank_is_named(files, tmp_path, monkeypat
     assert written == []
     status = first.kill()
     assert status.state == "stopped" and "killed on request; there is no checkpoint" in status.reason
-    until(lambda: nothing_left(first), first, 5)
+    until(lambda: nothing_left(first), first)
     assert second.status().state == "running", "another run is not touched"
     (rank,) = processes(second, "--local_rank=1")
     rank.send_signal(signal.SIGKILL)
@@ -129,8 +129,18 @@ def test_kill_ends_one_run_and_a_killed_rank_is_named(files, tmp_path, monkeypat
 
 def test_a_frozen_rank_and_a_killed_guard_end_the_run(files, tmp_path):
     frozen = launch(config_of(files, tmp_path / "frozen", silence_timeout_seconds=3))
-    unguarded = launch(config_of(files, tmp_path / "unguarded"))
+    unguarded = launch(config_of(files, tmp_path / "unguarded", silence_timeout_seconds=3))
     until_trains(frozen, unguarded)
+    # As a container is paused and goes on: nobody was silent, for nobody could listen.
+    supervisor = psutil.Process(launch_record(unguarded)["process"]["pid"])
+    paused = {supervisor, *processes(unguarded)}
+    for process in paused:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    for process in paused:
+        process.send_signal(signal.SIGCONT)
+    step = unguarded.status().global_step
+    until(lambda: unguarded.status().global_step > step + 5, unguarded)
     (rank,) = processes(frozen, "--local_rank=1")
     rank.send_signal(signal.SIGSTOP)
     (guard,) = processes(unguarded, "hynb.supervision.node_guard")

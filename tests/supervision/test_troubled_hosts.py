@@ -172,7 +172,7 @@ def test_kill_from_a_machine_that_is_not_the_launching_one(together, apart):
     code = f"from hynb.launch import attach; attach({str(job.folder)!r}).kill(wait_seconds=3)"
     refused = beta.run([sys.executable, "-c", code], env={"PYTHONPATH": str(CODE)}, check=False)
     assert refused.returncode == 1
-    says = "was launched on alpha, whose supervisor has not answered within 3 seconds: nothing was ended"
+    says = "alpha (or in a container with that name), and its supervisor has not answered within 3 seconds: nothing"
     assert says in refused.stderr and f"hynb stop --kill {job.folder}" in refused.stderr.replace("'", "")
     alpha.run(["kill", "-CONT", supervisor])
     job.until_trains(10)

@@ -43,9 +43,10 @@ def test_time_without_training_is_left_out():
     pace = Pace()
     pace.add_tokens(100)
     time.sleep(0.2)
-    pace.pause(0.19)
+    # More than this step can have taken, however busy the machine is.
+    pace.pause(600)
     found, _ = pace.report(1, torch.device("cpu"), None)
-    assert found["step_seconds"] < 0.19 and "mfu" not in found
+    assert found["step_seconds"] < 0.2 and "mfu" not in found
 
 
 def test_events_of_two_ranks(files, ranks, tmp_path):
