@@ -206,9 +206,9 @@ class Run:
                 self.dir.kill_request.unlink(missing_ok=True)
                 quoted = shlex.quote(str(self.output_dir))
                 raise RunError(
-                    f"{self.output_dir}: was launched on {host} (or in a container with that name), and its supervisor "
-                    f"has not answered within {seconds:g} seconds: nothing was ended. Run `hynb stop --kill {quoted}` "
-                    "there"
+                    f"{self.output_dir}: was launched on {host} (or in a container with that name), and its "
+                    f"supervisor has not answered within {seconds:g} seconds: nothing was ended. "
+                    f"Run `hynb stop --kill {quoted}` there"
                 )
             time.sleep(0.2)
         return self.status()

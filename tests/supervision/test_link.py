@@ -123,7 +123,7 @@ def test_what_another_program_sends_is_refused(line):
     problems = []
 
     def supervisor(connection: socket.socket) -> None:
-        with pytest.raises(OSError, match="secret of this run|not JSON|not a message|without an end") as info:
+        with pytest.raises(OSError, match=r"secret of this run|not JSON|not a message|without an end") as info:
             accept(connection, "secret")
         problems.append(str(info.value))
 
