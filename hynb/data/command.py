@@ -113,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     )
     allowed = args.allow_special_tokens_in_text
     print(report.text(batch_size=args.per_device_train_batch_size, special_tokens_allowed=allowed))
+    if tokenizer is None:
+        print("not checked without --tokenizer_name_or_path: tokens, and what the chat template renders")
     if tokenizer and args.preview:
         _print_preview(args, tokenizer, options, report)
     if tokenizer and args.tokenised:

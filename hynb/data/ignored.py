@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hynb.data.files import Conversation
@@ -14,6 +14,8 @@ from hynb.errors import DataError
 _OTHER_TIME = "1999-12-31"
 # It chooses how the model is asked, and may leave what it answers as it is.
 _SWITCH = "enable_thinking"
+# What tells a call from others, and its kind, of which there is one.
+_KEYS_OF_CALL = ("function", "id", "type", "index")
 
 
 def ignored_fields(template: ChatTemplate, conversation: Conversation) -> list[str]:
@@ -26,16 +28,19 @@ def ignored_fields(template: ChatTemplate, conversation: Conversation) -> list[s
     learned = template.rendering(conversation)
     found = []
     for name in conversation.arguments:
-        others = _other_arguments(conversation, name)
-        if all(template.rendering(conversation.replaced(arguments=other)) == learned for other in others):
+        # One that the template refuses ("") shows nothing.
+        others = _other_arguments(template, conversation, name)
+        if all(template.rendering(conversation.replaced(arguments=other)) in ("", learned) for other in others):
             found.append(name)
     for name in sorted({name for message in conversation.messages for name in message}):
         if name not in ("role", "content", "train") and _ignores(template, conversation, name, turns, rendering):
             found.append(f"messages[].{name}")
     if "tools" in conversation.arguments and "tools" not in found:
         found += _lost_of_tools(template, conversation, learned)
-    if "messages[].tool_calls" not in found and _loses_arguments(template, conversation, turns, rendering):
-        found.append("messages[].tool_calls[].function.arguments")
+    if "messages[].tool_calls" not in found:
+        if _loses_arguments(template, conversation, turns, rendering):
+            found.append("messages[].tool_calls[].function.arguments")
+        found += _lost_of_calls(template, conversation, turns, rendering)
     return found
 
 
@@ -53,7 +58,7 @@ def is_asked_as_trained(template: ChatTemplate, conversation: Conversation, name
     prompts = [_asked(template, conversation, last)]
     prompts += [
         _asked(template, conversation.replaced(arguments=other), last)
-        for other in _other_arguments(conversation, name)
+        for other in _other_arguments(template, conversation, name)
     ]
     return len({prompt[0] for prompt in prompts if prompt}) > 1
 
@@ -92,10 +97,14 @@ def _asked(template: ChatTemplate, conversation: Conversation, index: int) -> tu
         return None
 
 
-def _other_arguments(conversation: Conversation, name: str) -> list[dict[str, Any]]:
-    """The record's arguments without one, and with another value of it, since it may have the default's."""
+def _other_arguments(template: ChatTemplate, conversation: Conversation, name: str) -> Iterator[dict[str, Any]]:
+    """The record's arguments without one, and with other values of it, since it may have the default's."""
+    given = conversation.arguments[name]
     rest = {key: value for key, value in conversation.arguments.items() if key != name}
-    return [rest, rest | {name: _OTHER_TIME if name == TIME_ARGUMENT else _other(conversation.arguments[name])}]
+    yield rest
+    yield rest | {name: _OTHER_TIME if name == TIME_ARGUMENT else _other(given)}
+    if isinstance(given, str):
+        yield from (rest | {name: value} for value in template.choices(name) if value != given)
 
 
 def _ignores(
@@ -194,6 +203,28 @@ def _loses_arguments(
         for number, place in enumerate(places)
         if _mark(number) not in whole
     )
+
+
+def _lost_of_calls(
+    template: ChatTemplate, conversation: Conversation, turns: Sequence[str | None], text: str
+) -> list[str]:
+    """Further keys of tool calls that the rendering does not depend on."""
+    messages = conversation.messages
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    places = {("call", key) for call in calls for key in call if key not in _KEYS_OF_CALL}
+    places |= {("function", key) for call in calls for key in call["function"] if key not in ("name", "arguments")}
+
+    def without(holder: str, key: str) -> list[dict[str, Any]]:
+        changed = copy.deepcopy([dict(message) for message in messages])
+        for call in [call for message in changed for call in message.get("tool_calls") or ()]:
+            (call["function"] if holder == "function" else call).pop(key, None)
+        return changed
+
+    return [
+        f"messages[].tool_calls[].{'function.' if holder == 'function' else ''}{key}"
+        for holder, key in sorted(places)
+        if _is_the_same(template, conversation, without(holder, key), turns, text)
+    ]
 
 
 def _with_mapping(call: Mapping[str, Any]) -> dict[str, Any]:

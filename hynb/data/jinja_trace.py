@@ -50,6 +50,7 @@ class TracedTemplate:
 
     Attributes:
         arguments: names of variables that a caller may set.
+        choices: for each variable the texts that the template compares it with.
         sought: texts that the template looks for inside of others, such as messages.
         equal: texts that it compares others with.
         writes_time: whether it has a call of `strftime_now`, with which templates write the present time.
@@ -64,6 +65,7 @@ class TracedTemplate:
         tree = environment.parse(source)
         self.arguments = _arguments(tree) - set(environment.globals)
         self.sought, self.equal = _literals(tree)
+        self.choices = _choices(tree)
         self.writes_time = any(
             isinstance(call.node, jinja2.nodes.Name) and call.node.name == "strftime_now"
             for call in tree.find_all(jinja2.nodes.Call)
@@ -252,6 +254,19 @@ def _arguments(tree: jinja2.nodes.Template) -> frozenset[str]:
         if node.name == "defined" and isinstance(node.node, jinja2.nodes.Name)
     }
     return frozenset(undeclared - (assigned - tested))
+
+
+def _choices(tree: jinja2.nodes.Template) -> dict[str, frozenset[str]]:
+    """The texts that the template compares each variable with."""
+    found: dict[str, frozenset[str]] = {}
+    for compare in tree.find_all(jinja2.nodes.Compare):
+        if isinstance(compare.expr, jinja2.nodes.Name):
+            # Compiling has made one constant of a list.
+            values = [node.value for node in compare.find_all(jinja2.nodes.Const)]
+            texts = [text for value in values for text in (value if isinstance(value, (list, tuple)) else [value])]
+            known = found.get(compare.expr.name, frozenset())
+            found[compare.expr.name] = known | {text for text in texts if isinstance(text, str)}
+    return found
 
 
 def _literals(tree: jinja2.nodes.Template) -> tuple[frozenset[str], frozenset[str]]:

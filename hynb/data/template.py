@@ -90,6 +90,10 @@ class ChatTemplate:
         known = self._template.arguments - _OWN_ARGUMENTS - self._special_tokens.keys()
         return known | {TIME_ARGUMENT} if self._template.writes_time else known
 
+    def choices(self, name: str) -> list[str]:
+        """Values of an argument that the template tells apart."""
+        return sorted(self._template.choices.get(name, ()))
+
     @property
     def written_time(self) -> str:
         """The time that it has written where a record named none, so far in this process; empty if it has not."""

@@ -218,6 +218,21 @@ def test_thoughts_that_a_template_strips_are_counted_refused_or_split(shared):
         ),
         ("hy3", {"messages": [EXCHANGE[0] | {"name": "Ann"}, EXCHANGE[1]]}, "messages[].name"),
         ("hy3", {"messages": [EXCHANGE[0], EXCHANGE[1] | {"audio": {"id": "x"}}]}, "messages[].audio"),
+        (
+            "hy3",
+            {"messages": EXCHANGE, "reasoning_effort": "low", "fallback_strategy": "reasoning_toolcall_retry"},
+            "reasoning_effort",
+        ),
+        (
+            "hy3",
+            {
+                "messages": [
+                    EXCHANGE[0],
+                    EXCHANGE[1] | {"tool_calls": [{"function": {"name": "f", "arguments": {}, "strict": True}}]},
+                ]
+            },
+            "messages[].tool_calls[].function.strict",
+        ),
     ],
 )
 def test_a_field_that_is_not_rendered_is_refused_by_name(shared, name, record, field):
@@ -226,7 +241,7 @@ def test_a_field_that_is_not_rendered_is_refused_by_name(shared, name, record, f
         shown(record, tokenizer)
     assert f"f.jsonl:3: the chat template does not render {field}, so" in str(raised.value)
     assert "allow_ignored_fields" in str(raised.value)
-    if "tool_calls" not in field:
+    if not field.endswith("tool_calls"):
         assert "⟦" in shown(record, tokenizer, allow_ignored_fields=True)
         return
     with pytest.raises(DataError, match=r"message 2: the assistant's answer is empty but for its tool calls, which"):

@@ -156,7 +156,7 @@ def test_a_frozen_rank_and_a_killed_guard_end_the_run(files, tmp_path):
 
 
 def test_a_rank_that_is_late_under_gloo_is_the_one_that_is_named(files, tmp_path):
-    run = launch(config_of(files, tmp_path / "run", silence_timeout_seconds=3600, collective_timeout_minutes=0.25))
+    run = launch(config_of(files, tmp_path / "run", silence_timeout_seconds=3600, collective_timeout_minutes=1))
     until_trains(run)
     (rank,) = processes(run, "--local_rank=1")
     rank.send_signal(signal.SIGSTOP)
