@@ -226,9 +226,8 @@ def prepare_run_folder(state: RankState) -> None:
 
 
 def set_up(state: RankState) -> None:
-    """Sets up the process, and imports what takes seconds before the ranks wait for each other."""
+    """Sets up the process and its environment."""
     set_up_process()
-    import transformers  # noqa: F401
 
 
 def check_data(state: RankState) -> None:
@@ -250,8 +249,9 @@ def compile_ops(state: RankState) -> None:
     """
     import torch
 
-    from hynb.train import compile_ops
+    from hynb.train import compile_ops, import_libraries
 
+    import_libraries()
     on_cpu = not torch.cuda.is_available()
     ds_config, notes = zero.correct(zero.load(state.config.deepspeed), state.config.deepspeed_values())
     ds_config, note = zero.saving_whole_weights(ds_config)

@@ -312,16 +312,14 @@ def preload() -> None:
     import gc
     import importlib
 
-    for name in ("peft", "deepspeed", "torch.utils.tensorboard", "transformers.integrations", "hynb.hunyuan_large"):
-        importlib.import_module(name)
-    for family in set(FAMILIES) - {"hunyuan"}:
-        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     import hynb.train
 
+    hynb.train.import_libraries()
+    importlib.import_module("hynb.hunyuan_large")
+    for family in set(FAMILIES) - {"hunyuan"}:
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     for name in hynb.train.__all__:
         getattr(hynb.train, name)
-    # DeepSpeed imports it with each engine, and torch's compiler with it.
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     # A rank's garbage collection would look at all of it, and copy its pages.
     gc.freeze()
 

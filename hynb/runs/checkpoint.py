@@ -164,7 +164,7 @@ def check_same_shape(folder: Path, shape: Mapping[str, Any]) -> list[str]:
         "world_size": "without ZeRO, resume with the same number of ranks",
         "zero_stage": "resume with a preset of ZeRO 1 to 3 if the checkpoint is of one, otherwise of the same stage",
         "use_lora": "resume with the same use_lora",
-        "sequence_parallel_size": "resume with the same sequence_parallel_size, which decides the order of data",
+        "sequence_parallel_size": "resume with the same sequence_parallel_size: the order of data depends on it",
     }
     if record.get("zero_stage") and shape.get("zero_stage"):
         del hints["world_size"], hints["zero_stage"]

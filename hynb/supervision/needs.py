@@ -135,7 +135,7 @@ def _lacking_locked_memory(facts: MemoryFacts, slots: int) -> Shortage | None:
 
 
 def memory_problems(config: Config, hosts: Sequence[Host], here: int | None, ssh: Ssh | None) -> list[str]:
-    """What the hosts of a run lack of memory even when nothing else runs there; asked of all at once.
+    """What the hosts of a run lack of memory even when nothing else runs there; all are asked at once.
 
     Nothing where this machine has no GPU and is none of the hosts, which may have some.
 

@@ -1,4 +1,4 @@
-"""How a process of this host has ended, which its parent alone is told: by which signal, and whether for memory."""
+"""How a process of this host has ended, which only its parent learns: by which signal, and whether for memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def memory_kills(pids: Iterable[int] = (), files: Iterable[str] = ()) -> dict[st
 
 
 def end_text(exit_code: int, killed_for_memory: str) -> str:
-    """How a process has ended, behind its name; by a signal it is told by the signal's name.
+    """How a process has ended, as a text that follows its name; a signal is given by its name.
 
     Args:
         killed_for_memory: the counter that has risen, or empty; as `memory_evidence` tells it.

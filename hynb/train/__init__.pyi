@@ -28,6 +28,7 @@ from .pace import memory_bytes as memory_bytes
 from .pace import pace_of as pace_of
 from .process import Notes as Notes
 from .process import decided_by_rank_0 as decided_by_rank_0
+from .process import import_libraries as import_libraries
 from .process import init_process_group as init_process_group
 from .process import set_up_process as set_up_process
 from .process import show_output_at_once as show_output_at_once

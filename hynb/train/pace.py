@@ -161,7 +161,7 @@ def _seconds(begin: Any, end: Any) -> float:
 
 
 def _utilisation() -> float:
-    """Percent of the last moments in which this rank's GPU computed; nan where nobody tells."""
+    """Percent of the last moments in which this rank's GPU computed; nan where it is unknown."""
     if not torch.cuda.is_available():
         return math.nan
     try:

@@ -168,7 +168,7 @@ class StepWatch:
         return mean_loss
 
     def resumed(self, global_step: int) -> None:
-        """Training begins behind this step."""
+        """Training begins after this step."""
         self._logged_step = global_step
 
     def look_for_spike(self, loss: float, before: Sequence[float], global_step: int) -> None:

@@ -56,7 +56,7 @@ class RunTrainer(Trainer):
         sampler: the sampling order of the training set.
         routers: the statistics of the model's routers, and their balancing loss.
         pace: measures the steps.
-        watch: finds steps that are no good.
+        watch: finds steps whose loss or gradient is not finite or too large.
         folders: the run folders of hosts that share none; None where there is one folder.
         parts: which part of which rows this rank computes; None for rows of its own.
 
