@@ -259,7 +259,7 @@ def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
 
 
 def _ask_hosts(ssh: Ssh, hosts: Sequence[Host]) -> tuple[list[str], dict[str, str]]:
-    """What keeps the ranks from starting on hosts, and their values of CUDA_VISIBLE_DEVICES; all are asked at once."""
+    """What keeps the ranks from starting on hosts, and their CUDA_VISIBLE_DEVICES; all are asked at once."""
     python = sys.executable
     script = (
         f"[ -x {shlex.quote(python)} ] || echo 'has no {python}'; "

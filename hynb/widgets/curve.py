@@ -107,6 +107,7 @@ class Curve:
             ("step", f"{self.step_seconds[-1]:.3g} s{self._parts_text()}"),
             ("tokens so far", f"{self.tokens:,.0f}"),
             ("memory", size_text(_number(self.newest.get("memory_bytes"))) + self._rank_text()),
+            ("GPU utilisation", self._utilisation_text()),
         ]
         if self.eval_steps:
             found.insert(1, ("evaluation loss", self._evaluation_text()))
@@ -160,6 +161,14 @@ class Curve:
         """The rank with the most memory, where there are several."""
         several = len(self.newest.get("memory_bytes_per_rank") or ()) > 1
         return f" on rank {self.newest.get('memory_rank')}, the most" if several else ""
+
+    def _utilisation_text(self) -> str:
+        """The mean over the GPUs, and the least busy one where there are several."""
+        given = self.newest.get("gpu_utilisation_per_rank")
+        percent = [_number(value) for value in (given if isinstance(given, list) else ())] or [math.nan]
+        lowest = min(percent)
+        several = f" (lowest: {lowest:.0f}% on rank {percent.index(lowest)})" if len(percent) > 1 else ""
+        return f"{sum(percent) / len(percent):.0f}%{several}"
 
     def _evaluation_text(self) -> str:
         # NaN compares as neither smaller nor larger.

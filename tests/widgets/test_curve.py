@@ -38,9 +38,24 @@ def test_evaluations_are_shown_in_words():
     assert "evaluation loss 0.6000 at step 6" in curve.alt_text(RunStatus(state="running", max_steps=6))
 
 
+def test_the_least_busy_gpu_is_named():
+    curve = Curve.of(log_events([1], gpu_utilisation_per_rank=[98, 12, 95]))
+    assert dict(curve.facts())["GPU utilisation"] == "68% (lowest: 12% on rank 1)"
+    assert "GPU utilisation" not in dict(Curve.of(log_events([1])).facts()), "nothing is known of it on a CPU"
+
+
 def test_values_that_are_not_numbers_are_left_out():
     """A line of events.jsonl may be of another version, or damaged."""
-    curve = Curve.of(log_events([1, 2], tokens="many", memory_bytes=None, learning_rate=True, step_seconds="<b>"))
+    curve = Curve.of(
+        log_events(
+            [1, 2],
+            tokens="many",
+            memory_bytes=None,
+            gpu_utilisation_per_rank=["x"],
+            learning_rate=True,
+            step_seconds="<b>",
+        )
+    )
     assert [name for name, _ in curve.facts()] == ["loss", "tokens so far"]
     assert dict(curve.facts())["tokens so far"] == "0"
 
