@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 
 import pytest
 
@@ -50,3 +52,18 @@ def test_the_csv_has_the_questions_whose_answers_differ(tmp_path):
     assert (rows[0]["base ended"], rows[0]["adapter ended"], rows[1]["thought of base"]) == ("no", "yes", "t")
     with pytest.raises(DataError, match="cannot be written"):
         write_differences(tmp_path / "no" / "folder.csv", questions, all_of("1", "2", "3"), given)
+
+
+def test_the_rows_of_upstreams_own_task(shared):
+    """Names of car series in an article, or none ("无"); A13B's rows have an empty thought and an <answer>."""
+    lines = (shared / "models" / "hunyuan-a13b" / "example_nothink.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["messages"][-1]["content"] for line in lines]
+    expected = [make_answer(text, ended=True) for text in texts]
+    names = [re.fullmatch(r"<think>\s*</think>\s*<answer>\s*(.*?)\s*</answer>", text, re.DOTALL) for text in texts]
+    assert [answer.text for answer in expected] == [name[1] for name in names if name]
+    assert str(score(expected, expected)) == "exact match 100.0%, F1 1.000, 0 of 50 answers never ended"
+    nothing = score([make_answer("无", ended=True)] * 50, expected)
+    assert 0 < nothing.exact_match == sum(text.endswith("<answer>\n无\n</answer>") for text in texts) / 50
+    # As after an answer that was cut, which names no series.
+    cut = score([make_answer(text[:9], ended=False) for text in texts], expected)
+    assert (cut.exact_match, cut.f1, cut.never_ended) == (0.0, 0.0, 50)
