@@ -93,12 +93,21 @@ class Family:
             name = f"{name}.".replace(f".{in_model}.", f".{in_file}.")[:-1]
         return name
 
+    def mtp_count(self, model_config: ModelConfig) -> int:
+        """The number of MTP layers."""
+        return (model_config.get(self.mtp_layers) or 0) if self.mtp_layers else 0
+
     def is_mtp_tensor(self, name: str, model_config: ModelConfig) -> bool:
         """Whether a tensor of a weight file belongs to an MTP layer."""
-        count = (model_config.get(self.mtp_layers) or 0) if self.mtp_layers else 0
+        count = self.mtp_count(model_config)
         first = model_config["num_hidden_layers"]
         found = re.match(r"model\.layers\.(\d+)\.", name)
         return found is not None and first <= int(found[1]) < first + count
+
+
+def chooses_experts(name: str) -> bool:
+    """Whether a tensor of a weight file is a router's weight, or the bias by which hy_v3 chooses experts."""
+    return re.search(r"\.gate\.(wg\.)?weight$|\.expert_bias$", name) is not None
 
 
 def family_of(model_type: str | None) -> Family:

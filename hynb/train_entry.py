@@ -357,10 +357,8 @@ def build_model(state: RankState) -> None:
         uneven_work,
     )
 
-    set_seed(state.config.seed)
-    if state.base is None and state.config.use_lora:
-        # Before the TrainingArguments exist, under which ZeRO-3 would shard it.
-        _write_random_base(state)
+    # Before the TrainingArguments exist, under which ZeRO-3 would shard it.
+    _write_random_base(state)
     evaluates = state.datasets.evaluation is not None
     workers, reason = data_workers(state.config, state.datasets)
     logger.info(f"dataloader_num_workers = {workers}: {reason}")
@@ -507,6 +505,8 @@ def _write_random_base(state: RankState) -> None:
 
     from hynb.train import write_random_base
 
+    if state.base is not None or not state.config.use_lora:
+        return
     state.base = RunDir(state.config.output_dir).random_base
     if state.rank == 0:
         write_random_base(state.config, state.tokenizer, state.tokenizer_folder, state.base)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from hynb.errors import MergeError
+from hynb.families import chooses_experts
 from hynb.files import read_json, write_json
 from hynb.merge import shards
 from hynb.merge.computation import Computation, TensorChange, computation
@@ -28,8 +28,6 @@ UNTIED_SHARD, _FIRST_OF_TWO = "model-lm_head.safetensors", "model-base.safetenso
 _THREADS = 4
 # If less of a shard changes, copying it as one range is faster than copying what lies between the changes.
 _COPIED_SHARE = 0.25
-# Router weights, and the bias by which hy_v3 chooses experts.
-_CHOOSES_EXPERTS = re.compile(r"\.gate\.(wg\.)?weight$|\.expert_bias$")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -259,6 +257,6 @@ def largest_and_mean(changes: Mapping[str, TensorChange]) -> tuple[float, float]
 
 def _output_dtype(entry: TensorEntry, save_dtype: str) -> str:
     # Experts are chosen in float32; rounded, a router would send tokens to other experts than the base's does.
-    chooses_experts = _CHOOSES_EXPERTS.search(entry.name) and entry.dtype == "F32"
+    stays_float32 = entry.dtype == "F32" and chooses_experts(entry.name)
     wanted = SAVE_DTYPES[save_dtype]
-    return entry.dtype if wanted is None or chooses_experts or entry.dtype not in TORCH_DTYPES else wanted
+    return entry.dtype if wanted is None or stays_float32 or entry.dtype not in TORCH_DTYPES else wanted

@@ -107,7 +107,7 @@ def describe(folder: str | Path, *, max_seq_length: int = 2048, lora_rank: int =
         active=count.active,
         layers=len(count.layers),
         experts=_largest(config.get("num_experts")) if family.moe_block else 0,
-        mtp_layers=config.get("num_nextn_predict_layers") or 0,
+        mtp_layers=family.mtp_count(config),
         weights=read_weights(base),
         context_tokens=config.get("max_position_embeddings"),
         tokenizer_problem=missing_tokenizer_files(tokenizer_folder),

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutput
@@ -116,6 +117,7 @@ def write_random_base(
     config: Config, tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, folder: Path
 ) -> None:
     """Saves a random model with the sizes of the Config as a base folder, which an adapter needs to be merged."""
+    set_seed(config.seed)
     options = {"dtype": training_dtype(config), "attn_implementation": "sdpa"}
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
