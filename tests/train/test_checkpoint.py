@@ -33,9 +33,9 @@ CASES = {
         "hunyuan_v1_moe",
         {"gradient_accumulation_steps": 2, "data": "few", "group_by_length": True},
     ),
-    "v1_moe, ZeRO-3, LoRA": (
+    "v1_moe, ZeRO-3, LoRA on experts": (
         "hunyuan_v1_moe",
-        {"deepspeed": "ds_zero3_no_offload", "use_lora": True, "gradient_checkpointing": True, "packing": True},
+        {"deepspeed": "ds_zero3_no_offload", "gradient_checkpointing": True, "packing": True} | ON_EXPERTS,
     ),
     "v1_dense, ZeRO-3, full": ("hunyuan_v1_dense", {"deepspeed": "ds_zero3_no_offload", "bf16": True}),
     "v1_dense, ZeRO-2, LoRA, a broken line": (
