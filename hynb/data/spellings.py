@@ -65,6 +65,10 @@ def _join_parts(message: dict[str, Any]) -> None:
     message["content"] = "".join(part["text"] for part in parts if part["type"] in _TEXT_PARTS)
     if thought:
         message[THOUGHT_FIELDS[0]] = thought
+    # What else a part has is looked for in the rendering as any field of a message, and named where it is not there.
+    for part in parts:
+        known = {"type", "text"} if part["type"] in _TEXT_PARTS else {"type", "text", *_THOUGHT_PARTS}
+        message |= {f"content[].{name}": value for name, value in part.items() if name not in known and value}
 
 
 def spelling_problem(message: dict[str, Any]) -> str:

@@ -220,6 +220,11 @@ def test_thoughts_that_a_template_strips_are_counted_refused_or_split(shared):
         ("hy3", {"messages": [EXCHANGE[0], EXCHANGE[1] | {"audio": {"id": "x"}}]}, "messages[].audio"),
         (
             "hy3",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "note": "lost"}]}, EXCHANGE[1]]},
+            "messages[].content[].note",
+        ),
+        (
+            "hy3",
             {"messages": EXCHANGE, "reasoning_effort": "low", "fallback_strategy": "reasoning_toolcall_retry"},
             "reasoning_effort",
         ),
