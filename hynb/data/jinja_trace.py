@@ -63,9 +63,10 @@ class TracedTemplate:
     def __init__(self, source: str) -> None:
         environment = _environment()
         tree = environment.parse(source)
+        # First: the search for arguments makes one constant of each list.
+        self.choices = _choices(tree)
         self.arguments = _arguments(tree) - set(environment.globals)
         self.sought, self.equal = _literals(tree)
-        self.choices = _choices(tree)
         self.writes_time = any(
             isinstance(call.node, jinja2.nodes.Name) and call.node.name == "strftime_now"
             for call in tree.find_all(jinja2.nodes.Call)
@@ -261,11 +262,7 @@ def _choices(tree: jinja2.nodes.Template) -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for compare in tree.find_all(jinja2.nodes.Compare):
         if isinstance(compare.expr, jinja2.nodes.Name):
-            # Compiling has made one constant of a list.
-            values = [node.value for node in compare.find_all(jinja2.nodes.Const)]
-            texts = [text for value in values for text in (value if isinstance(value, (list, tuple)) else [value])]
-            known = found.get(compare.expr.name, frozenset())
-            found[compare.expr.name] = known | {text for text in texts if isinstance(text, str)}
+            found[compare.expr.name] = found.get(compare.expr.name, frozenset()) | _constants(compare)
     return found
 
 
