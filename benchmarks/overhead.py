@@ -58,14 +58,17 @@ def train(folder: str, way: str, steps: str, logging_steps: str, result: str) ->
     from hynb.plan import zero
     from hynb.runs import RunDir, RunWriter
     from hynb.train import (
+        Datasets,
         Pace,
         RouterWatch,
+        RowParts,
         RunCallback,
         RunTrainer,
         init_process_group,
         load_model,
         load_tokenizer,
         training_arguments,
+        watch_of,
     )
 
     init_process_group(timedelta(minutes=10))
@@ -93,6 +96,8 @@ def train(folder: str, way: str, steps: str, logging_steps: str, result: str) ->
             writer.start()
         sampler = SeededSampler(len(dataset), config.seed)
         callback = RunCallback(run_dir=RunDir(result), writer=writer, model=model, sampler=sampler)
+        datasets = Datasets(train=dataset, evaluation=None, lengths=None)
+        parts = RowParts(rank=rank, world_size=torch.distributed.get_world_size())
         trainer: Trainer = RunTrainer(
             **options,
             sampler=sampler,
@@ -106,6 +111,7 @@ def train(folder: str, way: str, steps: str, logging_steps: str, result: str) ->
             save_minutes=None,
             writer=writer,
             pace=Pace(),
+            watch=watch_of(config, datasets, sampler, parts, writer),
             folders=None,
         )
     else:

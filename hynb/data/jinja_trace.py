@@ -65,8 +65,8 @@ class TracedTemplate:
         tree = environment.parse(source)
         # First: the search for arguments makes one constant of each list.
         self.choices = _choices(tree)
-        self.arguments = _arguments(tree) - set(environment.globals)
         self.sought, self.equal = _literals(tree)
+        self.arguments = _arguments(tree) - set(environment.globals)
         self.writes_time = any(
             isinstance(call.node, jinja2.nodes.Name) and call.node.name == "strftime_now"
             for call in tree.find_all(jinja2.nodes.Call)

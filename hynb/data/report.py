@@ -36,6 +36,7 @@ class Rejected:
         needed_tokens: of a valid sample of whose answers nothing is left after truncation, the max_seq_length from
             which on it is trained on; None for an invalid line.
         samples: number of these samples, of which a line has several under `split_turns`.
+        answer: number of the first of them within its conversation, from 1; 0 without `split_turns`.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Rejected:
     excerpt: str
     needed_tokens: int | None = None
     samples: int = 1
+    answer: int = 0
 
 
 @dataclass(kw_only=True)

@@ -285,12 +285,13 @@ class _Scan:
             found.rejected.append(_rejected(item.index, source, DataError(problem), item.line))
             return
         needed = int(trained.argmax()) + 1
+        answer = f"answer {item.answer}" if item.answer else "the answer"
         problem = (
-            f"{source}: nothing of the answer is left within max_seq_length = "
+            f"{source}: nothing of {answer} is left within max_seq_length = "
             f"{self.dataset.max_seq_length} of its {len(trained)} tokens: from {needed} tokens on it is trained on"
         )
         rejected = _rejected(item.index, source, DataError(problem), item.line)
-        found.rejected.append(dataclasses.replace(rejected, needed_tokens=needed))
+        found.rejected.append(dataclasses.replace(rejected, needed_tokens=needed, answer=item.answer))
 
 
 def _rejected(index: int, location: str, error: DataError, line: bytes) -> Rejected:
@@ -302,14 +303,21 @@ def _one_per_line(rejected: list[Rejected]) -> list[Rejected]:
 
     That the line is invalid counts more than that a sample is too long.
     """
-    kept: dict[int, Rejected] = {}
+    of_lines: dict[int, list[Rejected]] = {}
     for item in sorted(rejected, key=lambda item: (item.index, item.needed_tokens is not None)):
-        first = kept.setdefault(item.index, item)
-        if first is item or first.needed_tokens is None or item.needed_tokens is None:
-            continue
-        needed = max(first.needed_tokens, item.needed_tokens)
-        kept[item.index] = dataclasses.replace(first, needed_tokens=needed, samples=first.samples + item.samples)
-    return list(kept.values())
+        of_lines.setdefault(item.index, []).append(item)
+    return [_together(items) if items[0].needed_tokens else items[0] for items in of_lines.values()]
+
+
+def _together(too_long: list[Rejected]) -> Rejected:
+    """Samples of one line that are too long."""
+    first, *others = too_long
+    if not others:
+        return first
+    needed = max(item.needed_tokens or 0 for item in too_long)
+    named = ", ".join(str(item.answer) for item in others)
+    problem = f"{first.problem}; the same with answer {named}, up to {needed} tokens"
+    return dataclasses.replace(first, problem=problem, needed_tokens=needed, samples=len(too_long))
 
 
 def _hash(content: memoryview) -> int:

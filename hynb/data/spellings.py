@@ -67,8 +67,9 @@ def _join_parts(message: dict[str, Any]) -> None:
         message[THOUGHT_FIELDS[0]] = thought
     # What else a part has is looked for in the rendering as any field of a message, and named where it is not there.
     for part in parts:
-        known = {"type", "text"} if part["type"] in _TEXT_PARTS else {"type", "text", *_THOUGHT_PARTS}
-        message |= {f"content[].{name}": value for name, value in part.items() if name not in known and value}
+        read = "text" if part["type"] in _TEXT_PARTS else _thought_key(part)
+        rest = {name: value for name, value in part.items() if name not in ("type", read)}
+        message |= {f"content[].{name}": value for name, value in rest.items() if value and value != part.get(read)}
 
 
 def spelling_problem(message: dict[str, Any]) -> str:
@@ -112,9 +113,14 @@ def _problem(parts: Sequence[Any], message: dict[str, Any]) -> str:
     return ""
 
 
+def _thought_key(part: dict[str, Any]) -> str:
+    """The key under which a part has its thought; "text" if it has none."""
+    return next((name for name in _THOUGHT_PARTS if name in part), "text")
+
+
 def _thought(part: dict[str, Any]) -> str:
     """The text of a part with a thought; empty if it has none."""
-    value = next((part[name] for name in (*_THOUGHT_PARTS, "text") if name in part), None)
+    value = part.get(_thought_key(part))
     if isinstance(value, list):
         texts = [item["text"] for item in value if isinstance(item, dict) and isinstance(item.get("text"), str)]
         return "".join(texts) if len(texts) == len(value) else ""

@@ -293,6 +293,9 @@ def test_a_record_is_refused_once_however_many_answers_it_has(tokenizer, tmp_pat
     report = check_data(path, tokenizer, needed[1], **(found | {"max_cut_share": 1}))
     assert len(report.too_long) == 1 and report.too_long[0].samples == 2 and report.samples == 3
     assert report.too_long_share == 2 / 5 and "2 samples (40.0%)" in report.text()
+    longest = report.too_long[0].needed_tokens
+    problem = json.loads(rejected_path.read_text())["problem"]
+    assert "nothing of answer 3 is left" in problem and problem.endswith(f"with answer 4, up to {longest} tokens")
     kept = check_data(path, tokenizer, report.too_long[0].needed_tokens, options=options)
     assert kept.samples == 5
 

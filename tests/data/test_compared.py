@@ -103,6 +103,14 @@ def test_a_thought_that_a_collecting_template_strips_is_found(tokenizer, monkeyp
     assert ChatTemplate.of(tokenizer).shortened_turns(Conversation(messages=messages, source="f:3")) == [1]
 
 
+def test_a_content_in_a_list_of_the_template_is_rendered_itself(tokenizer, monkeypatch):
+    source = NAMES + LOOP.replace("m.content", "('hi' if m.content in ['hello', 'good day'] else m.content)") + PROMPT
+    monkeypatch.setattr(tokenizer, "chat_template", source)
+    assert trained(tokenizer, turns("q", "hey")) == [f"hey{END}"]
+    with pytest.raises(DataError, match=r"^f:3: the chat template changes message 2"):
+        trained(tokenizer, turns("q", "good day"))
+
+
 def test_what_cannot_be_found_is_refused_with_the_reason(tokenizer, monkeypatch):
     by_role = (
         "{% set ns = namespace(q='', a='') %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.q = ns.q + "

@@ -225,6 +225,22 @@ def test_thoughts_that_a_template_strips_are_counted_refused_or_split(shared):
         ),
         (
             "hy3",
+            {
+                "messages": [
+                    EXCHANGE[0],
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "thinking", "thinking": "why", "text": "because"},
+                            {"type": "text", "text": "a"},
+                        ],
+                    },
+                ]
+            },
+            "messages[].content[].text",
+        ),
+        (
+            "hy3",
             {"messages": EXCHANGE, "reasoning_effort": "low", "fallback_strategy": "reasoning_toolcall_retry"},
             "reasoning_effort",
         ),
