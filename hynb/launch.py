@@ -20,14 +20,15 @@ from typing import Any
 import psutil
 
 from hynb.cluster import gpu_count
-from hynb.config import Config, absolute_paths, check_config, to_yaml
+from hynb.config import Config, absolute_paths, check_config, read_yaml, to_yaml
 from hynb.errors import ConfigError, HynbError, RunError, RunFailedError
-from hynb.files import replace_text, write_json
+from hynb.files import is_there, replace_text, write_json
 from hynb.runs import (
     ProcessId,
     RunDir,
     RunReader,
     RunStatus,
+    RunWriter,
     check_batch,
     check_run,
     clear_run_folder,
@@ -37,6 +38,7 @@ from hynb.runs import (
 from hynb.supervision import (
     LAUNCH_VARIABLE,
     Plan,
+    Restarts,
     Start,
     inherited,
     kill,
@@ -49,6 +51,8 @@ from hynb.supervision import (
     rank_environment,
     supervise,
 )
+
+logger = logging.getLogger(__name__)
 
 _START_SECONDS = 30.0
 _KILL_SECONDS = 5.0
@@ -367,7 +371,10 @@ def _launch_lock(run_dir: RunDir) -> Iterator[None]:
 
 
 def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[int]) -> None:
-    """Runs the supervisor as the leader of its own process group and records how the run ended."""
+    """Runs the supervisor as the leader of its own process group and records how the run ended.
+
+    A run that fails is started again as often as `max_restarts` says.
+    """
     # The caller gets its process back at once, and no zombie later.
     if os.fork():
         os._exit(0)
@@ -375,10 +382,56 @@ def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[i
     os.setpgid(0, 0)
     logging.basicConfig(level=logging.INFO, format="hynb: %(message)s", stream=sys.stdout)
     run_dir = RunDir(output_dir)
-    process = ProcessId.of(os.getpid()).record()
-    write_json(run_dir.launch, record | {"process": process, "started_at": time.time()})
+    known = {"process": ProcessId.of(os.getpid()).record()}
+    write_json(run_dir.launch, record | known | {"started_at": time.time()})
+    restarts = None
+    if record["restarts_left"]:
+        restarts = Restarts(run_dir, read_yaml(str(run_dir.config)).config(str(run_dir.config)))
     end = supervise(run_dir, record, file_descriptors)
+    while restarts and end["state"] == "failed" and (start := _start_again(run_dir, restarts, end, known)):
+        record = start.record
+        end = supervise(run_dir, record, [listener.detach() for listener in start.listeners])
     write_json(run_dir.exit, end | {"id": record["id"], "ended_at": time.time()})
+
+
+def _start_again(run_dir: RunDir, restarts: Restarts, end: dict[str, Any], known: dict[str, Any]) -> Start | None:
+    """Prepares a failed run's next start, on whatever hosts are left; None where it stays failed.
+
+    Args:
+        end: the record of its end; gets the reason why the run stays failed.
+        known: what launch.json says of this process.
+    """
+
+    def is_wanted() -> bool:
+        return not (is_there(run_dir.stop_request) or is_there(run_dir.kill_request))
+
+    try:
+        with _launch_lock(run_dir):
+            config, restart = restarts.after(end, is_wanted)
+            start = prepare(make_plan(config), config, run_dir, uuid.uuid4().hex, _environment(config))
+            if not is_wanted():
+                start.cancel()
+                raise RunError("somebody has asked for its end")
+            clear_run_folder(config, live=True)
+            replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
+            start.write_files()
+            earlier = (read_record(run_dir.launch) or {}).get("restarts", [])
+            start.record["restarts"] = [*earlier, restart.record() | {"global_step": restart.global_step}]
+            start.record["restarts_left"] = restarts.left
+            writer = RunWriter(run_dir.path)
+            # First: a failed run without a restart left is not live.
+            writer.status("starting", global_step=restart.global_step)
+            write_json(run_dir.launch, start.record | known | {"started_at": time.time()})
+            writer.event("restart", restart.global_step, **restart.record())
+    except (HynbError, OSError) as error:
+        end["reason"] += f"\nNot started again by itself: {error}"
+        RunWriter(run_dir.path).status(
+            "failed", exit_code=1, reason=end["reason"], host=end.get("host"), rank=end.get("rank")
+        )
+        return None
+    logger.info("restart %d: %s", restart.number, restart.reason)
+    os.environ.update(start.environment)
+    return start
 
 
 if __name__ == "__main__":

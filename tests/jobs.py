@@ -7,15 +7,17 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from hosts import Process, TestHosts, trusting
+from hosts import Process, TestHost, TestHosts, trusting
 
 from hynb.config import Config, to_yaml
 from hynb.runs import RunDir, RunReader
 from hynb.supervision import LAUNCH_VARIABLE
 
+Hosts = TypeVar("Hosts", TestHosts, list[TestHost])
 # Longest waits, for a machine that is busy with other work; the seconds that an end takes are printed.
 END_SECONDS = START_SECONDS = 300.0
 
@@ -24,21 +26,26 @@ END_SECONDS = START_SECONDS = 300.0
 class Job:
     """A run launched on alpha, observed from outside of both hosts."""
 
-    hosts: TestHosts
+    hosts: TestHosts | Sequence[TestHost]
     name: str
+
+    @property
+    def first(self) -> TestHost:
+        """The host that launches."""
+        return next(iter(self.hosts))
 
     @property
     def folder(self) -> Path:
         """The run folder as the hosts see it."""
-        return self.hosts.alpha.disk / self.name
+        return self.first.disk / self.name
 
     @property
     def dir(self) -> RunDir:
         """The run folder of alpha."""
-        return RunDir(self.hosts.alpha.path(self.folder))
+        return RunDir(self.first.path(self.folder))
 
     def config(self, **values) -> Config:
-        disk = self.hosts.alpha.disk
+        disk = self.first.disk
         given = {
             "model_name_or_path": str(disk / "model"),
             "train_data_file": str(disk / "train.jsonl"),
@@ -54,11 +61,11 @@ class Job:
 
     def cli(self, *words: str, check: bool = True) -> subprocess.CompletedProcess:
         """The `hynb` command on alpha."""
-        return self.hosts.alpha.hynb(*words, check=check, timeout=300)
+        return self.first.hynb(*words, check=check, timeout=300)
 
     def launch(self, *words: str, check: bool = True, **values) -> subprocess.CompletedProcess:
-        file = self.hosts.alpha.disk / f"{self.name}.yaml"
-        self.hosts.alpha.path(file).write_text(to_yaml(self.config(**values)))
+        file = self.first.disk / f"{self.name}.yaml"
+        self.first.path(file).write_text(to_yaml(self.config(**values)))
         return self.cli("launch", "--config", file, *words, check=check)
 
     def losses(self) -> dict[int, float]:
@@ -115,9 +122,10 @@ class Job:
         return found
 
 
-def made_ready(hosts: TestHosts, files: Path) -> TestHosts:
+def made_ready(hosts: Hosts, files: Path) -> Hosts:
     """Gives the hosts keys for each other, and the files of a run."""
     trusting(hosts)
-    for host in [hosts.alpha] if hosts.alpha.shared else hosts:
+    first = next(iter(hosts))
+    for host in [first] if first.shared else hosts:
         shutil.copytree(files, host.path(host.disk), dirs_exist_ok=True)
     return hosts

@@ -94,6 +94,8 @@ HELP_ZH = {
     "silence_timeout_seconds": "主机失去响应超过此时限，运行即告结束。rank 被信号暂停时也是如此。",
     "reconnect_attempts": "主机与启动主机的连接断开后，重新连接的最多次数；auto：直到 silence_timeout_seconds 用尽。0：连接一断，运行即告结束。",
     "reconnect_seconds": "两次重新连接之间的间隔。",
+    "max_restarts": "运行崩溃后自动从最新 checkpoint 重新启动的最多次数；用户自己的错误不重试，同一步因同一原因再次失败也不重试。",
+    "min_hosts": "其他主机不再响应时，重新启动所需的最少主机数；auto：全部主机。",
     "collective_timeout_minutes": "一个 rank 在集合通信中等待其他 rank 的时限。rank 退出或被暂停时，几秒内即被发现，与此值无关；它只用来结束互相无休止等待的 rank。",
     "save_timeout_minutes": "写检查点期间的同一时限；auto：按 100 MB/s 写完检查点所需的时间，至少为 collective_timeout_minutes。",
     "master_port": "各 rank 会合的端口；auto：任选一个空闲端口。",

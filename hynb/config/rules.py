@@ -127,6 +127,17 @@ def _host_contradictions(config: Config) -> list[str]:
     for name in ("include", "exclude", "ssh_config", "network_interface"):
         if config.hostfile is None and (value := getattr(config, name)) is not None:
             problems.append(f"{name} = {value}: needs a hostfile; name one, or leave {name} out")
+    if config.min_hosts is not None and not config.max_restarts:
+        problems.append(f"min_hosts = {config.min_hosts}: has an effect on restarts alone; set max_restarts too")
+    if config.min_hosts is not None and config.hostfile is None:
+        problems.append(f"min_hosts = {config.min_hosts}: needs a hostfile; name one, or leave min_hosts out")
+    if config.max_restarts and config.hostfile is not None and config.launcher == "no_ssh":
+        problems.append(
+            f"max_restarts = {config.max_restarts} and launcher = no_ssh: nobody is there to paste the lines again; "
+            "choose a launcher with ssh, or max_restarts: 0"
+        )
+    if config.min_hosts is not None and config.launcher == "slurm":
+        problems.append(f"min_hosts = {config.min_hosts}: launcher = slurm cannot ask the hosts; leave it out")
     if config.hostfile is not None and config.num_processes is not None:
         problems.append(
             f"num_processes = {config.num_processes} and hostfile are both given: the hostfile's slots set the "

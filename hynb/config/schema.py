@@ -358,6 +358,22 @@ class Config:
         maximum=3600,
         unit="seconds",
     )
+    max_restarts: int = _parameter(
+        0,
+        "launch",
+        "How often a run that crashed starts again by itself, from its newest checkpoint; not after a mistake of the "
+        "user's, nor twice at the same step for the same cause.",
+        minimum=0,
+        maximum=1000,
+    )
+    min_hosts: int | None = _parameter(
+        None,
+        "launch",
+        "Fewest hosts of the hostfile with which a restart goes on when others no longer answer. Automatic: all of "
+        "them.",
+        minimum=1,
+        maximum=100000,
+    )
     collective_timeout_minutes: float = _parameter(
         60.0,
         "launch",

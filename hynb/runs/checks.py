@@ -141,16 +141,23 @@ def check_run(config: Config, *, launched: bool = False) -> None:
         raise ConfigError(problems)
 
 
-def clear_run_folder(config: Config) -> None:
-    """Removes an earlier run's files: all on `overwrite_output_dir`, otherwise those that record its state."""
+def clear_run_folder(config: Config, *, live: bool = False) -> None:
+    """Removes an earlier run's files: all on `overwrite_output_dir`, otherwise those that record its state.
+
+    Args:
+        live: the run starts again by itself; what shows that it is live, its logs and requests to end it stay.
+    """
     run_dir = RunDir(config.output_dir)
+    kept = [run_dir.status, run_dir.launch, run_dir.log, run_dir.stop_request, run_dir.kill_request] if live else []
     if config.overwrite_output_dir:
         for item in run_dir.run_files():
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+            if item not in kept:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
     records = [run_dir.stop_request, run_dir.exit, run_dir.status, run_dir.heartbeat, run_dir.launch]
     records += [run_dir.kill_request, run_dir.hosts, run_dir.paste]
     for item in [*records, *run_dir.log.glob("failure_rank*.json")]:
-        item.unlink(missing_ok=True)
+        if item not in kept:
+            item.unlink(missing_ok=True)
     shutil.rmtree(run_dir.saving, ignore_errors=True)
 
 

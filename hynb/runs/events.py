@@ -200,7 +200,7 @@ def effective_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     for event in events:
         if event["kind"] == "resume":
-            kept = [old for old in kept if old["kind"] in ("start", "resume") or _before(old, event)]
+            kept = [old for old in kept if old["kind"] in ("start", "resume", "restart") or _before(old, event)]
         kept.append(event)
     return kept
 
@@ -250,12 +250,17 @@ def _number(value: Any) -> float | None:
 
 
 def notice_line(event: dict[str, Any]) -> str:
-    """A step that was left out, or a loss far above those before it, as one line; empty for any other event."""
+    """A step that was left out, a loss far above those before it, or a restart, as one line; empty for others."""
     if event["kind"] == "skipped":
         return str(event.get("reason"))
     if event["kind"] == "spike":
         limit = f"limit {event.get('limit')}, usual {event.get('usual_loss')}"
         return f"step {event['global_step']}: the loss has a spike: {event.get('loss')} ({limit})"
+    if event["kind"] == "restart":
+        lost = event.get("lost_hosts")
+        without = f", without {', '.join(map(str, lost))}" if isinstance(lost, list) and lost else ""
+        begin = f"{event.get('checkpoint') or 'the beginning'}{without}"
+        return f"restart {event.get('number')} from {begin}, after step {event['global_step']}: {event.get('reason')}"
     return ""
 
 

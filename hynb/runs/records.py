@@ -121,7 +121,7 @@ _FIELDS: dict[str, Mapping[str, _Check]] = {
     | {"updated_at": _or_null(_NUMBER), "process": _process, "skipped_steps": _COUNT},
     "exit.json": _END | {"id": _TEXT},
     "launch.json": {"id": _launch_id, "process": _process, "started_at": _NUMBER, "membership": _MEMBERSHIP}
-    | {"ssh": _or_null(_TEXT)},
+    | {"ssh": _or_null(_TEXT), "restarts_left": _COUNT},
     "hosts.json": {"hosts": _HOSTS, "output_dir": _TEXT},
     "manifest.json": {"world_size": _COUNT},
     "hynb_checkpoint.json": {"world_size": _COUNT, "zero_stage": _COUNT, "use_lora": _is_a_bool}

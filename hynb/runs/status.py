@@ -77,9 +77,12 @@ def read_status(run_dir: RunDir) -> RunStatus:
     record = record or {"state": "starting"}
     beat = read_heartbeat(run_dir.heartbeat)
     status = _recorded_status(run_dir, record, beat)
+    end = _end_of(run_dir, launch)
+    if status.state == "failed" and end is None and _may_start_again(run_dir, launch):
+        reason = f"failed, and may start again by itself (max_restarts): {status.reason}"
+        return dataclasses.replace(status, state="starting", reason=reason)
     if not status.live:
         return status
-    end = _end_of(run_dir, launch)
     original = original_folder(run_dir) if end is None else None
     if original:
         reason = f"this folder is a copy of {original}, made while that run was live: look there"
@@ -97,6 +100,22 @@ def _end_of(run_dir: RunDir, launch: dict[str, Any] | None) -> dict[str, Any] | 
     # A supervisor that was out of sight may end after the next launch into its folder.
     is_of_another = end is not None and end.get("id") not in (None, (launch or {}).get("id"))
     return None if is_of_another else end
+
+
+def _may_start_again(run_dir: RunDir, launch: dict[str, Any] | None) -> bool:
+    """Whether the supervisor of a failed run has yet to decide about a restart."""
+    if launch is None or not launch.get("restarts_left"):
+        return False
+    alive = ProcessId.from_record(launch["process"]).alive()
+    if alive is not None:
+        return alive
+    # From another machine it is not seen: it decides within the time in which hosts have to answer.
+    return disk_time(run_dir.path) - run_dir.status.stat().st_mtime < _start_seconds(launch)
+
+
+def _start_seconds(launch: dict[str, Any]) -> float:
+    """Time in which hosts have to answer, after which a supervisor on another machine has written something."""
+    return launch.get("membership", {}).get("start_seconds", 0.0) + STALE_HEARTBEAT_SECONDS
 
 
 def original_folder(run_dir: RunDir) -> Path | None:
@@ -164,9 +183,7 @@ def _is_alive(folder: Path, record: dict[str, Any], launch: dict[str, Any] | Non
 
 def _is_starting(folder: Path, launch: dict[str, Any]) -> bool:
     """Whether rank 0 of a launch, which has no heartbeat yet, may still be about to begin."""
-    join_seconds = launch.get("membership", {}).get("start_seconds", 0.0)
-    launched_at = RunDir(folder).launch.stat().st_mtime
-    return disk_time(folder) - launched_at < join_seconds + STALE_HEARTBEAT_SECONDS
+    return disk_time(folder) - RunDir(folder).launch.stat().st_mtime < _start_seconds(launch)
 
 
 def _unreported_end(run_dir: RunDir, status: RunStatus, end: dict[str, Any]) -> RunStatus:

@@ -17,6 +17,7 @@ from .ranks import Joined as Joined
 from .ranks import join as join
 from .ranks import leave as leave
 from .ranks import mark as mark
+from .restart import Restarts as Restarts
 from .start import Start as Start
 from .start import kill as kill
 from .start import paste_lines as paste_lines

@@ -148,6 +148,30 @@ def _port_problems(config: Config) -> list[str]:
     return []
 
 
+def unreachable_hosts(config: Config) -> list[str]:
+    """The hosts of a run that do not answer over ssh, and those that lack its code; none without ssh.
+
+    Raises:
+        ClusterError: the hostfile or a filter is wrong.
+    """
+    hosts = chosen_hosts(config)
+    if is_local_run(hosts) or config.launcher in ("no_ssh", "slurm"):
+        return []
+    others = [host for host in hosts if not is_local(host.name)]
+    ssh = Ssh(config=ssh_config(config))
+    with ThreadPoolExecutor(max(1, len(others))) as pool:
+        answers = list(pool.map(lambda host: _ask_hosts(ssh, [host])[0], others))
+    return [host.name for host, problems in zip(others, answers, strict=True) if problems]
+
+
+def without_hosts(config: Config, names: Sequence[str]) -> Config:
+    """A Config whose run leaves out some hosts."""
+    if not names:
+        return config
+    left = [filter_text(host) for host in chosen_hosts(config) if host.name not in names]
+    return config.replace(include="@".join(left), exclude=None)
+
+
 def plan_unchecked(config: Config) -> Plan:
     """The plan of a run as its config says, without asking any host.
 

@@ -109,6 +109,7 @@ def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environ
         "needs_secret": needs_secret,
         "ssh": None if plan.ssh is None else str(plan.ssh.config or ""),
         "overwrite": config.overwrite_output_dir,
+        "restarts_left": config.max_restarts,
     }
     # The supervisor outlives the processes of its launch, so it does not carry their mark.
     own = {name: value for name, value in variables.items() if name not in (LAUNCH_VARIABLE, "HYNB_SECRET")}

@@ -11,10 +11,11 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from hynb.train.stored_tensors import Part, range_of, stored_parts
 
 logger = logging.getLogger(__name__)
 
-_LOADER = "_load_state_dict_into_zero3_model"
+# transformers 5.23: fills the model, after another function has opened every tensor of all files, on rank 0 as memory.
+_LOADER, _READER = "_load_state_dict_into_zero3_model", "load_state_dict"
 # A disk of today needs several requests at a time for its full rate.
 _READERS = 4
 
@@ -66,8 +68,14 @@ def partitions_from_files(stored: Sequence[TensorEntry], progress: ByteProgress)
         yield
         return
     plain = getattr(transformers.modeling_utils, _LOADER)
+    plain_read = getattr(transformers.modeling_utils, _READER)
+    put_off: list[Callable[[], dict[str, Any]]] = []
 
-    def load(model: Any, state_dict: Mapping[str, Any], load_config: Any = None) -> Any:
+    def read_later(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        put_off.append(partial(plain_read, *args, **kwargs))
+        return {}
+
+    def load(model: Any, state_dict: dict[str, Any], load_config: Any = None) -> Any:
         conversions = getattr(load_config, "weight_mapping", None) or []
         entries = {entry.name: entry for entry in stored}
         parts = stored_parts(model, {name: entry.shape for name, entry in entries.items()}, conversions)
@@ -75,12 +83,15 @@ def partitions_from_files(stored: Sequence[TensorEntry], progress: ByteProgress)
             logger.info("the weights are read by rank 0 and sent to the other ranks, because of the ZeRO settings")
             for weight in model.parameters():
                 _share_rank_0_values(weight)
+            for read in put_off:
+                state_dict |= read()
             return plain(model, state_dict, load_config)
         model._weight_conversions = conversions
         return [], load_partitions(model, entries, parts, progress)
 
     with (
         replaced(transformers.modeling_utils, _LOADER, load),
+        replaced(transformers.modeling_utils, _READER, read_later),
         replaced(Init, "_zero_init_param", _partition),
     ):
         yield

@@ -12,7 +12,8 @@ from typing import Any
 
 from hynb.config import Config
 from hynb.data import data_hash
-from hynb.runs import base_identity
+from hynb.files import read_json
+from hynb.runs import RunDir, base_identity
 
 _PACKAGES = ("hynb", "torch", "transformers", "deepspeed", "peft", "accelerate", "safetensors")
 
@@ -48,5 +49,6 @@ def manifest(
         "base": base_identity(base) if base else None,
         "data_hash": data_hash(config.train_data_file),
         "notes": list(notes),
+        "restarts": (read_json(RunDir(config.output_dir).launch) or {}).get("restarts", []),
         **facts,
     }
