@@ -408,7 +408,8 @@ def _start_again(run_dir: RunDir, restarts: Restarts, end: dict[str, Any], known
     try:
         with _launch_lock(run_dir):
             config, restart = restarts.after(end, is_wanted)
-            start = prepare(make_plan(config), config, run_dir, uuid.uuid4().hex, _environment(config))
+            plan = restarts.plan(config, is_wanted)
+            start = prepare(plan, config, run_dir, uuid.uuid4().hex, _environment(config))
             if not is_wanted():
                 start.cancel()
                 raise RunError("somebody has asked for its end")
@@ -425,9 +426,10 @@ def _start_again(run_dir: RunDir, restarts: Restarts, end: dict[str, Any], known
             writer.event("restart", restart.global_step, **restart.record())
     except (HynbError, OSError) as error:
         end["reason"] += f"\nNot started again by itself: {error}"
-        RunWriter(run_dir.path).status(
-            "failed", exit_code=1, reason=end["reason"], host=end.get("host"), rank=end.get("rank")
-        )
+        where = {"host": end.get("host"), "rank": end.get("rank")}
+        # A full disk must not keep this process from recording the end.
+        with contextlib.suppress(OSError):
+            RunWriter(run_dir.path).status("failed", exit_code=1, reason=end["reason"], **where)
         return None
     logger.info("restart %d: %s", restart.number, restart.reason)
     os.environ.update(start.environment)

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 from tiny import OF_FAMILY, tiny_data, tiny_model, with_code
 
 from hynb.cluster import free_port
 from hynb.config import Config, to_yaml
 from hynb.launch import Run, attach
-from hynb.runs import Phase, RunDir, RunWriter
+from hynb.runs import Phase, RunDir, RunWriter, read_record
+from hynb.supervision import processes_of
 
 STEPS, SAVED = 6, 3
 FAMILIES = tuple(OF_FAMILY)
@@ -61,6 +63,14 @@ def config_of(files: dict[str, Path], family: str, output_dir: Path, **values) -
 def losses(run: Run) -> dict[int, float]:
     """The loss of each logged step."""
     return {event["global_step"]: event["loss"] for event in run.events() if event["kind"] == "log"}
+
+
+def process_of(run: Run, rank: int) -> psutil.Process:
+    """The process of one rank of a launched run on this machine."""
+    record = read_record(run.dir.launch)
+    assert record
+    (found,) = (item for item in processes_of(record["id"]) if f"--local_rank={rank}" in item.cmdline())
+    return found
 
 
 class RankServer:

@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hynb.config import Config
-from hynb.errors import HynbError
+from hynb.errors import ClusterError, HynbError
 from hynb.runs import RunDir, RunReader
-from hynb.supervision.plan import chosen_hosts, unreachable_hosts, without_hosts
+from hynb.supervision.plan import Plan, chosen_hosts, make_plan, unreachable_hosts, without_hosts
 
 logger = logging.getLogger(__name__)
 
 # Between two looks at hosts that do not answer, which may be starting up again.
 _LOOK_SECONDS = 10.0
+# At hosts that answer, and on which something that the run needs is not free yet.
+_LOOKS = 3
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -94,6 +96,22 @@ class Restarts:
             lost_hosts=tuple(lost),
         )
         return config, restart
+
+    def plan(self, config: Config, keep_waiting: Callable[[], bool]) -> Plan:
+        """The plan of the next start; memory and ports of the processes that have ended may take a moment to be free.
+
+        Raises:
+            ClusterError: what still keeps the run from starting, with the host.
+        """
+        for _ in range(_LOOKS):
+            try:
+                return make_plan(config)
+            except ClusterError as error:
+                logger.info("cannot start yet: %s", error)
+                if not keep_waiting():
+                    break
+                time.sleep(_LOOK_SECONDS)
+        return make_plan(config)
 
     def _refuse(self, end: dict[str, Any], step: int) -> None:
         most = self._config.max_restarts

@@ -32,7 +32,7 @@ from hynb.train.stored_tensors import Part, range_of, stored_parts
 
 logger = logging.getLogger(__name__)
 
-# transformers 5.23: fills the model, after another function has opened every tensor of all files, on rank 0 as memory.
+# transformers 5.23: fills the model, after another function has mapped all tensors of the files into rank 0's memory.
 _LOADER, _READER = "_load_state_dict_into_zero3_model", "load_state_dict"
 # A disk of today needs several requests at a time for its full rate.
 _READERS = 4

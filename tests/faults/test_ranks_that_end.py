@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from training_runs import config_of
+from training_runs import config_of, process_of
 from waiting import wait_until
 
 from hynb.cli import main
@@ -17,16 +17,6 @@ from hynb.runs import read_record
 from hynb.supervision import processes_of
 
 HOST = socket.gethostname()
-
-
-def rank_of(run, number: int):
-    """The process of one rank."""
-    (found,) = (
-        process
-        for process in processes_of(read_record(run.dir.launch)["id"])
-        if f"--local_rank={number}" in process.cmdline()
-    )
-    return found
 
 
 @pytest.mark.parametrize(
@@ -42,7 +32,7 @@ def test_the_rank_its_signal_and_the_command_to_go_on_are_named(
     values = {"max_steps": 100_000, "save_steps": 2, "save_total_limit": 1, "learning_rate": 1e-5, "min_lr": None}
     run = launch(config_of(files, "hunyuan_v1_dense", tmp_path / "run", **values))
     wait_until(lambda: run.checkpoints() or not run.status().live, "a checkpoint")
-    rank_of(run, number).send_signal(signal_number)
+    process_of(run, number).send_signal(signal_number)
     started = time.monotonic()
     status = run.wait(timeout_seconds=300)
     record_property("seconds", round(time.monotonic() - started, 1))

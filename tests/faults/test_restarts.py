@@ -9,15 +9,13 @@ import pytest
 from conftest import need
 from hosts import many_hosts
 from jobs import END_SECONDS, START_SECONDS, Job, made_ready
-from test_ranks_that_end import rank_of
 from tiny import tiny_data
-from training_runs import config_of, losses
+from training_runs import config_of, losses, process_of
 from waiting import wait_until
 
-from hynb.cli import main
 from hynb.config import Config
 from hynb.launch import launch
-from hynb.runs import RunReader, read_record
+from hynb.runs import RunReader, notice_line, read_record
 from hynb.supervision import processes_of
 
 STEPS = 40
@@ -30,12 +28,12 @@ def long_run(files, folder, **values) -> Config:
     return config_of(files, "hunyuan_v1_dense", folder, **(given | values))
 
 
-def test_after_a_killed_rank_the_losses_are_those_of_an_undisturbed_run(files, ranks, tmp_path, capsys):
+def test_after_a_killed_rank_the_losses_are_those_of_an_undisturbed_run(files, ranks, tmp_path):
     expected = losses(ranks.train(long_run(files, tmp_path / "whole")))
     run = launch(long_run(files, tmp_path / "run", max_restarts=2))
     first = read_record(run.dir.launch)["id"]
     wait_until(lambda: run.checkpoints() or not run.status().live, "a checkpoint")
-    rank_of(run, 1).send_signal(signal.SIGKILL)
+    process_of(run, 1).send_signal(signal.SIGKILL)
     # Every look until the end sees a live run, also between the two starts.
     status = run.wait(timeout_seconds=START_SECONDS)
     assert status.state == "finished", status
@@ -48,8 +46,8 @@ def test_after_a_killed_rank_the_losses_are_those_of_an_undisturbed_run(files, r
     assert {name: noted[name] for name in ("number", "checkpoint", "reason")} == {
         name: event[name] for name in ("number", "checkpoint", "reason")
     }
-    main(["attach", str(run.output_dir)])
-    assert f"restart 1 from {event['checkpoint']}, after step" in capsys.readouterr().out
+    shown = f"restart 1 from {event['checkpoint']}, after step {event['global_step']}: rank 1 on "
+    assert notice_line(event).startswith(shown)
 
 
 def test_a_run_goes_on_without_a_host_that_is_lost_for_good(files, ranks, tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hynb.config import Config, check_config
-from hynb.errors import HynbError
+from hynb.errors import ClusterError, HynbError
 from hynb.files import write_json
 from hynb.runs import RunDir, RunReader, RunWriter
 from hynb.supervision import Restarts, restart
@@ -117,6 +117,25 @@ def test_hosts_that_do_not_answer_are_left_out_or_waited_for(run_dir, answering)
         return True
 
     assert restarts.after(FAILED, comes_back)[0].include is None
+
+
+def test_what_is_not_free_yet_is_waited_for(run_dir, monkeypatch):
+    asked = []
+
+    def make_plan(config):
+        asked.append(config)
+        if len(asked) < 3:
+            raise ClusterError("beta: 1 of 8 GB are free")
+        return "plan"
+
+    monkeypatch.setattr(restart, "make_plan", make_plan)
+    monkeypatch.setattr(restart, "_LOOK_SECONDS", 0.0)
+    restarts = Restarts(run_dir, config_of(run_dir))
+    assert restarts.plan(config_of(run_dir), lambda: True) == "plan" and len(asked) == 3
+    asked.clear()
+    with pytest.raises(ClusterError, match="1 of 8 GB"):
+        restarts.plan(config_of(run_dir), lambda: False)
+    assert len(asked) == 2
 
 
 def test_single_slots_stay_chosen(run_dir, answering):

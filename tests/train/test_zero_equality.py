@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import forced_routing
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hynb.config import Config
 from hynb.data import ChatDataset, Collator, PackedDataset, SeededSampler, best_fit
 from hynb.hunyuan_large.modeling import HunYuanLargeGate
+from hynb.plan import zero
 
 STEPS = 8
 RATE = 2e-3
@@ -31,6 +33,8 @@ CASES = {
     "ZeRO-3, forced apart": {"deepspeed": "ds_zero3_no_offload", "gradient_checkpointing": True},
     "ZeRO-3, leaf, forced apart": {"deepspeed": "ds_zero3_no_offload", "make_moe_param_leaf_module": True},
     "ZeRO-3, parameter offload, forced apart": {"deepspeed": "ds_zero3_offload"},
+    # transformers loads the weights: rank 0 reads them and sends them to the others.
+    "ZeRO-3, a second partition (hpZ)": {"deepspeed": "hpz.json"},
     "ZeRO-2, packed": {"packing": True},
     "ZeRO-3, packed, checkpointing": {
         "packing": True,
@@ -83,6 +87,11 @@ def plain_loop(folder: Path, data: Path, forced: bool, packed: bool) -> list[tup
 @pytest.mark.parametrize("case", CASES)
 def test_losses_equal_a_single_process(case, reference, files, ranks, tmp_path):
     forced = "forced" in case
+    preset = zero.load("ds_zero3_no_offload")
+    preset["zero_optimization"]["zero_hpz_partition_size"] = 2
+    hpz = tmp_path / "hpz.json"
+    hpz.write_text(json.dumps(preset))
+    values = CASES[case] | ({"deepspeed": str(hpz)} if "hpZ" in case else {})
     config = Config(
         model_name_or_path=str(files["hunyuan"]),
         train_data_file=str(files["data"]),
@@ -94,7 +103,7 @@ def test_losses_equal_a_single_process(case, reference, files, ranks, tmp_path):
         save_strategy="no",
         max_seq_length=256,
         num_processes=2,
-        **CASES[case],
+        **values,
     )
     events = ranks.train(config, before="forced_routing:force_expert_of_rank" if forced else "").events()
     logs = [event for event in events if event["kind"] == "log"]
