@@ -154,7 +154,7 @@ def clear_run_folder(config: Config, *, live: bool = False) -> None:
             if item not in kept:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
     records = [run_dir.stop_request, run_dir.exit, run_dir.status, run_dir.heartbeat, run_dir.launch]
-    records += [run_dir.kill_request, run_dir.hosts, run_dir.paste]
+    records += [run_dir.kill_request, run_dir.hosts, run_dir.paste, run_dir.stacks]
     for item in [*records, *run_dir.log.glob("failure_rank*.json")]:
         if item not in kept:
             item.unlink(missing_ok=True)

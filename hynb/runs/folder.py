@@ -36,6 +36,7 @@ class RunDir:
         self.stop_request = self.path / "stop_request"
         self.log = self.path / "log"
         self.launcher_log = self.log / "launcher.log"
+        self.stacks = self.log / "stacks.txt"
         self.tensorboard = self.path / "tensorboard"
         self.rejected = self.path / "rejected.jsonl"
         self.rejected_evaluation = self.path / "rejected_evaluation.jsonl"

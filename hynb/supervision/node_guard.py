@@ -31,6 +31,7 @@ from hynb.supervision.process_end import exit_code_of_zombie, memory_evidence, m
 from hynb.supervision.processes import kill_processes, processes_of
 from hynb.supervision.registries import hold_registry, remove_abandoned_registries
 from hynb.supervision.session import Session
+from hynb.supervision.stacks import collect_stacks
 
 _WATCH_SECONDS = 0.1
 _FETCH_SECONDS = 0.5
@@ -107,6 +108,9 @@ class Guard:
                 self._begin(message)
             elif message["kind"] == "kill":
                 self._must_end.set()
+            elif message["kind"] == "stacks":
+                texts = collect_stacks(self._ranks.registry, self._ranks.living_pids())
+                self._session.send({"kind": "stacks", "texts": texts})
             elif message["kind"] == "bye":
                 self._dismissed.set()
 
@@ -356,6 +360,10 @@ class Ranks:
                 found.append((rank, now - self._stopped_since[rank]))
                 self._stopped_since[rank] = float("inf")
         return found
+
+    def living_pids(self) -> dict[int, int]:
+        """The process ids of the ranks that live."""
+        return {rank: process.pid for rank, process in list(self._processes.items()) if process.alive()}
 
     def logs(self) -> list[Path]:
         """The files that receive the ranks' output."""

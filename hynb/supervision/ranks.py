@@ -15,6 +15,7 @@ from hynb.errors import ClusterError
 from hynb.files import read_json, replace_text, write_json
 from hynb.runs import ProcessId, RunDir
 from hynb.supervision.membership import PASTED_VISIBLE_VARIABLE, Membership
+from hynb.supervision.stacks import write_stacks_on_signal
 
 _POLL_SECONDS = 0.05
 
@@ -58,6 +59,7 @@ def join(membership: Membership, rank: int) -> Joined:
     ready = _wait_until_ready(membership, node, registry)
     if ready["problem"]:
         raise ClusterError(ready["problem"])
+    write_stacks_on_signal(registry, rank)
     return Joined(
         host=membership.hosts[node][0],
         shared=ready["shared"],

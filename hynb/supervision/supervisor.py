@@ -26,6 +26,7 @@ from hynb.supervision.logs import LaunchLogs
 from hynb.supervision.membership import STANDSTILL_SECONDS, Membership
 from hynb.supervision.process_end import end_text
 from hynb.supervision.processes import kill_over_ssh, kill_processes
+from hynb.supervision.stacks import Stacks
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ GRACE_SECONDS = 3.0
 _TURN_SECONDS = 0.1
 # A guard ends its host's processes within this time; otherwise they are ended over ssh.
 _KILL_SECONDS = 2.0
+# Guards answer within about a second.
+_STACKS_SECONDS = 3.0
 # The launcher's own processes end after the ranks.
 _LAUNCHER_END_SECONDS = 30.0
 _UNKNOWN_END = "was killed by a signal that is not known: by a person or a program, or probably for lack of memory"
@@ -97,6 +100,7 @@ class Supervisor:
         self._launcher_ended_at: float | None = None
         self._meeting_deadline: float | None = None
         self._logs = LaunchLogs(self._dir)
+        self._stacks = Stacks(self._dir, self._nodes)
 
     def run(self) -> dict[str, Any]:
         """Starts the launcher, watches until nothing of the run is left, and returns the record of its end."""
@@ -131,10 +135,16 @@ class Supervisor:
                 self._look_for_failures(now)
             done = all(node.state == "done" for node in self._nodes)
             if self._failed_at is not None and (done or now >= self._failed_at):
+                self._await_stacks()
                 self._end_everywhere()
                 return self._failure_record()
             if done:
                 return self._normal_end()
+
+    def _await_stacks(self) -> None:
+        deadline = time.monotonic() + _STACKS_SECONDS
+        while not self._stacks.is_complete and time.monotonic() < deadline:
+            self._read_inbox(_TURN_SECONDS)
 
     def _excuse(self, seconds: float) -> None:
         """Leaves a time out of all limits in which this process itself stood still, as in a paused container."""
@@ -205,6 +215,7 @@ class Supervisor:
         if self._meeting_deadline is not None and now > self._meeting_deadline and self._met != everyone:
             missing = sorted(everyone - self._met)
             node = self._nodes[self._membership.node_of(missing[-1])]
+            self._stacks.ask()
             self._fail(
                 f"{node.name}: the ranks did not connect to each other within start_timeout_seconds = {limit:g}; "
                 f"missing: ranks {', '.join(map(str, missing))}. Open master_port between all hosts, or choose the "
@@ -273,6 +284,10 @@ class Supervisor:
                 self._append_to_log(message["name"], message["data"])
             case "failure":
                 self._failures.append(message["record"])
+                if message["record"].get("late"):
+                    self._stacks.ask()
+            case "stacks":
+                self._stacks.add(node, message)
             case "ended":
                 self._rank_ended(node, message)
             case "frozen":
@@ -368,6 +383,7 @@ class Supervisor:
             f"rank {rank} on {node.name} has been stopped by a signal (SIGSTOP) for {seconds:.0f} seconds "
             "(silence_timeout_seconds), and the other ranks wait for it"
         )
+        self._stacks.ask()
         self._fail(reason, node, rank=rank, grace_seconds=0)
 
     def _fail(
@@ -391,6 +407,7 @@ class Supervisor:
         reason = cause.reason
         if tail := self._log_tail(cause):
             reason += f"\nThe end of its log:\n{tail}"
+        reason += self._stacks.reason(cause.rank)
         reason += f"\n{how_to_go_on(self._dir)}"
         known = RunReader(self._dir.path).status()
         # A full disk must not keep the supervisor from its end, whose record comes after this one.

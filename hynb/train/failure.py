@@ -20,6 +20,7 @@ from hynb.runs import RunDir, RunReader, RunWriter, name_ranks
 
 # Time that the other ranks of a host leave rank 0 to report a mistake before the launcher ends it.
 _GRACE_SECONDS = 5.0
+_STACKS_SECONDS = 3.0
 _MISTAKE_CODE = HynbError.exit_code
 _LOST_CONNECTION = (
     *("Connection closed by peer", "Connection reset by peer", "gloo/transport", "remote process exited"),
@@ -145,6 +146,9 @@ def report_failure(
     if run_dir is not None:
         with contextlib.suppress(OSError):
             _record(failure, record, run_dir, is_rank_0=rank == 0)
+    if failure.late and registry is not None:
+        # The launcher ends the others as soon as this process has ended: time to see where they are.
+        time.sleep(_STACKS_SECONDS)
     return failure.exit_code
 
 

@@ -155,16 +155,28 @@ def test_a_frozen_rank_and_a_killed_guard_end_the_run(files, tmp_path):
     until(lambda: nothing_left(frozen), frozen, 30)
 
 
-def test_a_rank_that_is_late_under_gloo_is_the_one_that_is_named(files, tmp_path):
+def test_a_rank_that_is_late_under_gloo_is_named_with_the_place_where_it_hangs(files, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys, time\n"
+        "def hangs(*_):\n"
+        "    time.sleep(3600)\n"
+        "if os.environ.get('RANK') == '1' and 'hynb.train_entry' in sys.orig_argv:\n"
+        "    signal.signal(signal.SIGUSR2, hangs)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     run = launch(config_of(files, tmp_path / "run", silence_timeout_seconds=3600, collective_timeout_minutes=1))
     until_trains(run)
     (rank,) = processes(run, "--local_rank=1")
-    rank.send_signal(signal.SIGSTOP)
+    rank.send_signal(signal.SIGUSR2)
     status = run.wait(timeout_seconds=120)
     assert (status.state, status.host, status.rank) == ("failed", HOST, 1), status
     assert status.reason.startswith(f"rank 1 on {HOST} did not come in time (collective_timeout_minutes) to where")
     end = json.loads(run.dir.exit.read_text())
     assert (end["host"], end["rank"]) == (HOST, 1)
+    assert f"\nrank 1 was in hangs ({tmp_path}/sitecustomize.py:3) < " in status.reason
+    assert f"The Python stacks of all ranks: {run.dir.stacks}" in status.reason
+    stacks = run.dir.stacks.read_text()
+    assert f"rank 0 on {HOST}\n" in stacks and f"rank 1 on {HOST}\n" in stacks and stacks.count("train_entry.py") >= 2
 
 
 def test_a_rank_that_nccls_watchdog_aborts_is_not_the_cause_but_the_one_that_was_late(files, tmp_path, monkeypatch):
