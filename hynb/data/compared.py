@@ -67,6 +67,11 @@ def _spans(text: str, messages: Messages, bounds: list[int | None]) -> list[tupl
             continue
         content = message.get("content")
         if start == end and isinstance(content, str) and content.strip() and content.strip() in text:
+            if message["role"] == "tool":
+                raise UntraceableError(
+                    f"the chat template has no place of its own for the tool's result, message {number + 1}: use a "
+                    "model whose template renders tools, or remove the record"
+                )
             raise UntraceableError(
                 f"the chat template writes message {number + 1} together with a later one, so that the part to "
                 "train on cannot be found: write each message in its own place in the template"

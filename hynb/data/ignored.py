@@ -71,6 +71,8 @@ def switch_problem(template: ChatTemplate, conversation: Conversation) -> str:
     rest = {key: value for key, value in conversation.arguments.items() if key != _SWITCH}
     before = _asked(template, conversation.replaced(arguments=rest), index)
     added = prompt.removeprefix(before[0]) if before else prompt
+    if not added:
+        return ""
     behind = " and, of what is trained, writes it only behind the last answer" if text.endswith(added) else ""
     return (
         f"{_SWITCH} in what is trained: with this value it ends the prompt with {added[-60:]!r}{behind}: begin "
@@ -212,12 +214,17 @@ def _lost_of_calls(
     messages = conversation.messages
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     places = {("call", key) for call in calls for key in call if key not in _KEYS_OF_CALL}
-    places |= {("function", key) for call in calls for key in call["function"] if key not in ("name", "arguments")}
+    places |= {("function", key) for call in calls for key in call["function"] if key != "arguments"}
 
     def without(holder: str, key: str) -> list[dict[str, Any]]:
         changed = copy.deepcopy([dict(message) for message in messages])
         for call in [call for message in changed for call in message.get("tool_calls") or ()]:
-            (call["function"] if holder == "function" else call).pop(key, None)
+            held = call["function"] if holder == "function" else call
+            if key == "name":
+                # No template takes a call without one.
+                held[key] = f"{held[key]}x"
+            else:
+                held.pop(key, None)
         return changed
 
     return [

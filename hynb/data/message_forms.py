@@ -25,8 +25,8 @@ def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
 def message_forms(messages: Messages, *, parse_first: bool) -> Iterator[Messages]:
     """The messages in each form that a template may expect of the same content.
 
-    A tool call's arguments are a JSON text in some data and a mapping in others; an absent content is null, missing
-    or empty.
+    A tool call's arguments are a JSON text in some data and a mapping in others; an absent content is missing, which
+    transformers makes of null (5.23, tokenization_utils_base.py), empty or null.
 
     Args:
         parse_first: begin with arguments as mappings; a template that does not look would encode a text twice.
@@ -36,23 +36,21 @@ def message_forms(messages: Messages, *, parse_first: bool) -> Iterator[Messages
         for message in messages
         for call in message.get("tool_calls") or ()
     )
-    if not (parse_first and has_text):
-        yield messages
     has_calls = any(message.get("tool_calls") for message in messages)
     absent = [message.get("content") is None for message in messages]
     if not has_calls and not any(absent):
+        yield messages
         return
     as_given = ("as it is", "parsed", "text")
     orders = (("parsed", "as it is") if parse_first and has_text else as_given) if has_calls else ("as it is",)
-    for arguments, content in itertools.product(orders, ("as it is", "", "missing")):
-        if arguments == content == "as it is" and not (parse_first and has_text):
-            continue
+    contents = ("missing", "", "null") if any(absent) else ("given",)
+    for arguments, content in itertools.product(orders, contents):
         form = copy.deepcopy([dict(message) for message in messages])
         for message, is_absent in zip(form, absent, strict=True):
-            if is_absent and content == "":
-                message["content"] = ""
-            elif is_absent and content == "missing":
+            if is_absent and content == "missing":
                 message.pop("content", None)
+            elif is_absent:
+                message["content"] = "" if content == "" else None
             _convert_arguments(message, arguments)
         yield form
 

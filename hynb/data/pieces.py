@@ -11,9 +11,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hynb.data.end_tokens import NoEndTokenError
 from hynb.data.files import Conversation
 from hynb.data.placeholders import BREAK, Rendered
+from hynb.errors import DataError
 
 IGNORED = -100
 TrainOnTurns = Literal["as_rendered", "all", "last"]
@@ -96,7 +96,7 @@ def trained_spans(conversation: Conversation, rendered: Rendered, options: Label
     """Start and end of each part of a rendering that the options choose to train on.
 
     Raises:
-        NoEndTokenError: one of these is an answer that the template ends with no end token.
+        DataError: one of these is an answer that the template ends with no end token, or cuts.
     """
     answers = [message for message in conversation.messages if message["role"] == "assistant"]
     last_only = options.train_on_turns == "last" or options.split_turns
@@ -104,9 +104,9 @@ def trained_spans(conversation: Conversation, rendered: Rendered, options: Label
         (span, bool(message.get("train", True)) and (not last_only or number + 1 == len(answers)))
         for number, (message, span) in enumerate(zip(answers, rendered.trained, strict=True))
     ]
-    for number, problem in rendered.unended.items():
+    for number, problem in rendered.problems.items():
         if kept[number][1]:
-            raise NoEndTokenError(f"{conversation.source}: {problem}")
+            raise DataError(f"{conversation.source}: {problem}")
     if not options.train_on_prompt:
         return [span for span, is_kept in kept if is_kept]
     # Everything but the messages that are not trained on.

@@ -31,13 +31,13 @@ class Rendered:
         text: special tokens that messages spell have a `BREAK` inside, unless they are to become tokens.
         trained: start and end of each part that is trained on, in order and apart.
         turns: for each message, start and end of what the template wrote for it; None where it wrote nothing.
-        unended: for numbers of earlier answers, from 0, that end with no end token: the problem of training on them.
+        problems: for numbers of earlier answers, from 0, that have no end token or are cut: why not to train on them.
     """
 
     text: str
     trained: tuple[tuple[int, int], ...]
     turns: tuple[tuple[int, int] | None, ...]
-    unended: Mapping[int, str] = field(default_factory=dict)
+    problems: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -148,5 +148,5 @@ class Placeholders:
             text="".join(texts),
             trained=tuple(map(moved_span, self.rendered.trained)),
             turns=tuple(moved_span(span) if span else None for span in self.rendered.turns),
-            unended=self.rendered.unended,
+            problems=self.rendered.problems,
         )

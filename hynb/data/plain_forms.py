@@ -18,7 +18,12 @@ from hynb.data.template import ChatTemplate
 from hynb.errors import DataError
 
 # Keys of a record that say something about the conversation, whether or not a template reads them.
-MEANINGFUL = frozenset({"tools", "reasoning_effort", "documents", *THOUGHT_FIELDS})
+MEANINGFUL = frozenset(
+    (
+        *("tools", "reasoning_effort", "enable_thinking", "documents", "system", *THOUGHT_FIELDS),
+        *("image", "images", "video", "videos", "audio", "audios"),
+    )
+)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -142,7 +142,10 @@ def _checked(record: Any, source: str, line: bytes) -> tuple[list[dict[str, Any]
             kept.append(message)
     if not kept or kept[-1]["role"] != "assistant":
         last = messages[-1]["role"] if not kept else kept[-1]["role"]
-        raise DataError(f"{source}: the last message is the {last}'s: there is no answer to train on")
+        raise DataError(
+            f"{source}: the last message is the {last}'s: there is no answer to train on behind it; end the "
+            "conversation with an answer of the assistant's"
+        )
     if not any(message["role"] == "user" for message in kept):
         raise DataError(f"{source}: there is no message of the user, which the answers follow")
     if not any(message["role"] == "assistant" and message.get("train", True) for message in kept):
@@ -277,7 +280,7 @@ def _content_problem(message: dict[str, Any]) -> str:
         found = "missing" if content is None else _short(content)
         kind = "" if content is None else f" ({_kind(content)})"
         return f"the content of the {role} must be text, and is {found}{kind}: write text, or remove the record"
-    return "the assistant's answer is empty" if _is_empty_answer(message) else ""
+    return "the assistant's answer is empty: write it, or remove the record" if _is_empty_answer(message) else ""
 
 
 def is_thought_alone(message: Mapping[str, Any]) -> bool:

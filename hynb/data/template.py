@@ -67,7 +67,7 @@ class ChatTemplate:
         self.special, self.added = pattern_of(self.special_texts), pattern_of(self.added_texts)
         eos = self._special_tokens.get("eos_token")
         self._eos = eos if isinstance(eos, str) else None
-        self._takes_text_arguments = bool(re.search(r"arguments\s+is\s+(not\s+)?(string|mapping)", source))
+        self._asks_for_text = bool(re.search(r"arguments\s+is\s+(not\s+)?(string|mapping)", source))
         self._placeholders: dict[Shape, Placeholders] = {}
         self._generation_prompts: dict[tuple[Any, ...], str] = {}
 
@@ -117,6 +117,20 @@ class ChatTemplate:
             if text := end_token(tails, self.added, found, self._eos):
                 found.append(text)
         return frozenset([*found, *([self._eos] if found and self._eos else [])])
+
+    @functools.cached_property
+    def _takes_text_arguments(self) -> bool:
+        """Whether it renders a tool call's arguments that are a JSON text; one that asks may leave them out."""
+        if not self._asks_for_text:
+            return False
+        mark = placeholder(0)
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": mark})}}
+        exchange = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            return mark in self._template(exchange, self._with_time(self._arguments({}), "")).text
+        except Exception:
+            # Of any kind, as in `_trace`.
+            return False
 
     @functools.cached_property
     def never_ends(self) -> bool:
@@ -300,7 +314,7 @@ class ChatTemplate:
         traced = self._located(messages, arguments, source)
         self._check_system_messages(messages, traced, arguments, source)
         trained: list[tuple[int, int]] = []
-        unended: dict[int, str] = {}
+        problems: dict[int, str] = {}
         for index, message in enumerate(messages):
             content, segment, span = message.get("content") or "", _segment(traced, index), traced.spans[index]
             if message["role"] != "assistant":
@@ -318,20 +332,20 @@ class ChatTemplate:
             start = span[0] + len(self._header(messages, index, traced, arguments, source))
             end, problem = self._end_or_problem(messages, traced, index, start, source)
             if problem:
-                unended[len(trained)] = problem
-            trained.append((start, end))
-            if is_short and not is_without_thought(
+                problems[len(trained)] = problem
+            elif is_short and not is_without_thought(
                 self.added.sub("", traced.text[start:end]), content, has_calls=bool(message.get("tool_calls"))
             ):
-                raise DataError(
-                    f"{source}: the chat template cuts the answer of message {index + 1}, and not only its "
-                    "thought, because other messages follow it: remove the messages behind it, or set "
-                    "split_turns: true, which makes a sample of each answer"
+                problems[len(trained)] = (
+                    f"the chat template cuts the answer of message {index + 1}, and not only its thought, because "
+                    "other messages follow it: remove the messages behind it, or set split_turns: true, which makes "
+                    "a sample of each answer, or train_on_turns: last"
                 )
+            trained.append((start, end))
         written = [span for span in traced.spans if span]
         if any(one[1] > other[0] for one, other in itertools.pairwise(written)):
             raise DataError(f"{source}: the chat template writes messages in another order than they have")
-        return Rendered(text=traced.text, trained=tuple(trained), turns=traced.spans, unended=unended)
+        return Rendered(text=traced.text, trained=tuple(trained), turns=traced.spans, problems=problems)
 
     def _check_system_messages(
         self, messages: Messages, traced: Traced, arguments: Mapping[str, Any], source: str
@@ -410,12 +424,11 @@ class ChatTemplate:
         roles = tuple(message["role"] for message in messages[max(0, index - 2) : index])
         rest = {name: value for name, value in arguments.items() if name not in ("tools", "documents")}
         key = (index == 0, roles, bool(arguments.get("tools")), json.dumps(rest, sort_keys=True, default=str))
-        prompt = self._generation_prompts.get(key)
-        if prompt is None or (prompt and not _common(prompt, segment)):
-            found = self._generation_prompt(messages[:index], traced.text[: span[0]], segment, arguments, source)
-            prompt = found or ""
-            if found is not None:
-                self._generation_prompts[key] = prompt
+        prompt = self._generation_prompts.get(key, "")
+        if not _common(prompt, segment) and "add_generation_prompt" in self._template.arguments:
+            # Others of the same key may have another one: what they do not share with the answer is found anew.
+            prompt = self._generation_prompt(messages[:index], traced.text[: span[0]], segment, arguments, source)
+            self._generation_prompts[key] = prompt
         return self._without_thought(prompt, segment)
 
     def _without_thought(self, prompt: str, segment: str) -> str:
@@ -439,7 +452,7 @@ class ChatTemplate:
         """
         asked = [*messages[:index], {"role": "user", "content": "…"}]
         before = self._trace(asked, arguments, source).text
-        prompt = self._generation_prompt(asked, before, segment, arguments, source) or ""
+        prompt = self._generation_prompt(asked, before, segment, arguments, source)
         thought = THOUGHT.search(prompt)
         if not prompt or not segment.startswith(prompt[: thought.start()] if thought else prompt):
             raise DataError(
@@ -450,8 +463,8 @@ class ChatTemplate:
 
     def _generation_prompt(
         self, messages: Messages, before: str, segment: str, arguments: Mapping[str, Any], source: str
-    ) -> str | None:
-        """What add_generation_prompt adds to messages; empty if nothing, None if they alone are refused.
+    ) -> str:
+        """What add_generation_prompt adds to messages; empty if nothing, or if they alone are refused.
 
         Args:
             before: what the template writes before the answer.
@@ -461,10 +474,15 @@ class ChatTemplate:
             prompt = self._trace(messages, {**arguments, "add_generation_prompt": True}, source).text
             without = self._trace(messages, arguments, source).text
         except DataError:
-            return None
+            return ""
         # The template may write text behind the messages, or earlier answers differently where no message follows.
         added = [prompt[len(text) :] for text in (before, without) if prompt.startswith(text)]
-        return next((text for text in added if _common(text, segment)), "")
+        if found := next((text for text in added if _common(text, segment)), ""):
+            return found
+        # Or, as the end of a tool's result, with the messages where they are the last and with the answer else.
+        last = added[-1] if added else ""
+        overlap = segment[: segment.find(last) + len(last)] if last and last in segment else ""
+        return overlap if prompt.endswith(overlap) else ""
 
     def _end(self, traced: Traced, index: int, start: int, source: str) -> int:
         """The end of an answer's end token.

@@ -103,6 +103,51 @@ def test_a_thought_that_a_collecting_template_strips_is_found(tokenizer, monkeyp
     assert ChatTemplate.of(tokenizer).shortened_turns(Conversation(messages=messages, source="f:3")) == [1]
 
 
+RESULTS_IN_ANSWERS = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}{{ '<|extra_5|>' + m.content }}"
+    "{% elif m.role == 'tool' %}{{ '[' + m.content }}{% if loop.last %}{{ ']' }}{% endif %}{% else %}"
+    "{% if loop.previtem and loop.previtem.role == 'tool' %}{{ ']' }}{% endif %}{{ '<|extra_1|><think>' }}"
+    "{% if m.reasoning_content and loop.index0 > ns.last %}{{ m.reasoning_content }}{% endif %}"
+    "{{ '</think>' + (m.content or '') }}{% for call in m.tool_calls or [] %}{{ call.function.name + "
+    "(call.function.arguments | tojson) }}{% endfor %}{{ '<|eos|>' }}{% endif %}{% endfor %}" + PROMPT
+)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_results_end_that_is_written_with_the_answer_is_not_trained(tokenizer, monkeypatch, order):
+    """Nor does that depend on the records before: where a thought is stripped, the prompt is found in another way."""
+    monkeypatch.setattr(tokenizer, "chat_template", RESULTS_IN_ANSWERS)
+    call = {"function": {"name": "f", "arguments": {"a": "b"}}}
+    plain = [
+        {"role": "user", "content": "W?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "warm"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    thought = [
+        message | {"reasoning_content": "why"} if message["role"] == "assistant" else message for message in plain
+    ]
+    thought += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "Fine."}]
+    called, sunny = f'<think></think>f{{"a": "b"}}{END}', f"<think></think>Sunny.{END}"
+    expected = ([called, sunny], [called, sunny, f"<think></think>Fine.{END}"])
+    for number in order:
+        assert trained(tokenizer, (plain, thought)[number]) == expected[number], number
+
+
+def test_arguments_and_an_absent_content_are_given_as_the_template_takes_them(tokenizer, monkeypatch):
+    """Arguments as JSON text to one that takes mappings alone, and null, which transformers removes."""
+    calls = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% if call.function.arguments is mapping %}"
+    calls += "{{ call.function.arguments.a }}{% endif %}{% endfor %}"
+    turn = "{{ names[m.role] ~ m.content }}" + calls + "{{ '<|eos|>' }}"
+    source = NAMES + "{% for m in messages %}" + turn + "{% endfor %}" + PROMPT
+    monkeypatch.setattr(tokenizer, "chat_template", source)
+    call = {"function": {"name": "f", "arguments": '{"a": "b"}'}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    encoded = encode(Conversation(messages=messages, source="f:3"), tokenizer, 99)
+    assert tokenizer.decode([label for label in encoded["labels"] if label != IGNORED]) == f"fb{END}"
+
+
 def test_a_content_in_a_list_of_the_template_is_rendered_itself(tokenizer, monkeypatch):
     source = NAMES + LOOP.replace("m.content", "('hi' if m.content in ['hello', 'good day'] else m.content)") + PROMPT
     monkeypatch.setattr(tokenizer, "chat_template", source)

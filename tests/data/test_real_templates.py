@@ -209,6 +209,10 @@ def test_thoughts_that_a_template_strips_are_counted_refused_or_split(shared):
     ("name", "record", "field"),
     [
         ("hunyuan-large", WITH_TOOLS, "tools, messages[].tool_calls"),
+        ("hunyuan-large", {"enable_thinking": False, "messages": EXCHANGE}, "enable_thinking"),
+        ("hy3", {"chat_template_kwargs": {"enable_thinking": True}, "messages": EXCHANGE}, "enable_thinking"),
+        ("hy3", {"system": "You are a pirate.", "messages": EXCHANGE}, "system"),
+        ("hunyuan-7b", {"images": ["a.png"], "messages": EXCHANGE}, "images"),
         ("hunyuan-large", {"reasoning_effort": "high", "messages": EXCHANGE}, "reasoning_effort"),
         ("hunyuan-7b", {"reasoning_effort": "high", "messages": EXCHANGE}, "reasoning_effort"),
         (
@@ -293,6 +297,9 @@ def test_an_earlier_answer_of_which_the_template_cuts_more_than_its_thought_is_r
     for answer in ("answers are new", "4"):
         content = f"<think>r</think><answer>{answer}</answer>"
         record["messages"] += [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    # Where it is not trained, it is as the template shows it.
+    for options in ({"train_on_turns": "last"}, {"split_turns": True}):
+        assert trained_texts(record, tokenizer, **options) == [f"{record['messages'][-1]['content']}<|eos|>"]
     with pytest.raises(DataError, match=r"cuts the answer of message 2, and not only its thought.* split_turns"):
         shown(record, tokenizer)
 
@@ -650,13 +657,16 @@ SOME_OF_TOOLS = (
 WHOLE_TOOL, WHOLE_CALL = "tool | tojson", "call.function | tojson"
 
 
+ARGUMENTS_AND_NAME = r"messages\[\].tool_calls\[\].function.arguments, messages\[\].tool_calls\[\].function.name,"
+
+
 @pytest.mark.parametrize(
     ("tool", "call", "field"),
     [
         (WHOLE_TOOL, WHOLE_CALL, ""),
         (WHOLE_TOOL, "call.function.name", r"messages\[\].tool_calls\[\].function.arguments,"),
-        (WHOLE_TOOL, "call.function.arguments.keys() | join", r"messages\[\].tool_calls\[\].function.arguments,"),
-        (WHOLE_TOOL, "call.function.arguments.city", r"messages\[\].tool_calls\[\].function.arguments,"),
+        (WHOLE_TOOL, "call.function.arguments.keys() | join", ARGUMENTS_AND_NAME),
+        (WHOLE_TOOL, "call.function.arguments.city", ARGUMENTS_AND_NAME),
         (WHOLE_TOOL, "call.function | tojson if loop.first", r"messages\[\].tool_calls,"),
         (WHOLE_TOOL, "call.function | tojson if loop.last", r"messages\[\].tool_calls,"),
         ("tool.function.name + tool.function.description", WHOLE_CALL, r"tools\[\].parameters,"),
