@@ -17,6 +17,7 @@ LONG = (
     "test_troubled_hosts.py",
     "test_one_host.py",
     "test_compilation.py",
+    "test_restarts.py",
     "test_notebooks.py",
     "test_checkpoint.py",
     "test_examine.py",

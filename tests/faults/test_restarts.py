@@ -18,13 +18,14 @@ from hynb.launch import launch
 from hynb.runs import RunReader, notice_line, read_record
 from hynb.supervision import processes_of
 
-STEPS = 40
+# Enough that a run is far from its end when its first checkpoint is seen, also on a fast machine.
+STEPS, SAVED = 120, 40
 SAMPLES = 6
 
 
 def long_run(files, folder, **values) -> Config:
-    """A run of two ranks with a checkpoint after every tenth step."""
-    given = {"max_steps": STEPS, "save_steps": 10, "learning_rate": 1e-3, "min_lr": None, "bf16": False}
+    """A run of two ranks with several checkpoints."""
+    given = {"max_steps": STEPS, "save_steps": SAVED, "learning_rate": 1e-3, "min_lr": None, "bf16": False}
     return config_of(files, "hunyuan_v1_dense", folder, **(given | values))
 
 
@@ -52,7 +53,7 @@ def test_after_a_killed_rank_the_losses_are_those_of_an_undisturbed_run(files, r
 
 def test_a_run_goes_on_without_a_host_that_is_lost_for_good(files, ranks, tmp_path):
     need(shutil.which("pdsh") is not None, "pdsh is not installed")
-    values = {"max_steps": STEPS, "save_steps": 5, "learning_rate": 1e-3, "bf16": False, "weight_decay": 0.1}
+    values = {"max_steps": STEPS, "save_steps": SAVED, "learning_rate": 1e-4, "bf16": False, "weight_decay": 0.1}
     # Whole steps in every epoch, which three ranks and two can make.
     values |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": SAMPLES // 3}
     values |= {"deepspeed": "ds_zero2_no_offload"}
@@ -63,7 +64,6 @@ def test_a_run_goes_on_without_a_host_that_is_lost_for_good(files, ranks, tmp_pa
     expected = losses(ranks.train(alone.replace(train_data_file=str(data), min_lr=None, warmup_ratio=0.0)))
     with many_hosts(tmp_path / "hosts", 3, shared=True) as hosts:
         job = Job(made_ready(hosts, tmp_path / "given"), "run")
-        # Enough time after the checkpoint to lose a host in.
         job.launch(**values, max_restarts=1, min_hosts=2, warmup_ratio=0.0, silence_timeout_seconds=5)
         job.until(lambda: job.dir.checkpoints() or job.dir.exit.exists(), START_SECONDS)
         lost = hosts[2]
