@@ -425,7 +425,7 @@ class ChatTemplate:
         rest = {name: value for name, value in arguments.items() if name not in ("tools", "documents")}
         key = (index == 0, roles, bool(arguments.get("tools")), json.dumps(rest, sort_keys=True, default=str))
         prompt = self._generation_prompts.get(key, "")
-        if not _common(prompt, segment) and "add_generation_prompt" in self._template.arguments:
+        if not self._without_thought(prompt, segment) and "add_generation_prompt" in self._template.arguments:
             # Others of the same key may have another one: what they do not share with the answer is found anew.
             prompt = self._generation_prompt(messages[:index], traced.text[: span[0]], segment, arguments, source)
             self._generation_prompts[key] = prompt
@@ -477,12 +477,12 @@ class ChatTemplate:
             return ""
         # The template may write text behind the messages, or earlier answers differently where no message follows.
         added = [prompt[len(text) :] for text in (before, without) if prompt.startswith(text)]
-        if found := next((text for text in added if _common(text, segment)), ""):
+        if found := next((text for text in added if self._without_thought(text, segment)), ""):
             return found
         # Or, as the end of a tool's result, with the messages where they are the last and with the answer else.
         last = added[-1] if added else ""
         overlap = segment[: segment.find(last) + len(last)] if last and last in segment else ""
-        return overlap if prompt.endswith(overlap) else ""
+        return overlap if overlap and prompt.endswith(overlap) else next((text for text in added if text), "")
 
     def _end(self, traced: Traced, index: int, start: int, source: str) -> int:
         """The end of an answer's end token.

@@ -106,9 +106,9 @@ def test_a_thought_that_a_collecting_template_strips_is_found(tokenizer, monkeyp
 RESULTS_IN_ANSWERS = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}{{ '<|extra_5|>' + m.content }}"
-    "{% elif m.role == 'tool' %}{{ '[' + m.content }}{% if loop.last %}{{ ']' }}{% endif %}{% else %}"
-    "{% if loop.previtem and loop.previtem.role == 'tool' %}{{ ']' }}{% endif %}{{ '<|extra_1|><think>' }}"
-    "{% if m.reasoning_content and loop.index0 > ns.last %}{{ m.reasoning_content }}{% endif %}"
+    "{% elif m.role == 'tool' %}{{ '<|extra_2|>' + m.content }}{% if loop.last %}{{ '<|extra_4|>' }}{% endif %}"
+    "{% else %}{% if loop.previtem and loop.previtem.role == 'tool' %}{{ '<|extra_4|>' }}{% endif %}"
+    "{{ '<|extra_1|><think>' }}{% if m.reasoning_content and loop.index0 > ns.last %}{{ m.reasoning_content }}{% endif %}"
     "{{ '</think>' + (m.content or '') }}{% for call in m.tool_calls or [] %}{{ call.function.name + "
     "(call.function.arguments | tojson) }}{% endfor %}{{ '<|eos|>' }}{% endif %}{% endfor %}" + PROMPT
 )
