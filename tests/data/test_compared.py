@@ -108,8 +108,8 @@ RESULTS_IN_ANSWERS = (
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}{{ '<|extra_5|>' + m.content }}"
     "{% elif m.role == 'tool' %}{{ '<|extra_2|>' + m.content }}{% if loop.last %}{{ '<|extra_4|>' }}{% endif %}"
     "{% else %}{% if loop.previtem and loop.previtem.role == 'tool' %}{{ '<|extra_4|>' }}{% endif %}"
-    "{{ '<|extra_1|><think>' }}{% if m.reasoning_content and loop.index0 > ns.last %}{{ m.reasoning_content }}{% endif %}"
-    "{{ '</think>' + (m.content or '') }}{% for call in m.tool_calls or [] %}{{ call.function.name + "
+    "{{ '<|extra_1|><think>' }}{% if m.reasoning_content and loop.index0 > ns.last %}{{ m.reasoning_content }}"
+    "{% endif %}{{ '</think>' + (m.content or '') }}{% for call in m.tool_calls or [] %}{{ call.function.name + "
     "(call.function.arguments | tojson) }}{% endfor %}{{ '<|eos|>' }}{% endif %}{% endfor %}" + PROMPT
 )
 
