@@ -44,6 +44,11 @@ class Traced:
     text: str
     spans: tuple[tuple[int, int] | None, ...]
 
+    def segment(self, index: int) -> str:
+        """What the template wrote for a message; the whole text where it was written outside of a loop."""
+        span = self.spans[index]
+        return self.text[span[0] : span[1]] if span else self.text
+
 
 class TracedTemplate:
     """A compiled chat template.
@@ -103,6 +108,16 @@ class TracedTemplate:
             if text != traced.text:
                 return Traced(text=text, spans=(None,) * len(messages))
         return traced
+
+    def looks_at(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether messages have other fields than role and content, or a content that the template may look for."""
+        for message in messages:
+            content = message.get("content")
+            if len(message) != 2 or not isinstance(content, str) or "role" not in message:
+                return True
+            if (content in self.equal and content) or any(text in content for text in self.sought):
+                return True
+        return False
 
     def _training_time(self, form: str) -> str:
         self.has_written_time = True

@@ -26,7 +26,6 @@ from hynb.data.files import Conversation
 from hynb.data.jinja_trace import TRAINING_TIME, Traced, TracedTemplate
 from hynb.data.message_forms import THOUGHT_FIELDS, Messages, message_forms, plain_message
 from hynb.data.placeholders import (
-    BREAK,
     Placeholders,
     Rendered,
     Shape,
@@ -36,7 +35,7 @@ from hynb.data.placeholders import (
     shape_of,
     without_placeholders,
 )
-from hynb.data.template_tokens import TemplateTokenizer, pattern_of, token_texts
+from hynb.data.template_tokens import TemplateTokenizer, answer_tags, broken_texts, pattern_of, token_texts
 from hynb.errors import DataError
 
 if TYPE_CHECKING:
@@ -156,14 +155,13 @@ class ChatTemplate:
             DataError: the template refuses the conversation, changes a message, or ends an answer with no end token.
         """
         messages = [plain_message(message) for message in conversation.messages]
+        arguments = conversation.arguments
         if not allow_special_tokens:
-            messages = [{**self._broken(message), "role": message["role"]} for message in messages]
-        arguments = conversation.arguments if allow_special_tokens else self._broken(conversation.arguments)
+            messages = [self._broken_message(message) for message in messages]
+            arguments = broken_texts(arguments, self.special)
         if not arguments and self.is_simple(messages):
-            rendered = self.placeholders(messages, conversation.source).fill(messages)
-        else:
-            rendered = self._render_traced(messages, arguments, conversation.source)
-        return rendered
+            return self.placeholders(messages, conversation.source).fill(messages)
+        return self._render_traced(messages, arguments, conversation.source)
 
     def prompt(self, messages: Messages, arguments: Mapping[str, Any], *, source: str = "prompt") -> str:
         """The text after which the model writes the next answer, for generation.
@@ -171,8 +169,13 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the messages.
         """
-        plain = [{**self._broken(plain_message(message)), "role": message["role"]} for message in messages]
-        given = {**self._special_tokens, "tools": None, "documents": None, **self._broken(dict(arguments))}
+        plain = [self._broken_message(plain_message(message)) for message in messages]
+        given = {
+            **self._special_tokens,
+            "tools": None,
+            "documents": None,
+            **broken_texts(dict(arguments), self.special),
+        }
         if self._template.writes_time and not given.get(TIME_ARGUMENT):
             given[TIME_ARGUMENT] = datetime.now().isoformat()
         return self._trace(plain, {**given, "add_generation_prompt": True}, source).text
@@ -316,7 +319,7 @@ class ChatTemplate:
         trained: list[tuple[int, int]] = []
         problems: dict[int, str] = {}
         for index, message in enumerate(messages):
-            content, segment, span = message.get("content") or "", _segment(traced, index), traced.spans[index]
+            content, segment, span = message.get("content") or "", traced.segment(index), traced.spans[index]
             if message["role"] != "assistant":
                 if not has_content(segment, content):
                     raise DataError(_changed(message, index, segment, source))
@@ -326,7 +329,7 @@ class ChatTemplate:
             is_short = not has_answer(segment, content)
             if is_short:
                 # An earlier answer may be shortened by design; `shortened_turns` finds it.
-                alone = _segment(self._located(messages[: index + 1], arguments, source), index)
+                alone = self._located(messages[: index + 1], arguments, source).segment(index)
                 if index + 1 == len(messages) or not has_answer(alone, content):
                     raise DataError(_changed(message, index, alone, source))
             start = span[0] + len(self._header(messages, index, traced, arguments, source))
@@ -503,31 +506,23 @@ class ChatTemplate:
             "learn to stop. Use the template of an instruct model, or one that takes is_training"
         )
 
-    def _broken(self, value: Any) -> Any:
-        """The value with a `BREAK` inside each special token that a text in it spells."""
-        if isinstance(value, str):
-            if not self.special.search(value):
-                return value
-            return self.special.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
-        if isinstance(value, Mapping):
-            return {self._broken(key): self._broken(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._broken(item) for item in value]
-        return value
+    @functools.cached_property
+    def _tags(self) -> frozenset[str]:
+        """Special tokens that are an answer's form: those around a thought, and those that it looks for in texts."""
+        others = {value for value in self._special_tokens.values() if isinstance(value, str)} | self.end_tokens
+        return answer_tags(self.special_texts - others, self._template.sought)
+
+    def _broken_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message whose texts spell no special token but, in an answer, those that the template looks for there."""
+        broken = {**broken_texts(message, self.special), "role": message["role"]}
+        content = message.get("content")
+        if message["role"] == "assistant" and isinstance(content, str) and broken["content"] != content:
+            broken["content"] = broken_texts(content, self.special, keep=self._tags)
+        return broken
 
     def is_simple(self, messages: Messages) -> bool:
         """Whether messages differ from placeholders in nothing that the template looks at."""
-        sought, equal = self._template.sought, self._template.equal
-        for message in messages:
-            content = message.get("content")
-            if len(message) != 2 or not isinstance(content, str) or "role" not in message:
-                return False
-            if content in equal and content:
-                return False
-            for text in sought:
-                if text in content:
-                    return False
-        return True
+        return not self._template.looks_at(messages)
 
     def placeholders(self, messages: Messages, source: str) -> Placeholders:
         """The rendering of placeholders in place of the contents of messages for which `is_simple` is true.
@@ -554,12 +549,6 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTemplat
 
 def _common(one: str, other: str) -> str:
     return os.path.commonprefix([one, other])  # noqa: RUF071  works on text, not only on paths
-
-
-def _segment(traced: Traced, index: int) -> str:
-    """What the template wrote for a message; the whole text where it was written outside of a loop."""
-    span = traced.spans[index]
-    return traced.text[span[0] : span[1]] if span else traced.text
 
 
 def _is_bare(text: str, span: tuple[int, int], message: Mapping[str, Any]) -> bool:

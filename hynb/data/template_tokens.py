@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from hynb.data.contents import THOUGHT
+from hynb.data.placeholders import BREAK
+
 
 class TemplateTokenizer(Protocol):
     """What a chat template takes of a tokenizer, named as in transformers."""
@@ -39,3 +42,31 @@ def token_texts(tokenizer: TemplateTokenizer, *, special_only: bool) -> frozense
 def pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
     """A pattern that finds any of the texts, the longest first; nothing if there is none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def answer_tags(special_texts: Iterable[str], sought: Iterable[str]) -> frozenset[str]:
+    """Special tokens that are an answer's form: those around a thought, and those that its template looks for."""
+    sought = list(sought)
+    return frozenset(
+        text
+        for text in special_texts
+        if THOUGHT.match(text.replace("</", "<", 1)) or any(text in other for other in sought)
+    )
+
+
+def broken_texts(value: Any, special: re.Pattern[str], keep: frozenset[str] = frozenset()) -> Any:
+    """A value with a `BREAK` inside each special token that a text in it spells.
+
+    Args:
+        special: finds special tokens.
+        keep: those that stay whole.
+    """
+    if isinstance(value, str):
+        if not special.search(value):
+            return value
+        return special.sub(lambda match: match[0] if match[0] in keep else match[0][0] + BREAK + match[0][1:], value)
+    if isinstance(value, Mapping):
+        return {broken_texts(key, special): broken_texts(item, special) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [broken_texts(item, special) for item in value]
+    return value

@@ -567,6 +567,20 @@ def test_the_end_token_is_trained_and_stops_where_every_tag_is_a_special_token(s
     assert ChatTemplate.of(tokenizer).end_tokens == {ends, tokenizer.eos_token}
 
 
+def test_tags_of_an_answer_that_are_special_tokens_are_these_tokens(shared):
+    """The template finds them, as it strips earlier thoughts; in a question they stay text."""
+    plain = tokenizer_of("hunyuan-7b", shared)
+    tokenizer = all_special(plain, *TAGS)
+    answers = [f"<think>\nwhy\n</think>\n<answer>\n{number}\n</answer>" for number in (1, 2)]
+    first, second = ({"role": "assistant", "content": answer} for answer in answers)
+    question = {"role": "user", "content": "What is <think>?"}
+    record = {"messages": [question, first, question, second]}
+    assert shown(record, tokenizer) == shown(record, plain)
+    ids = encode(conversation(record), tokenizer, 1 << 12)["input_ids"]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 1
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|eos|>")) == 2
+
+
 @pytest.mark.parametrize(
     ("answer", "call", "expected"),
     [
