@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,17 @@ class Lab:
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         if idle:
             self.wait_idle(page)
+
+    @staticmethod
+    def scroll_to(page: Any, selector: str) -> None:
+        """Scrolls through a notebook until something is shown: JupyterLab draws no cell that is far from the view."""
+        deadline, place = time.monotonic() + _WAIT_SECONDS, 0
+        scroll = "y => document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => { e.scrollTop = y; })"
+        while not page.locator(selector).count():
+            assert time.monotonic() < deadline, f"{selector} is nowhere in the notebook"
+            place = (place + 300) % 12_000
+            page.evaluate(scroll, place)
+            page.wait_for_timeout(200)
 
     @staticmethod
     def wait_idle(page: Any) -> None:
