@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -297,13 +298,22 @@ def _launch_into(run_dir: RunDir, config: Config, plan: Plan) -> None:
         check_run(config)
         start = prepare(plan, config, run_dir, uuid.uuid4().hex, _environment(config))
         try:
-            clear_run_folder(config)
-            replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
-            run_dir.log.mkdir(exist_ok=True)
-            start.write_files()
+            _fill_run_folder(run_dir, config, start, live=False)
             _start_supervisor(run_dir, start)
         finally:
             start.cancel()
+
+
+def _fill_run_folder(run_dir: RunDir, config: Config, start: Start, *, live: bool) -> None:
+    """Clears an earlier run's files, as `clear_run_folder`, and writes what a start needs.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    clear_run_folder(config, live=live)
+    replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
+    run_dir.log.mkdir(exist_ok=True)
+    start.write_files()
 
 
 def _start_supervisor(run_dir: RunDir, start: Start) -> None:
@@ -413,17 +423,15 @@ def _start_again(run_dir: RunDir, restarts: Restarts, end: dict[str, Any], known
             if not is_wanted():
                 start.cancel()
                 raise RunError("somebody has asked for its end")
-            clear_run_folder(config, live=True)
-            replace_text(run_dir.config, to_yaml(config.replace(overwrite_output_dir=False)))
-            start.write_files()
+            _fill_run_folder(run_dir, config, start, live=True)
             earlier = (read_record(run_dir.launch) or {}).get("restarts", [])
-            start.record["restarts"] = [*earlier, restart.record() | {"global_step": restart.global_step}]
+            start.record["restarts"] = [*earlier, asdict(restart)]
             start.record["restarts_left"] = restarts.left
             writer = RunWriter(run_dir.path)
             # First: a failed run without a restart left is not live.
             writer.status("starting", global_step=restart.global_step)
             write_json(run_dir.launch, start.record | known | {"started_at": time.time()})
-            writer.event("restart", restart.global_step, **restart.record())
+            writer.event("restart", **asdict(restart))
     except (HynbError, OSError) as error:
         end["reason"] += f"\nNot started again by itself: {error}"
         where = {"host": end.get("host"), "rank": end.get("rank")}

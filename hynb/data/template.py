@@ -170,12 +170,8 @@ class ChatTemplate:
             DataError: the template refuses the messages.
         """
         plain = [self._broken_message(plain_message(message)) for message in messages]
-        given = {
-            **self._special_tokens,
-            "tools": None,
-            "documents": None,
-            **broken_texts(dict(arguments), self.special),
-        }
+        given = {**self._special_tokens, "tools": None, "documents": None}
+        given |= broken_texts(dict(arguments), self.special)
         if self._template.writes_time and not given.get(TIME_ARGUMENT):
             given[TIME_ARGUMENT] = datetime.now().isoformat()
         return self._trace(plain, {**given, "add_generation_prompt": True}, source).text
@@ -427,11 +423,12 @@ class ChatTemplate:
         roles = tuple(message["role"] for message in messages[max(0, index - 2) : index])
         rest = {name: value for name, value in arguments.items() if name not in ("tools", "documents")}
         key = (index == 0, roles, bool(arguments.get("tools")), json.dumps(rest, sort_keys=True, default=str))
-        prompt = self._generation_prompts.get(key, "")
-        if not self._without_thought(prompt, segment) and "add_generation_prompt" in self._template.arguments:
-            # Others of the same key may have another one: what they do not share with the answer is found anew.
-            prompt = self._generation_prompt(messages[:index], traced.text[: span[0]], segment, arguments, source)
-            self._generation_prompts[key] = prompt
+        header = self._without_thought(self._generation_prompts.get(key, ""), segment)
+        if header or "add_generation_prompt" not in self._template.arguments:
+            return header
+        # Others of the same key may have another one: what they do not share with the answer is found anew.
+        prompt = self._generation_prompt(messages[:index], traced.text[: span[0]], segment, arguments, source)
+        self._generation_prompts[key] = prompt
         return self._without_thought(prompt, segment)
 
     def _without_thought(self, prompt: str, segment: str) -> str:

@@ -123,7 +123,7 @@ def make_plan(config: Config) -> Plan:
     if ssh is not None and not problems:
         # pdsh logs in on this machine too, as on any other.
         unready, visible = _ask_hosts(ssh, hosts if config.launcher == "pdsh" else others)
-        problems += unready
+        problems += [problem for found in unready.values() for problem in found]
     if not problems:
         problems += memory_problems(config, hosts, here, ssh)
     if here == 0:
@@ -158,10 +158,8 @@ def unreachable_hosts(config: Config) -> list[str]:
     if is_local_run(hosts) or config.launcher in ("no_ssh", "slurm"):
         return []
     others = [host for host in hosts if not is_local(host.name)]
-    ssh = Ssh(config=ssh_config(config))
-    with ThreadPoolExecutor(max(1, len(others))) as pool:
-        answers = list(pool.map(lambda host: _ask_hosts(ssh, [host])[0], others))
-    return [host.name for host, problems in zip(others, answers, strict=True) if problems]
+    unready, _ = _ask_hosts(Ssh(config=ssh_config(config)), others)
+    return [name for name, problems in unready.items() if problems]
 
 
 def without_hosts(config: Config, names: Sequence[str]) -> Config:
@@ -282,8 +280,8 @@ def _launcher_problems(config: Config, hosts: Sequence[Host]) -> list[str]:
     return problems
 
 
-def _ask_hosts(ssh: Ssh, hosts: Sequence[Host]) -> tuple[list[str], dict[str, str]]:
-    """What keeps the ranks from starting on hosts, and their CUDA_VISIBLE_DEVICES; all are asked at once."""
+def _ask_hosts(ssh: Ssh, hosts: Sequence[Host]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """By host, what keeps the ranks from starting there, and its CUDA_VISIBLE_DEVICES; all are asked at once."""
     python = sys.executable
     script = (
         f"[ -x {shlex.quote(python)} ] || echo 'has no {python}'; "
@@ -305,7 +303,7 @@ def _ask_hosts(ssh: Ssh, hosts: Sequence[Host]) -> tuple[list[str], dict[str, st
         return [f"{host.name}: {line}; {fix}" for line in missing]
 
     with ThreadPoolExecutor(max(1, len(hosts))) as pool:
-        return [problem for problems in pool.map(ask, hosts) for problem in problems], visible
+        return dict(zip((host.name for host in hosts), pool.map(ask, hosts), strict=True)), visible
 
 
 def _address_of(name: str, ssh: Ssh | None) -> str:

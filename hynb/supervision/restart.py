@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hynb.config import Config
@@ -42,13 +42,7 @@ class Restart:
     reason: str
     global_step: int
     checkpoint: str | None
-    lost_hosts: tuple[str, ...]
-
-    def record(self) -> dict[str, Any]:
-        """Plain values for an event; the step is a field of every event."""
-        values = asdict(self)
-        del values["global_step"]
-        return values | {"lost_hosts": list(self.lost_hosts)}
+    lost_hosts: list[str]
 
 
 class Restarts:
@@ -93,7 +87,7 @@ class Restarts:
             reason=first_line(end["reason"]),
             global_step=step,
             checkpoint=kept[-1].name if kept else None,
-            lost_hosts=tuple(lost),
+            lost_hosts=lost,
         )
         return config, restart
 
