@@ -47,27 +47,25 @@ class Lab:
         self.load(page, notebook)
         return page
 
-    def load(self, page: Any, notebook: str, *, idle: bool = True) -> None:
-        """Loads a notebook into a page, or reloads it.
-
-        Args:
-            idle: wait until its kernel has nothing to do.
-        """
+    def load(self, page: Any, notebook: str) -> None:
+        """Loads a notebook into a page, or reloads it, and waits until its kernel has nothing to do."""
         page.goto(f"{self.url}doc/tree/{notebook}?token={_TOKEN}&reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        if idle:
-            self.wait_idle(page)
+        self.wait_idle(page)
 
     @staticmethod
     def scroll_to(page: Any, selector: str) -> None:
         """Scrolls through a notebook until something is shown: JupyterLab draws no cell that is far from the view."""
-        deadline, place = time.monotonic() + _WAIT_SECONDS, 0
+        deadline, place, milliseconds = time.monotonic() + _WAIT_SECONDS, 0, 200
         scroll = "y => document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => { e.scrollTop = y; })"
         while not page.locator(selector).count():
             assert time.monotonic() < deadline, f"{selector} is nowhere in the notebook"
-            place = (place + 300) % 12_000
             page.evaluate(scroll, place)
-            page.wait_for_timeout(200)
+            page.wait_for_timeout(milliseconds)
+            place += 500
+            # A busy machine draws more slowly: it gets twice the time at the next pass.
+            if place > 12_000:
+                place, milliseconds = 0, 2 * milliseconds
 
     @staticmethod
     def wait_idle(page: Any) -> None:
@@ -80,6 +78,13 @@ class Lab:
         """Runs all cells, without waiting for them."""
         page.click('.lm-MenuBar-item:has-text("Run")')
         page.click('[data-command="runmenu:run-all"]')
+
+    @classmethod
+    def interrupt(cls, page: Any) -> None:
+        """Interrupts the cell that runs, and waits until its kernel has nothing to do."""
+        page.click('.lm-MenuBar-item:has-text("Kernel")')
+        page.click('[data-command="kernelmenu:interrupt"]')
+        cls.wait_idle(page)
 
     @staticmethod
     def run_cell(page: Any, text: str) -> None:

@@ -66,14 +66,17 @@ def test_a_training_is_started_watched_left_and_stopped(lab, tmp_path):
     page.wait_for_selector("text=running (training)")
     wait_for_another_picture(page)
     assert problems == []
-    # After a reload of the page, what was saved comes back and goes on.
+    # After a reload of the page, what was saved comes back and goes on. The page gives the kernel four seconds to say
+    # what widgets it has, and then asks in a way that a kernel answers after its cell (_loadFromKernel in
+    # @jupyter-widgets/base-manager): on a busy machine the panel stays away while a cell waits.
+    lab.interrupt(page)
     saved = lab.folder / "02_finetune.ipynb"
     # JupyterLab saves by itself too: an earlier version may lack the panel.
     shown_at = saved.stat().st_mtime_ns
     page.click('[data-command="docmanager:save"]')
     wait_until(lambda: saved.stat().st_mtime_ns > shown_at and has_panel(saved), "the saved notebook")
     page.on("dialog", lambda dialog: dialog.accept())
-    lab.load(page, "02_finetune.ipynb", idle=False)
+    lab.load(page, "02_finetune.ipynb")
     lab.scroll_to(page, "img.hynb-plot")
     wait_for_another_picture(page)
     # After a restart of the kernel its widgets are dead, and the last cell alone brings the panel back.
