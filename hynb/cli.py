@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hynb.config import GROUPS, Config, parameters
@@ -17,7 +19,7 @@ from hynb.runs import RunStatus, evaluation_line, notice_line, progress_line, sa
 if TYPE_CHECKING:
     from hynb.launch import Run
 
-_INTERRUPTED, _BROKEN_PIPE = 130, 141
+_INTERRUPTED, _BROKEN_PIPE, _TERMINATED = 130, 141, 143
 # A step and its checkpoint rarely take longer; after it a person wants to know what else can be done.
 _PATIENCE_SECONDS = 60.0
 # Of a run that has many: what `status` and `attach` show at once.
@@ -188,7 +190,12 @@ def _launch(args: argparse.Namespace) -> int:
     print(f"stop:    hynb stop {folder}")
     if lines := run.paste_lines():
         print(f"to join the other hosts, run one of these lines on each:\n{lines}", end="")
-    return _follow(run) if args.follow else 0
+    if not args.follow:
+        return 0
+    with _stopped_by_sigterm(run) as signals:
+        code = _follow(run)
+    # Not 0, which would tell a scheduler that the job is done.
+    return _TERMINATED if signals and code == 0 and run.status().state == "stopped" else code
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -300,6 +307,26 @@ def _follow(run: Run) -> int:
     status = run.wait()
     print(status)
     return 1 if status.state == "failed" else 0
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm(run: Run) -> Iterator[list[int]]:
+    """Within it, SIGTERM, as a container's first process gets it, has the run save a checkpoint and end.
+
+    Yields:
+        the signals that have come.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        run.stop(wait=False, by="by SIGTERM to `hynb launch --follow`")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_event(event: dict[str, Any], max_steps: int | None) -> None:

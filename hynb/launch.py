@@ -35,6 +35,7 @@ from hynb.runs import (
     clear_run_folder,
     original_folder,
     read_record,
+    request_stop,
 )
 from hynb.supervision import (
     LAUNCH_VARIABLE,
@@ -139,10 +140,11 @@ class Run:
             raise RunFailedError(f"{self.output_dir}: {last}{tail}")
         return last
 
-    def stop(self, *, wait: bool = True, timeout_seconds: float | None = None) -> RunStatus:
+    def stop(self, *, wait: bool = True, timeout_seconds: float | None = None, by: str = "on request") -> RunStatus:
         """Asks all ranks to save a checkpoint at the end of their step and to end.
 
         Args:
+            by: who asks, as a text that follows "stopped".
             wait: return only when the run has ended.
 
         Raises:
@@ -151,7 +153,7 @@ class Run:
         status = self.status()
         if not status.live:
             return status
-        replace_text(self.dir.stop_request, f"{time.time()}\n")
+        request_stop(self.dir, by)
         return self.wait(timeout_seconds=timeout_seconds) if wait else self.status()
 
     def kill(self, *, wait_seconds: float = _DISTANT_SECONDS) -> RunStatus:
@@ -392,6 +394,7 @@ def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[i
     os.setpgid(0, 0)
     logging.basicConfig(level=logging.INFO, format="hynb: %(message)s", stream=sys.stdout)
     run_dir = RunDir(output_dir)
+    _stop_on_sigterm(run_dir)
     known = {"process": ProcessId.of(os.getpid()).record()}
     write_json(run_dir.launch, record | known | {"started_at": time.time()})
     restarts = None
@@ -402,6 +405,16 @@ def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[i
         record = start.record
         end = supervise(run_dir, record, [listener.detach() for listener in start.listeners])
     write_json(run_dir.exit, end | {"id": record["id"], "ended_at": time.time()})
+
+
+def _stop_on_sigterm(run_dir: RunDir) -> None:
+    """Lets SIGTERM to this process, the supervisor's, save a checkpoint and end the run."""
+
+    def ask(number: int, frame: object) -> None:
+        with contextlib.suppress(OSError):
+            request_stop(run_dir, "by SIGTERM to its supervisor")
+
+    signal.signal(signal.SIGTERM, ask)
 
 
 def _start_again(run_dir: RunDir, restarts: Restarts, end: dict[str, Any], known: dict[str, Any]) -> Start | None:

@@ -408,13 +408,13 @@ def build_trainer(state: RankState) -> None:
     Raises:
         ConfigError: transformers' Trainer refuses the TrainingArguments.
     """
-    from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, training_sampler, watch_of
+    from hynb.train import RouterWatch, RunCallback, RunTrainer, Termination, pace_of, training_sampler, watch_of
 
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
     coefficient = state.config.router_aux_loss_coef
     run_dir = RunDir(state.config.output_dir)
-    follows = {"run_dir": run_dir, "writer": state.writer, "model": state.model, "sampler": sampler}
-    state.callback = RunCallback(**follows, begin=lambda trained: _begin_training(state, trained))
+    follows = {"writer": state.writer, "model": state.model, "sampler": sampler, "termination": Termination()}
+    state.callback = RunCallback(run_dir=run_dir, **follows, begin=lambda trained: _begin_training(state, trained))
     try:
         state.trainer = RunTrainer(
             model=state.model,
@@ -457,8 +457,8 @@ def finish(state: RankState) -> None:
     checkpoint = state.trainer.save_last_checkpoint()
     if state.writer:
         step, max_steps = state.trainer.state.global_step, state.trainer.state.max_steps
-        reason = f"stopped on request after a checkpoint: {checkpoint.name}" if state.callback.stopped else ""
-        end = "stopped" if state.callback.stopped else "finished"
+        by = state.callback.stopped_by
+        end, reason = ("stopped", f"stopped {by} after a checkpoint: {checkpoint.name}") if by else ("finished", "")
         state.writer.step(step)
         state.writer.event("end", step, state=end)
         state.writer.status(end, global_step=step, max_steps=max_steps, exit_code=0, reason=reason)

@@ -10,6 +10,7 @@ import itertools
 import os
 import select
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -400,6 +401,8 @@ def main(node: int) -> None:
     if os.fork():
         os._exit(0)
     os.chdir("/")
+    # A scheduler sends it to all processes: the ranks save a checkpoint then, and are guarded meanwhile.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     registry = membership.registry(node)
     hold_registry(registry)
     remove_abandoned_registries(registry)

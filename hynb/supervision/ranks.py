@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ def join(membership: Membership, rank: int) -> Joined:
     Raises:
         ClusterError: the supervisor cannot be reached from this host, or the registry belongs to somebody else.
     """
+    # The launching host's launcher and what it starts do not get SIGTERM (see Supervisor); a rank does.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     node = membership.node_of(rank)
     _use_chosen_devices(membership, node)
     registry = membership.make_registry(node)

@@ -20,7 +20,7 @@ from typing import Any
 
 from hynb.cluster import Ssh
 from hynb.files import is_there, write_json
-from hynb.runs import RunDir, RunReader, RunWriter, how_to_go_on, name_ranks, watchdog_abort
+from hynb.runs import RunDir, RunReader, RunWriter, how_to_go_on, name_ranks, stop_cause, watchdog_abort
 from hynb.supervision.connections import Connections, Node
 from hynb.supervision.logs import LaunchLogs
 from hynb.supervision.membership import STANDSTILL_SECONDS, Membership
@@ -109,9 +109,14 @@ class Supervisor:
         connections = Connections(self._membership, self._nodes, self._inbox)
         for listener in self._listeners:
             connections.listen(listener)
+        # A child inherits what is blocked. On SIGTERM, which a scheduler sends to all processes, DeepSpeed's launcher
+        # gives the ranks 30 seconds, and its pdsh runner ends all of DeepSpeed's processes on all hosts (0.19.8,
+        # launcher/launch.py and runner.py); a checkpoint may take longer. They end when their ranks have ended.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self._launcher = subprocess.Popen(
             self._command, cwd=self._cwd, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._start_deadline = time.monotonic() + self._membership.start_seconds
         try:
             return self._watch()
@@ -162,7 +167,7 @@ class Supervisor:
         waiting = any(node.state == "waiting" for node in self._nodes)
         if waiting and is_there(self._dir.stop_request):
             self._end_everywhere()
-            reason = "stopped on request before all hosts had joined"
+            reason = f"stopped {stop_cause(self._dir)} before all hosts had joined"
             return {"state": "stopped", "exit_code": 0, "reason": reason}
         return None
 

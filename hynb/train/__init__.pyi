@@ -45,6 +45,7 @@ from .saving import plan_shards as plan_shards
 from .sequence_parallel import RowParts as RowParts
 from .sequence_parallel import share_rows as share_rows
 from .step_watch import watch_of as watch_of
+from .termination import Termination as Termination
 from .timeouts import uneven_work as uneven_work
 from .trainer import RunCallback as RunCallback
 from .trainer import RunTrainer as RunTrainer

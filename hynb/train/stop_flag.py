@@ -1,14 +1,15 @@
-"""A stop request, seen by rank 0 and followed by all ranks at the same step."""
+"""A stop request, seen by rank 0, or a SIGTERM to any rank: followed by all ranks at the same step."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from hynb.files import is_there
+from hynb.runs import RunDir, stop_cause
+from hynb.train.termination import Termination
 
 # A look at a network disk may take milliseconds, and a message between the ranks half a millisecond of each.
 _LOOK_SECONDS = 0.5
@@ -17,17 +18,22 @@ _MOST_STEPS = 10
 
 
 class StopFlag:
-    """Rank 0 looks for a file; all ranks learn of it one step later, for which none of them waits.
+    """Rank 0 looks for a request; all ranks learn of it, and of a SIGTERM to one of them, one step later.
+
+    None of them waits for that.
 
     Where steps are short it looks about twice per second; with each message it tells all ranks when the next one is
     due. The flag travels between CPUs, beside the GPUs' own messages. Every rank creates one at the same point.
 
     Args:
-        request: the file.
+        run_dir: where a request is left.
+        termination: notes a SIGTERM to this rank.
     """
 
-    def __init__(self, request: Path) -> None:
-        self._request = request
+    def __init__(self, run_dir: RunDir, termination: Termination) -> None:
+        self._run_dir = run_dir
+        self._termination = termination
+        self._terminated = 0
         self._looked_at = -_LOOK_SECONDS
         self._requested = False
         several = dist.is_initialized() and dist.get_world_size() > 1
@@ -53,26 +59,35 @@ class StopFlag:
         work, message = self._under_way
         self._under_way = None
         work.wait()
-        stop, self._steps = message.int().tolist()
+        requested, self._steps, self._terminated = message.int().tolist()
         self._due_in = self._steps
-        return bool(stop)
+        return bool(requested or self._terminated)
+
+    def cause(self) -> str:
+        """Who has asked for the end, as a text that follows "stopped"; of a request rank 0 alone knows."""
+        if self._terminated:
+            ranks = dist.get_world_size() if self._group else 1
+            return f"by SIGTERM to {self._terminated} of {ranks} ranks" if ranks > 1 else "by SIGTERM to its rank"
+        return stop_cause(self._run_dir)
 
     def _send(self) -> None:
-        """Rank 0's message: whether to stop, and the steps until the next one."""
-        message = torch.zeros(2)
+        """The sum of all ranks' messages: whether to stop, steps until the next one, and how many got SIGTERM."""
+        message = torch.zeros(3)
         if dist.get_rank() == 0:
             now, steps = time.monotonic(), 1
             if self._sent_at is not None:
                 steps = int(_LOOK_SECONDS / max(1e-6, now - self._sent_at) * self._steps)
             self._sent_at = now
-            message = torch.tensor([float(is_there(self._request)), float(min(max(1, steps), _MOST_STEPS))])
+            message[0], message[1] = float(is_there(self._run_dir.stop_request)), min(max(1, steps), _MOST_STEPS)
+        message[2] = float(self._termination.noted)
         work = dist.all_reduce(message, group=self._group, async_op=True)
         assert work is not None
         self._under_way = work, message
 
     def _look(self) -> bool:
+        self._terminated = int(self._termination.noted)
         now = time.monotonic()
         if not self._requested and now - self._looked_at >= _LOOK_SECONDS:
             self._looked_at = now
-            self._requested = is_there(self._request)
-        return self._requested
+            self._requested = is_there(self._run_dir.stop_request)
+        return bool(self._requested or self._terminated)

@@ -31,6 +31,7 @@ from hynb.train.sealing import finish, seal
 from hynb.train.sequence_parallel import TOKEN_MASK, RowParts
 from hynb.train.step_watch import SPIKE_WINDOW, StepWatch
 from hynb.train.stop_flag import StopFlag
+from hynb.train.termination import Termination, with_lasting_workers
 from hynb.train.timeouts import collective_limit, limited, save_limit
 
 # Settings of a group of the optimizer that a checkpoint restores.
@@ -151,12 +152,16 @@ class RunTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The batches of this rank; ranks that share rows get the same samples."""
-        loader = super().get_train_dataloader()
+        loader = with_lasting_workers(super().get_train_dataloader())
         if self._parts.size > 1:
             # accelerate's BatchSamplerShard, which deals batches out to as many processes as there are ranks.
             shard: Any = loader.batch_sampler
             shard.num_processes, shard.process_index = self._parts.replicas, self._parts.replica
         return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """The batches of an evaluation."""
+        return with_lasting_workers(super().get_eval_dataloader(eval_dataset))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The learning rate schedule; what the optimizer begins with is kept for `obey`."""
@@ -425,7 +430,7 @@ class RunCallback(TrainerCallback):
         begin: called on every rank when everything is loaded, before the first step.
 
     Attributes:
-        stopped: training ended because of a stop request.
+        stopped_by: what ended training before its last step, as a text that follows "stopped"; empty otherwise.
     """
 
     def __init__(
@@ -435,10 +440,12 @@ class RunCallback(TrainerCallback):
         writer: RunWriter | None,
         model: torch.nn.Module,
         sampler: SeededSampler,
+        termination: Termination,
         begin: Callable[[TrainerState], None] | None = None,
     ) -> None:
         self._begin = begin
-        self.stopped = False
+        self._termination = termination
+        self.stopped_by = ""
         self._sampler = sampler
         self._run_dir = run_dir
         self._writer = writer
@@ -451,7 +458,7 @@ class RunCallback(TrainerCallback):
         """Shows that training begins, and watches which adapter weights get a gradient in the first step."""
         if self._begin:
             self._begin(state)
-        self._stop_flag = StopFlag(self._run_dir.stop_request)
+        self._stop_flag = StopFlag(self._run_dir, self._termination)
         if self._writer:
             self._writer.step(state.global_step)
             self._writer.phase("training")
@@ -477,7 +484,7 @@ class RunCallback(TrainerCallback):
             self._writer.step(state.global_step)
         assert self._stop_flag is not None
         if self._stop_flag.is_set() and state.global_step < state.max_steps:
-            self.stopped = True
+            self.stopped_by = self._stop_flag.cause()
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
             if self._writer:

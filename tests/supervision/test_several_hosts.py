@@ -88,6 +88,22 @@ def test_a_host_that_only_launches(together):
     job.until_ended(END_SECONDS)
 
 
+def test_a_host_that_a_scheduler_takes_away_ends_the_run_with_a_checkpoint(together):
+    job = Job(together, "taken away")
+    job.launch()
+    job.until_trains()
+    ended = job.left("beta")
+    assert any("node_guard" in " ".join(process.argv) for process in ended) and len(ended) >= 3
+    for process in ended:
+        os.kill(process.pid, signal.SIGTERM)
+    job.until_ended(END_SECONDS)
+    status = job.status()
+    step = status["global_step"]
+    assert status["state"] == "stopped", status
+    assert status["reason"] == f"stopped by SIGTERM to 1 of 2 ranks after a checkpoint: checkpoint-{step}"
+    assert [path.name for path in job.dir.checkpoints()] == [f"checkpoint-{step}"]
+
+
 def test_open_mpi_starts_the_ranks(together):
     need(shutil.which("ompi_info") is not None, "Open MPI is not installed")
     job = Job(together, "mpi")

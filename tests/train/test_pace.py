@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from training_runs import config_of
 
 from hynb.cluster import peak_flops
 from hynb.plan import memory
+from hynb.runs import RunDir, request_stop
 from hynb.train import Pace
 from hynb.train.stop_flag import StopFlag
 
@@ -102,8 +104,12 @@ def test_parameters_that_a_token_is_multiplied_by(shared):
 
 
 def test_one_process_stops_at_once(tmp_path):
-    flag = StopFlag(tmp_path / "stop")
+    run_dir, termination = RunDir(tmp_path), SimpleNamespace(noted=False)
+    flag = StopFlag(run_dir, termination)
     assert not flag.is_set() and not flag.finish()
-    (tmp_path / "stop").touch()
+    request_stop(run_dir, "by SIGTERM to its supervisor")
+    request_stop(run_dir, "on request")
     time.sleep(0.6)
-    assert flag.is_set()
+    assert flag.is_set() and flag.cause() == "by SIGTERM to its supervisor"
+    termination.noted = True
+    assert flag.is_set() and flag.cause() == "by SIGTERM to its rank"

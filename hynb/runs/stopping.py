@@ -1,0 +1,27 @@
+"""The request to save a checkpoint and end, which any process may leave in a run folder for the ranks."""
+
+from __future__ import annotations
+
+from hynb.files import is_there, replace_text
+from hynb.runs.folder import RunDir
+
+
+def request_stop(run_dir: RunDir, by: str) -> None:
+    """Leaves a request; an earlier one stays.
+
+    Args:
+        by: who asks, as a text that follows "stopped".
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not is_there(run_dir.stop_request):
+        replace_text(run_dir.stop_request, f"{by}\n")
+
+
+def stop_cause(run_dir: RunDir) -> str:
+    """Who has asked for the end, as a text that follows "stopped"."""
+    try:
+        return run_dir.stop_request.read_text(encoding="utf-8").strip() or "on request"
+    except (OSError, ValueError):
+        return "on request"

@@ -1,0 +1,51 @@
+"""SIGTERM, which a scheduler sends before it takes a host away: a rank notes it and completes its step."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+from torch.utils.data import DataLoader
+
+
+class Termination:
+    """Notes that this process got SIGTERM, from now on; needs the main thread.
+
+    Attributes:
+        noted: it did.
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+        self._process = os.getpid()
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # Forked by a library, which relies on ending its processes by this signal.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not self.noted:
+            self.noted = True
+            # Not print, which may be what was interrupted.
+            os.write(1, b"hynb: got SIGTERM: all ranks save a checkpoint after their step and end\n")
+
+
+def with_lasting_workers(loader: DataLoader) -> DataLoader:
+    """Keeps SIGTERM from the processes that read a loader's batches ahead, which a rank needs for its last steps.
+
+    They end with the loader or with the rank (torch 2.13, utils/data/_utils/worker.py, `_worker_loop`).
+    """
+    # accelerate hands out a wrapper (1.15, data_loader.py, DataLoaderAdapter).
+    inner = getattr(loader, "base_dataloader", loader)
+    inner.worker_init_fn = functools.partial(_begin_worker, inner.worker_init_fn)
+    return loader
+
+
+def _begin_worker(begin: Callable[[int], None] | None, worker_id: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if begin:
+        begin(worker_id)
