@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "docs", help="where the pictures are saved")
     parser.add_argument("--dark", action="store_true", help="JupyterLab's dark theme")
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="hynb-screenshots-"))
     notebooks = work / "notebooks"
     shutil.copytree(ROOT / "notebooks", notebooks)

@@ -411,9 +411,9 @@ def build_trainer(state: RankState) -> None:
     from hynb.train import RouterWatch, RunCallback, RunTrainer, Termination, pace_of, training_sampler, watch_of
 
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
-    coefficient = state.config.router_aux_loss_coef
     run_dir = RunDir(state.config.output_dir)
-    follows = {"writer": state.writer, "model": state.model, "sampler": sampler, "termination": Termination()}
+    follows = {"writer": state.writer, "model": state.model, "sampler": sampler}
+    follows["termination"] = Termination(supervised=state.membership is not None)
     state.callback = RunCallback(run_dir=run_dir, **follows, begin=lambda trained: _begin_training(state, trained))
     try:
         state.trainer = RunTrainer(
@@ -423,7 +423,7 @@ def build_trainer(state: RankState) -> None:
             eval_dataset=state.datasets.evaluation,
             data_collator=state.parts.collator(_pad_token_id(state.tokenizer)),
             sampler=sampler,
-            routers=RouterWatch(state.model, state.model_type, coefficient, state.parts.group),
+            routers=RouterWatch(state.model, state.model_type, state.config.router_aux_loss_coef, state.parts.group),
             callbacks=[state.callback],
             base=state.base,
             shards=state.shards,

@@ -113,10 +113,12 @@ class Supervisor:
         # gives the ranks 30 seconds, and its pdsh runner ends all of DeepSpeed's processes on all hosts (0.19.8,
         # launcher/launch.py and runner.py); a checkpoint may take longer. They end when their ranks have ended.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        self._launcher = subprocess.Popen(
-            self._command, cwd=self._cwd, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            self._launcher = subprocess.Popen(
+                self._command, cwd=self._cwd, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._start_deadline = time.monotonic() + self._membership.start_seconds
         try:
             return self._watch()

@@ -14,14 +14,19 @@ from torch.utils.data import DataLoader
 class Termination:
     """Notes that this process got SIGTERM, from now on; needs the main thread.
 
+    Args:
+        supervised: the run has a supervisor. Without one the signal ends the process as ever: DeepSpeed's launcher
+            ends the ranks by it when one has failed, and waits up to 30 seconds for each (0.19.8, launcher/launch.py).
+
     Attributes:
         noted: it did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, supervised: bool) -> None:
         self.noted = False
         self._process = os.getpid()
-        signal.signal(signal.SIGTERM, self._note)
+        if supervised:
+            signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -31,7 +36,7 @@ class Termination:
         elif not self.noted:
             self.noted = True
             # Not print, which may be what was interrupted.
-            os.write(1, b"hynb: got SIGTERM: all ranks save a checkpoint after their step and end\n")
+            os.write(1, b"hynb: got SIGTERM: after its step this rank saves a checkpoint with the others and ends\n")
 
 
 def with_lasting_workers(loader: DataLoader) -> DataLoader:
