@@ -16,7 +16,7 @@ class Termination:
 
     Args:
         supervised: the run has a supervisor. Without one the signal ends the process as ever: DeepSpeed's launcher
-            ends the ranks by it when one has failed, and waits up to 30 seconds for each (0.19.8, launcher/launch.py).
+            ends the ranks by it when one has failed, and waits up to 30 seconds for each (0.19.8, launch.py).
 
     Attributes:
         noted: it did.
