@@ -183,19 +183,19 @@ def _add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = F
 def _launch(args: argparse.Namespace) -> int:
     from hynb.launch import launch
 
-    run = launch(read_config(args.config, args.set))
-    print(f"started: {run.output_dir}")
-    folder = shlex.quote(str(run.output_dir))
-    print(f"watch:   hynb attach {folder}")
-    print(f"stop:    hynb stop {folder}")
-    if lines := run.paste_lines():
-        print(f"to join the other hosts, run one of these lines on each:\n{lines}", end="")
-    if not args.follow:
-        return 0
-    with _stopped_by_sigterm(run) as signals:
-        code = _follow(run)
+    with _noted_sigterm() if args.follow else contextlib.nullcontext([]) as signals:
+        run = launch(read_config(args.config, args.set))
+        print(f"started: {run.output_dir}")
+        folder = shlex.quote(str(run.output_dir))
+        print(f"watch:   hynb attach {folder}")
+        print(f"stop:    hynb stop {folder}")
+        if lines := run.paste_lines():
+            print(f"to join the other hosts, run one of these lines on each:\n{lines}", end="")
+        if not args.follow:
+            return 0
+        code = _follow(run, signals)
     # Not 0, which would tell a scheduler that the job is done.
-    return _TERMINATED if signals and code == 0 and run.status().state == "stopped" else code
+    return _TERMINATED if run.status().terminated else code
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -294,10 +294,21 @@ def _delegate(args: argparse.Namespace) -> int:
     return module.run(parser.parse_args(args.rest))
 
 
-def _follow(run: Run) -> int:
-    """Prints every new state and phase, and one line per log event, until the run ends."""
+def _follow(run: Run, signals: Sequence[int] = ()) -> int:
+    """Prints every new state and phase, and one line per log event, until the run ends.
+
+    Args:
+        signals: grows when this process gets SIGTERM, which then is a request to stop.
+    """
     before: RunStatus | None = None
+    asked = False
     for status, events in run.follow():
+        if signals and not asked:
+            # Tried again at the next turn where the disk refuses it.
+            with contextlib.suppress(OSError):
+                run.stop(wait=False, by="by SIGTERM to `hynb launch --follow`")
+                asked = True
+                print("got SIGTERM: the ranks finish their step, save a checkpoint and end", flush=True)
         if status.live and _is_news(status, before):
             print(status, flush=True)
         before = status
@@ -310,19 +321,14 @@ def _follow(run: Run) -> int:
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm(run: Run) -> Iterator[list[int]]:
-    """Within it, SIGTERM, as a container's first process gets it, has the run save a checkpoint and end.
+def _noted_sigterm() -> Iterator[list[int]]:
+    """Within it, SIGTERM, as a container's first process gets it, is only noted.
 
     Yields:
         the signals that have come.
     """
     came: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        came.append(number)
-        run.stop(wait=False, by="by SIGTERM to `hynb launch --follow`")
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
         yield came
     finally:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from hynb.runs import (
     check_batch,
     check_run,
     clear_run_folder,
+    killed_reason,
+    may_go_on,
     original_folder,
     read_record,
     request_stop,
@@ -44,7 +46,6 @@ from hynb.supervision import (
     Start,
     inherited,
     kill,
-    killed_reason,
     make_plan,
     paste_lines,
     prepare,
@@ -394,39 +395,36 @@ def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[i
     os.setpgid(0, 0)
     logging.basicConfig(level=logging.INFO, format="hynb: %(message)s", stream=sys.stdout)
     run_dir = RunDir(output_dir)
-    _stop_on_sigterm(run_dir)
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     known = {"process": ProcessId.of(os.getpid()).record()}
     write_json(run_dir.launch, record | known | {"started_at": time.time()})
     restarts = None
     if record["restarts_left"]:
         restarts = Restarts(run_dir, read_yaml(str(run_dir.config)).config(str(run_dir.config)))
-    end = supervise(run_dir, record, file_descriptors)
-    while restarts and end["state"] == "failed" and (start := _start_again(run_dir, restarts, end, known)):
+    end = supervise(run_dir, record, file_descriptors, signals)
+    while restarts and may_go_on(run_dir, RunStatus(state=end["state"], terminated=end.get("terminated", False))):
+        start = _start_again(run_dir, restarts, end, known, signals)
+        if start is None:
+            break
         record = start.record
-        end = supervise(run_dir, record, [listener.detach() for listener in start.listeners])
+        end = supervise(run_dir, record, [listener.detach() for listener in start.listeners], signals)
     write_json(run_dir.exit, end | {"id": record["id"], "ended_at": time.time()})
 
 
-def _stop_on_sigterm(run_dir: RunDir) -> None:
-    """Lets SIGTERM to this process, the supervisor's, save a checkpoint and end the run."""
-
-    def ask(number: int, frame: object) -> None:
-        with contextlib.suppress(OSError):
-            request_stop(run_dir, "by SIGTERM to its supervisor")
-
-    signal.signal(signal.SIGTERM, ask)
-
-
-def _start_again(run_dir: RunDir, restarts: Restarts, end: dict[str, Any], known: dict[str, Any]) -> Start | None:
-    """Prepares a failed run's next start, on whatever hosts are left; None where it stays failed.
+def _start_again(
+    run_dir: RunDir, restarts: Restarts, end: dict[str, Any], known: dict[str, Any], signals: Sequence[int]
+) -> Start | None:
+    """Prepares a run's next start, on whatever hosts are left; None where it stays as it has ended.
 
     Args:
-        end: the record of its end; gets the reason why the run stays failed.
+        end: the record of its end; gets the reason why the run is not started again.
         known: what launch.json says of this process.
+        signals: grows when this process gets SIGTERM.
     """
 
     def is_wanted() -> bool:
-        return not (is_there(run_dir.stop_request) or is_there(run_dir.kill_request))
+        return not (signals or is_there(run_dir.stop_request) or is_there(run_dir.kill_request))
 
     try:
         with _launch_lock(run_dir):
@@ -447,10 +445,10 @@ def _start_again(run_dir: RunDir, restarts: Restarts, end: dict[str, Any], known
             writer.event("restart", **asdict(restart))
     except (HynbError, OSError) as error:
         end["reason"] += f"\nNot started again by itself: {error}"
-        where = {"host": end.get("host"), "rank": end.get("rank")}
+        where = {name: end[name] for name in ("host", "rank", "terminated") if name in end}
         # A full disk must not keep this process from recording the end.
         with contextlib.suppress(OSError):
-            RunWriter(run_dir.path).status("failed", exit_code=1, reason=end["reason"], **where)
+            RunWriter(run_dir.path).status(end["state"], exit_code=end["exit_code"], reason=end["reason"], **where)
         return None
     logger.info("restart %d: %s", restart.number, restart.reason)
     os.environ.update(start.environment)

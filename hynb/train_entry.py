@@ -408,13 +408,13 @@ def build_trainer(state: RankState) -> None:
     Raises:
         ConfigError: transformers' Trainer refuses the TrainingArguments.
     """
-    from hynb.train import RouterWatch, RunCallback, RunTrainer, Termination, pace_of, training_sampler, watch_of
+    from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, training_sampler, watch_of
 
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
     run_dir = RunDir(state.config.output_dir)
-    follows = {"writer": state.writer, "model": state.model, "sampler": sampler}
-    follows["termination"] = Termination(supervised=state.membership is not None)
-    state.callback = RunCallback(run_dir=run_dir, **follows, begin=lambda trained: _begin_training(state, trained))
+    follows = {"run_dir": run_dir, "writer": state.writer, "model": state.model, "sampler": sampler}
+    follows["supervised"] = state.membership is not None
+    state.callback = RunCallback(**follows, begin=lambda trained: _begin_training(state, trained))
     try:
         state.trainer = RunTrainer(
             model=state.model,
@@ -456,12 +456,12 @@ def finish(state: RankState) -> None:
 
     checkpoint = state.trainer.save_last_checkpoint()
     if state.writer:
-        step, max_steps = state.trainer.state.global_step, state.trainer.state.max_steps
-        by = state.callback.stopped_by
+        trained, by = state.trainer.state, state.callback.stopped_by
         end, reason = ("stopped", f"stopped {by} after a checkpoint: {checkpoint.name}") if by else ("finished", "")
-        state.writer.step(step)
-        state.writer.event("end", step, state=end)
-        state.writer.status(end, global_step=step, max_steps=max_steps, exit_code=0, reason=reason)
+        state.writer.step(trained.global_step)
+        state.writer.event("end", trained.global_step, state=end)
+        known = {"global_step": trained.global_step, "max_steps": trained.max_steps, "terminated": "SIGTERM" in by}
+        state.writer.status(end, exit_code=0, reason=reason, **known)
     logger.info(f"peak memory of rank 0: {memory_bytes() / 1e9:.2f} GB")
 
 

@@ -77,6 +77,8 @@ def _training_contradictions(config: Config) -> list[str]:
             "parallelism_config: hynb sets up the ranks itself; leave it out. For GPUs that share each sequence set "
             "sequence_parallel_size"
         )
+    if config.training_args.get("enable_jit_checkpoint"):
+        problems.append("enable_jit_checkpoint: hynb saves a checkpoint on SIGTERM itself; leave it out")
     if not config.do_train:
         problems.append("do_train is off: there is nothing to do; leave it out or set it to true")
     return problems

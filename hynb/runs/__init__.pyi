@@ -40,7 +40,9 @@ from .process import ProcessId as ProcessId
 from .records import is_launch_id as is_launch_id
 from .records import read_record as read_record
 from .status import RunStatus as RunStatus
+from .status import may_go_on as may_go_on
 from .status import original_folder as original_folder
+from .stopping import killed_reason as killed_reason
 from .stopping import request_stop as request_stop
 from .stopping import stop_cause as stop_cause
 from .watchdog import name_ranks as name_ranks

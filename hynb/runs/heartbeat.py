@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -149,4 +150,6 @@ def _beat(path: Path, parent_pid: int, interval_seconds: float, content: dict[st
 
 
 if __name__ == "__main__":
+    # A scheduler sends it to all processes, and rank 0 goes on to the end of its step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _beat(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4]))

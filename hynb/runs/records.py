@@ -118,8 +118,8 @@ _END["rank"] = _or_null(_COUNT)
 _FIELDS: dict[str, Mapping[str, _Check]] = {
     "status.json": _END
     | {"phase": _or_null(_TEXT), "global_step": _or_null(_COUNT), "max_steps": _or_null(_COUNT)}
-    | {"updated_at": _or_null(_NUMBER), "process": _process, "skipped_steps": _COUNT},
-    "exit.json": _END | {"id": _TEXT},
+    | {"updated_at": _or_null(_NUMBER), "process": _process, "skipped_steps": _COUNT, "terminated": _is_a_bool},
+    "exit.json": _END | {"id": _TEXT, "terminated": _is_a_bool},
     "launch.json": {"id": _launch_id, "process": _process, "started_at": _NUMBER, "membership": _MEMBERSHIP}
     | {"ssh": _or_null(_TEXT), "restarts_left": _COUNT},
     "hosts.json": {"hosts": _HOSTS, "output_dir": _TEXT},

@@ -31,6 +31,7 @@ class RunStatus:
         host: the host where a run failed, by its name in the hostfile, if the failure belongs to one host.
         rank: the rank that failed, if the failure belongs to one rank.
         skipped_steps: steps that were left out because a loss or gradient was not finite.
+        terminated: the run was stopped because one of its processes got SIGTERM.
         updated_at: time of the last change of status.json, in seconds since the epoch.
     """
 
@@ -44,6 +45,7 @@ class RunStatus:
     host: str | None = None
     rank: int | None = None
     skipped_steps: int = 0
+    terminated: bool = False
     updated_at: float | None = None
 
     @property
@@ -78,8 +80,8 @@ def read_status(run_dir: RunDir) -> RunStatus:
     beat = read_heartbeat(run_dir.heartbeat)
     status = _recorded_status(run_dir, record, beat)
     end = _end_of(run_dir, launch)
-    if status.state == "failed" and end is None and _may_start_again(run_dir, launch):
-        reason = f"failed, and may start again by itself (max_restarts): {status.reason}"
+    if not status.live and end is None and may_go_on(run_dir, status) and _may_start_again(run_dir, launch):
+        reason = f"{status.state}, and may start again by itself (max_restarts): {status.reason}"
         return dataclasses.replace(status, state="starting", reason=reason)
     if not status.live:
         return status
@@ -92,6 +94,11 @@ def read_status(run_dir: RunDir) -> RunStatus:
         stopping = is_there(run_dir.stop_request) and status.state != "starting"
         return dataclasses.replace(status, state="stopping") if stopping else status
     return _unreported_end(run_dir, status, end or {})
+
+
+def may_go_on(run_dir: RunDir, status: RunStatus) -> bool:
+    """Whether an ended run is one for `max_restarts`: failed, or its ranks got SIGTERM and nobody has stopped it."""
+    return status.state == "failed" or (status.terminated and not is_there(run_dir.stop_request))
 
 
 def _end_of(run_dir: RunDir, launch: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -162,6 +169,7 @@ def _recorded_status(run_dir: RunDir, record: dict[str, Any], beat: Beat | None)
         host=record.get("host"),
         rank=record.get("rank"),
         skipped_steps=record.get("skipped_steps") or 0,
+        terminated=record.get("terminated", False),
         updated_at=record.get("updated_at"),
     )
 
@@ -200,6 +208,7 @@ def _unreported_end(run_dir: RunDir, status: RunStatus, end: dict[str, Any]) -> 
         phase=None,
         progress="",
         exit_code=end.get("exit_code"),
+        terminated=end.get("terminated", False),
         reason=reason if is_explained else _failure(run_dir) or reason,
         host=end.get("host"),
         rank=end.get("rank"),

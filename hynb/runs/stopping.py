@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hynb.files import is_there, replace_text
+from hynb.files import replace_text
 from hynb.runs.folder import RunDir
 
 
@@ -15,7 +15,7 @@ def request_stop(run_dir: RunDir, by: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    if not is_there(run_dir.stop_request):
+    if not run_dir.stop_request.is_file():
         replace_text(run_dir.stop_request, f"{by}\n")
 
 
@@ -25,3 +25,10 @@ def stop_cause(run_dir: RunDir) -> str:
         return run_dir.stop_request.read_text(encoding="utf-8").strip() or "on request"
     except (OSError, ValueError):
         return "on request"
+
+
+def killed_reason(run_dir: RunDir) -> str:
+    """The reason of a run that was killed on request, with what is kept of it."""
+    kept = run_dir.checkpoints()
+    what = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
+    return f"killed on request; {what}"

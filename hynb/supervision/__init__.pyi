@@ -23,4 +23,3 @@ from .start import kill as kill
 from .start import paste_lines as paste_lines
 from .start import prepare as prepare
 from .start import supervise as supervise
-from .supervisor import killed_reason as killed_reason

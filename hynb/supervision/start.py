@@ -9,6 +9,7 @@ import secrets
 import shlex
 import socket
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +118,15 @@ def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environ
     return Start(record=record, environment=environment, listeners=listeners, files=files)
 
 
-def supervise(run_dir: RunDir, launch: dict[str, Any], file_descriptors: list[int]) -> dict[str, Any]:
+def supervise(
+    run_dir: RunDir, launch: dict[str, Any], file_descriptors: list[int], signals: Sequence[int] = ()
+) -> dict[str, Any]:
     """Runs what `prepare` has prepared until it has ended; returns the record of its end.
 
     Args:
         launch: the content of launch.json.
         file_descriptors: of the listening sockets.
+        signals: as of Supervisor.
     """
     secret = run_dir.secret(launch["id"]).read_text(encoding="utf-8").strip()
     environment = os.environ | {LAUNCH_VARIABLE: launch["id"]}
@@ -136,6 +140,7 @@ def supervise(run_dir: RunDir, launch: dict[str, Any], file_descriptors: list[in
         listeners=[socket.socket(fileno=number) for number in file_descriptors],
         ssh=_ssh_of(launch),
         overwrite=launch["overwrite"],
+        signals=signals,
     ).run()
 
 

@@ -20,7 +20,18 @@ from typing import Any
 
 from hynb.cluster import Ssh
 from hynb.files import is_there, write_json
-from hynb.runs import RunDir, RunReader, RunWriter, how_to_go_on, name_ranks, stop_cause, watchdog_abort
+from hynb.runs import (
+    RunDir,
+    RunReader,
+    RunWriter,
+    how_to_go_on,
+    killed_reason,
+    name_ranks,
+    read_record,
+    request_stop,
+    stop_cause,
+    watchdog_abort,
+)
 from hynb.supervision.connections import Connections, Node
 from hynb.supervision.logs import LaunchLogs
 from hynb.supervision.membership import STANDSTILL_SECONDS, Membership
@@ -66,6 +77,7 @@ class Supervisor:
         listeners: sockets that the guards connect to, already listening.
         ssh: how hosts are reached when their guard cannot be; None where there is no ssh.
         overwrite: hosts with a run folder of their own clear it first.
+        signals: grows when this process gets SIGTERM, which then is a request to stop.
     """
 
     def __init__(
@@ -78,7 +90,9 @@ class Supervisor:
         listeners: Sequence[socket.socket],
         ssh: Ssh | None,
         overwrite: bool,
+        signals: Sequence[int] = (),
     ) -> None:
+        self._signals = signals
         self._membership = membership
         self._dir = RunDir(membership.run_folder)
         self._command = command
@@ -111,7 +125,8 @@ class Supervisor:
             connections.listen(listener)
         # A child inherits what is blocked. On SIGTERM, which a scheduler sends to all processes, DeepSpeed's launcher
         # gives the ranks 30 seconds, and its pdsh runner ends all of DeepSpeed's processes on all hosts (0.19.8,
-        # launcher/launch.py and runner.py); a checkpoint may take longer. They end when their ranks have ended.
+        # launcher/launch.py and runner.py); a checkpoint may take longer. They end when their ranks have ended. What
+        # sshd starts, also on this host, is not kept from it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             self._launcher = subprocess.Popen(
@@ -166,12 +181,24 @@ class Supervisor:
         if is_there(self._dir.kill_request):
             self._end_everywhere()
             return {"state": "stopped", "exit_code": -signal.SIGKILL, "reason": killed_reason(self._dir)}
-        waiting = any(node.state == "waiting" for node in self._nodes)
-        if waiting and is_there(self._dir.stop_request):
+        if self._signals and not is_there(self._dir.stop_request):
+            # Tried again at the next turn where the disk refuses it.
+            with contextlib.suppress(OSError):
+                request_stop(self._dir, "by SIGTERM to its supervisor")
+                logger.info("got SIGTERM: the ranks finish their step, save a checkpoint and end")
+        if is_there(self._dir.stop_request) and (when := self._before_training()):
             self._end_everywhere()
-            reason = f"stopped {stop_cause(self._dir)} before all hosts had joined"
-            return {"state": "stopped", "exit_code": 0, "reason": reason}
+            by = stop_cause(self._dir)
+            end = {"state": "stopped", "exit_code": 0, "terminated": "SIGTERM" in by}
+            return end | {"reason": f"stopped {by} before {when}"}
         return None
+
+    def _before_training(self) -> str:
+        """What a run that has not begun to train has yet to do: there is nothing to save; empty once it trains."""
+        if any(node.state == "waiting" for node in self._nodes):
+            return "all hosts had joined"
+        record = read_record(self._dir.status) or {}
+        return "training began" if record.get("state", "starting") == "starting" else ""
 
     def _normal_end(self) -> dict[str, Any]:
         """All ranks have ended without a failure."""
@@ -181,9 +208,10 @@ class Supervisor:
             self._launcher.wait(_LAUNCHER_END_SECONDS)
         if self._launcher.poll() is None:
             self._end_everywhere()
-        ended = RunReader(self._dir.path).status()
-        if ended.state in ("finished", "stopped"):
-            return {"state": ended.state, "exit_code": 0, "reason": ended.reason}
+        ended = read_record(self._dir.status) or {}
+        if ended.get("state") in ("finished", "stopped"):
+            kept = {name: ended[name] for name in ("state", "reason", "terminated") if name in ended}
+            return kept | {"exit_code": 0}
         reason = "the ranks ended, but did not report the end of training"
         return {"state": "failed", "exit_code": self._launcher.returncode, "reason": reason}
 
@@ -199,8 +227,13 @@ class Supervisor:
             self._launcher_ended_at = None
         elif self._launcher_ended_at is None:
             self._launcher_ended_at = now
-        elif now - self._launcher_ended_at > GRACE_SECONDS and self._launcher.returncode:
+        elif now - self._launcher_ended_at > GRACE_SECONDS and self._launcher.returncode and not self._is_stopping():
             self._fail(f"the launcher ended with exit code {self._launcher.returncode}", None, grace_seconds=0)
+
+    def _is_stopping(self) -> bool:
+        """Whether the ranks are to end by themselves: a scheduler may have ended the launcher, such as pdsh's ssh."""
+        state = (read_record(self._dir.status) or {}).get("state")
+        return is_there(self._dir.stop_request) or state in ("stopping", "stopped", "finished")
 
     def _look_for_silence(self, now: float) -> None:
         limit = self._membership.silence_seconds
@@ -524,10 +557,3 @@ class Supervisor:
         hosts = [{"name": node.name, "ranks": list(node.ranks), "state": node.state} for node in self._nodes]
         with contextlib.suppress(OSError):
             write_json(self._dir.hosts, {"hosts": hosts, "output_dir": self._folder_text})
-
-
-def killed_reason(run_dir: RunDir) -> str:
-    """The reason of a run that was killed on request, with what is kept of it."""
-    kept = run_dir.checkpoints()
-    what = f"the last checkpoint is {kept[-1].name}" if kept else "there is no checkpoint"
-    return f"killed on request; {what}"

@@ -1,6 +1,7 @@
 from .adapter import choose_trained_parameters as choose_trained_parameters
 from .arguments import training_arguments as training_arguments
 from .byte_progress import ByteProgress as ByteProgress
+from .callback import RunCallback as RunCallback
 from .checkpoint import base_tensors as base_tensors
 from .checkpoint import tensors_to_copy as tensors_to_copy
 from .compilation import compile_ops as compile_ops
@@ -45,8 +46,6 @@ from .saving import plan_shards as plan_shards
 from .sequence_parallel import RowParts as RowParts
 from .sequence_parallel import share_rows as share_rows
 from .step_watch import watch_of as watch_of
-from .termination import Termination as Termination
 from .timeouts import uneven_work as uneven_work
-from .trainer import RunCallback as RunCallback
 from .trainer import RunTrainer as RunTrainer
 from .trainer import check_disk as check_disk

@@ -33,10 +33,8 @@ class Termination:
             # Forked by a library, which relies on ending its processes by this signal.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        elif not self.noted:
+        else:
             self.noted = True
-            # Not print, which may be what was interrupted.
-            os.write(1, b"hynb: got SIGTERM: after its step this rank saves a checkpoint with the others and ends\n")
 
 
 def with_lasting_workers(loader: DataLoader) -> DataLoader:

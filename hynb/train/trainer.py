@@ -6,17 +6,17 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hynb.data import IGNORED, SeededSampler
-from hynb.errors import ConfigError, ModelError, RunError
+from hynb.errors import ConfigError, RunError
 from hynb.files import size_text
 from hynb.runs import Phase, RunDir, RunWriter, surplus_checkpoints
 from hynb.train.byte_progress import ByteProgress
@@ -30,8 +30,7 @@ from hynb.train.saving import SavedShard, trained_float32_routers, write_model
 from hynb.train.sealing import finish, seal
 from hynb.train.sequence_parallel import TOKEN_MASK, RowParts
 from hynb.train.step_watch import SPIKE_WINDOW, StepWatch
-from hynb.train.stop_flag import StopFlag
-from hynb.train.termination import Termination, with_lasting_workers
+from hynb.train.termination import with_lasting_workers
 from hynb.train.timeouts import collective_limit, limited, save_limit
 
 # Settings of a group of the optimizer that a checkpoint restores.
@@ -158,10 +157,6 @@ class RunTrainer(Trainer):
             shard: Any = loader.batch_sampler
             shard.num_processes, shard.process_index = self._parts.replicas, self._parts.replica
         return loader
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """The batches of an evaluation."""
-        return with_lasting_workers(super().get_eval_dataloader(eval_dataset))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The learning rate schedule; what the optimizer begins with is kept for `obey`."""
@@ -421,89 +416,6 @@ class RunTrainer(Trainer):
             if model.can_generate():
                 model.generation_config.save_pretrained(folder)
             copy_model_files(self._base, self._tokenizer_folder, folder)
-
-
-class RunCallback(TrainerCallback):
-    """Follows a run step by step: epoch of the sampling order, status, stop requests, gradients of the adapter.
-
-    Args:
-        begin: called on every rank when everything is loaded, before the first step.
-
-    Attributes:
-        stopped_by: what ended training before its last step, as a text that follows "stopped"; empty otherwise.
-    """
-
-    def __init__(
-        self,
-        *,
-        run_dir: RunDir,
-        writer: RunWriter | None,
-        model: torch.nn.Module,
-        sampler: SeededSampler,
-        termination: Termination,
-        begin: Callable[[TrainerState], None] | None = None,
-    ) -> None:
-        self._begin = begin
-        self._termination = termination
-        self.stopped_by = ""
-        self._sampler = sampler
-        self._run_dir = run_dir
-        self._writer = writer
-        self._model = model
-        self._without_gradient: set[str] = set()
-        self._hooks: list[Any] = []
-        self._stop_flag: StopFlag | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Shows that training begins, and watches which adapter weights get a gradient in the first step."""
-        if self._begin:
-            self._begin(state)
-        self._stop_flag = StopFlag(self._run_dir, self._termination)
-        if self._writer:
-            self._writer.step(state.global_step)
-            self._writer.phase("training")
-            self._writer.status("running", global_step=state.global_step, max_steps=state.max_steps)
-        for name, weight in self._model.named_parameters():
-            if weight.requires_grad and "lora_" in name:
-                self._without_gradient.add(name)
-                self._hooks.append(weight.register_hook(lambda _, name=name: self._without_gradient.discard(name)))
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leaves no message between the ranks under way."""
-        if self._stop_flag:
-            self._stop_flag.finish()
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Sets the sampler's epoch: accelerate does not reach a sampler behind the batches that a resume skips."""
-        self._sampler.set_epoch(math.floor(state.epoch or 0))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Looks for a stop request, which all ranks follow at the same step."""
-        self._check_adapter_gradients()
-        if self._writer:
-            self._writer.step(state.global_step)
-        assert self._stop_flag is not None
-        if self._stop_flag.is_set() and state.global_step < state.max_steps:
-            self.stopped_by = self._stop_flag.cause()
-            control.should_save = args.save_strategy != "no"
-            control.should_training_stop = True
-            if self._writer:
-                self._writer.event("stop", state.global_step)
-                self._writer.status("stopping", global_step=state.global_step)
-
-    def _check_adapter_gradients(self) -> None:
-        if not self._hooks:
-            return
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if self._without_gradient:
-            names = sorted(self._without_gradient)
-            raise ModelError(
-                f"{len(names)} adapter weights got no gradient in the first step, so they would never be "
-                f"trained: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}. "
-                "Leave their modules out of lora_target_modules"
-            )
 
 
 def allow_missing_frozen(model: torch.nn.Module) -> None:

@@ -70,14 +70,14 @@ def test_sigterm_to_everything_saves_a_checkpoint_from_which_losses_go_on_as_und
 
 
 @pytest.mark.parametrize(
-    ("receiver", "by", "code"),
+    ("receiver", "by"),
     [
-        ("rank", "by SIGTERM to 1 of 2 ranks", 0),
-        ("supervisor", "by SIGTERM to its supervisor", 0),
-        ("follower", "by SIGTERM to `hynb launch --follow`", 143),
+        ("rank", "by SIGTERM to 1 of 2 ranks"),
+        ("supervisor", "by SIGTERM to its supervisor"),
+        ("follower", "by SIGTERM to `hynb launch --follow`"),
     ],
 )
-def test_sigterm_to_one_process_stops_all_ranks_at_the_same_step(files, tmp_path, receiver, by, code):
+def test_sigterm_to_one_process_stops_all_ranks_at_the_same_step(files, tmp_path, receiver, by):
     config = tmp_path / "run.yaml"
     config.write_text(to_yaml(config_of(files, "hunyuan_v1_dense", tmp_path / "run", **ENDLESS)))
     command = [Path(sys.executable).parent / "hynb", "launch", "--config", config, "--follow"]
@@ -90,4 +90,17 @@ def test_sigterm_to_one_process_stops_all_ranks_at_the_same_step(files, tmp_path
         os.kill(pids[receiver], signal.SIGTERM)
         shown = follower.communicate(timeout=300)[0]
     assert_stopped(run, by)
-    assert follower.returncode == code and f"stopped {by}" in shown.splitlines()[-1], shown
+    assert follower.returncode == 143 and f"stopped {by}" in shown.splitlines()[-1], shown
+
+
+def test_sigterm_to_everything_before_the_first_step_ends_the_run_at_once(files, tmp_path):
+    run = launch(config_of(files, "hunyuan_v1_dense", tmp_path / "run", **ENDLESS))
+    wait_until(lambda: run.status().phase not in (None, "starting"), "a phase after the hosts have joined")
+    for pid in pids(run):
+        os.kill(pid, signal.SIGTERM)
+    status = run.wait(timeout_seconds=300)
+    assert (status.state, status.exit_code, status.terminated) == ("stopped", 0, True), status
+    assert status.reason == "stopped by SIGTERM to its supervisor before training began"
+    record = read_record(run.dir.launch)
+    assert record
+    wait_until(lambda: not processes_of(record["id"]), "the end of all processes")

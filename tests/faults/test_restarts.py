@@ -29,12 +29,16 @@ def long_run(files, folder, **values) -> Config:
     return config_of(files, "hunyuan_v1_dense", folder, **(given | values))
 
 
-def test_after_a_killed_rank_the_losses_are_those_of_an_undisturbed_run(files, ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGKILL, "rank 1 on "), (signal.SIGTERM, "stopped by SIGTERM to 1 of 2 ranks after ")],
+)
+def test_after_a_signal_to_a_rank_the_losses_are_those_of_an_undisturbed_run(files, ranks, tmp_path, number, reason):
     expected = losses(ranks.train(long_run(files, tmp_path / "whole")))
     run = launch(long_run(files, tmp_path / "run", max_restarts=2))
     first = read_record(run.dir.launch)["id"]
     wait_until(lambda: run.checkpoints() or not run.status().live, "a checkpoint")
-    process_of(run, 1).send_signal(signal.SIGKILL)
+    process_of(run, 1).send_signal(number)
     # Every look until the end sees a live run, also between the two starts.
     status = run.wait(timeout_seconds=START_SECONDS)
     assert status.state == "finished", status
@@ -42,12 +46,12 @@ def test_after_a_killed_rank_the_losses_are_those_of_an_undisturbed_run(files, r
     wait_until(lambda: not processes_of(first), "the end of all processes of the first start")
     assert losses(run) == expected
     (event,) = [event for event in run.events() if event["kind"] == "restart"]
-    assert event["number"] == 1 and event["checkpoint"].startswith("checkpoint-") and "rank 1 on" in event["reason"]
+    assert event["number"] == 1 and event["checkpoint"].startswith("checkpoint-") and reason in event["reason"]
     (noted,) = run.reader.manifest()["restarts"]
     assert {name: noted[name] for name in ("number", "checkpoint", "reason")} == {
         name: event[name] for name in ("number", "checkpoint", "reason")
     }
-    shown = f"restart 1 from {event['checkpoint']}, after step {event['global_step']}: rank 1 on "
+    shown = f"restart 1 from {event['checkpoint']}, after step {event['global_step']}: {reason}"
     assert notice_line(event).startswith(shown)
 
 

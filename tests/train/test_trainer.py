@@ -26,7 +26,7 @@ def test_an_adapter_weight_without_a_gradient_stops_the_run(tmp_path):
 
     model, args = Model(), SimpleNamespace(process_index=0, world_size=1)
     state, control = SimpleNamespace(global_step=0, max_steps=9), SimpleNamespace()
-    given = {"writer": None, "sampler": SeededSampler(1, 0), "termination": SimpleNamespace(noted=False)}
+    given = {"writer": None, "sampler": SeededSampler(1, 0)}
     callback = RunCallback(run_dir=RunDir(tmp_path), model=model, **given)
     callback.on_train_begin(args, state, control)
     model(torch.ones(1, 2)).backward()
