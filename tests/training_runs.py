@@ -124,6 +124,8 @@ class RankServer:
     def close(self) -> None:
         """Ends the process."""
         assert self._process.stdin and self._process.stdout
+        # Not by the end of its input alone, which a process that a test has forked may hold open.
+        self._process.kill()
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
