@@ -181,21 +181,28 @@ def _add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = F
 
 
 def _launch(args: argparse.Namespace) -> int:
-    from hynb.launch import launch
-
-    with _noted_sigterm() if args.follow else contextlib.nullcontext([]) as signals:
-        run = launch(read_config(args.config, args.set))
-        print(f"started: {run.output_dir}")
-        folder = shlex.quote(str(run.output_dir))
-        print(f"watch:   hynb attach {folder}")
-        print(f"stop:    hynb stop {folder}")
-        if lines := run.paste_lines():
-            print(f"to join the other hosts, run one of these lines on each:\n{lines}", end="")
-        if not args.follow:
-            return 0
+    if not args.follow:
+        _start(args)
+        return 0
+    with _noted_sigterm() as signals:
+        run = _start(args)
         code = _follow(run, signals)
     # Not 0, which would tell a scheduler that the job is done.
     return _TERMINATED if run.status().terminated else code
+
+
+def _start(args: argparse.Namespace) -> Run:
+    """Launches a run, and prints how to watch and to stop it."""
+    from hynb.launch import launch
+
+    run = launch(read_config(args.config, args.set))
+    print(f"started: {run.output_dir}")
+    folder = shlex.quote(str(run.output_dir))
+    print(f"watch:   hynb attach {folder}")
+    print(f"stop:    hynb stop {folder}")
+    if lines := run.paste_lines():
+        print(f"to join the other hosts, run one of these lines on each:\n{lines}", end="")
+    return run
 
 
 def _status(args: argparse.Namespace) -> int:

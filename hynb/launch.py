@@ -403,10 +403,7 @@ def _supervise(output_dir: str, record: dict[str, Any], file_descriptors: list[i
     if record["restarts_left"]:
         restarts = Restarts(run_dir, read_yaml(str(run_dir.config)).config(str(run_dir.config)))
     end = supervise(run_dir, record, file_descriptors, signals)
-    while restarts and may_go_on(run_dir, RunStatus(state=end["state"], terminated=end.get("terminated", False))):
-        start = _start_again(run_dir, restarts, end, known, signals)
-        if start is None:
-            break
+    while restarts and may_go_on(run_dir, end) and (start := _start_again(run_dir, restarts, end, known, signals)):
         record = start.record
         end = supervise(run_dir, record, [listener.detach() for listener in start.listeners], signals)
     write_json(run_dir.exit, end | {"id": record["id"], "ended_at": time.time()})

@@ -36,6 +36,7 @@ from hynb.runs import (
     check_same_shape,
     clear_run_folder,
     find_base,
+    stopped_end,
     with_derived_limits,
     workload,
 )
@@ -411,9 +412,8 @@ def build_trainer(state: RankState) -> None:
     from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, training_sampler, watch_of
 
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
-    run_dir = RunDir(state.config.output_dir)
-    follows = {"run_dir": run_dir, "writer": state.writer, "model": state.model, "sampler": sampler}
-    follows["supervised"] = state.membership is not None
+    follows: dict[str, Any] = {"run_dir": RunDir(state.config.output_dir), "supervised": bool(state.membership)}
+    follows |= {"writer": state.writer, "model": state.model, "sampler": sampler}
     state.callback = RunCallback(**follows, begin=lambda trained: _begin_training(state, trained))
     try:
         state.trainer = RunTrainer(
@@ -457,11 +457,11 @@ def finish(state: RankState) -> None:
     checkpoint = state.trainer.save_last_checkpoint()
     if state.writer:
         trained, by = state.trainer.state, state.callback.stopped_by
-        end, reason = ("stopped", f"stopped {by} after a checkpoint: {checkpoint.name}") if by else ("finished", "")
+        stopped = stopped_end(by, f"after a checkpoint: {checkpoint.name}")
+        end = stopped if by else {"state": "finished", "exit_code": 0}
         state.writer.step(trained.global_step)
-        state.writer.event("end", trained.global_step, state=end)
-        known = {"global_step": trained.global_step, "max_steps": trained.max_steps, "terminated": "SIGTERM" in by}
-        state.writer.status(end, exit_code=0, reason=reason, **known)
+        state.writer.event("end", trained.global_step, state=end["state"])
+        state.writer.status(**end, global_step=trained.global_step, max_steps=trained.max_steps)
     logger.info(f"peak memory of rank 0: {memory_bytes() / 1e9:.2f} GB")
 
 

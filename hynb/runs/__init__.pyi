@@ -45,5 +45,6 @@ from .status import original_folder as original_folder
 from .stopping import killed_reason as killed_reason
 from .stopping import request_stop as request_stop
 from .stopping import stop_cause as stop_cause
+from .stopping import stopped_end as stopped_end
 from .watchdog import name_ranks as name_ranks
 from .watchdog import watchdog_abort as watchdog_abort

@@ -80,7 +80,7 @@ def read_status(run_dir: RunDir) -> RunStatus:
     beat = read_heartbeat(run_dir.heartbeat)
     status = _recorded_status(run_dir, record, beat)
     end = _end_of(run_dir, launch)
-    if not status.live and end is None and may_go_on(run_dir, status) and _may_start_again(run_dir, launch):
+    if end is None and may_go_on(run_dir, record) and _may_start_again(run_dir, launch):
         reason = f"{status.state}, and may start again by itself (max_restarts): {status.reason}"
         return dataclasses.replace(status, state="starting", reason=reason)
     if not status.live:
@@ -96,9 +96,13 @@ def read_status(run_dir: RunDir) -> RunStatus:
     return _unreported_end(run_dir, status, end or {})
 
 
-def may_go_on(run_dir: RunDir, status: RunStatus) -> bool:
-    """Whether an ended run is one for `max_restarts`: failed, or its ranks got SIGTERM and nobody has stopped it."""
-    return status.state == "failed" or (status.terminated and not is_there(run_dir.stop_request))
+def may_go_on(run_dir: RunDir, record: dict[str, Any]) -> bool:
+    """Whether an ended run is one for `max_restarts`: failed, or its ranks got SIGTERM and nobody has stopped it.
+
+    Args:
+        record: the content of status.json, or the supervisor's record of the end.
+    """
+    return record["state"] == "failed" or bool(record.get("terminated") and not is_there(run_dir.stop_request))
 
 
 def _end_of(run_dir: RunDir, launch: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
-"""The request to save a checkpoint and end, which any process may leave in a run folder for the ranks."""
+"""Ends that somebody has asked for: the request that any process may leave for the ranks, and what is recorded."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from hynb.files import replace_text
 from hynb.runs.folder import RunDir
@@ -25,6 +27,16 @@ def stop_cause(run_dir: RunDir) -> str:
         return run_dir.stop_request.read_text(encoding="utf-8").strip() or "on request"
     except (OSError, ValueError):
         return "on request"
+
+
+def stopped_end(by: str, when: str) -> dict[str, Any]:
+    """The record of the end of a run that was stopped.
+
+    Args:
+        by: who asked, as a text that follows "stopped".
+        when: a text that follows it.
+    """
+    return {"state": "stopped", "exit_code": 0, "reason": f"stopped {by} {when}", "terminated": "SIGTERM" in by}
 
 
 def killed_reason(run_dir: RunDir) -> str:

@@ -30,6 +30,7 @@ from hynb.runs import (
     read_record,
     request_stop,
     stop_cause,
+    stopped_end,
     watchdog_abort,
 )
 from hynb.supervision.connections import Connections, Node
@@ -188,17 +189,18 @@ class Supervisor:
                 logger.info("got SIGTERM: the ranks finish their step, save a checkpoint and end")
         if is_there(self._dir.stop_request) and (when := self._before_training()):
             self._end_everywhere()
-            by = stop_cause(self._dir)
-            end = {"state": "stopped", "exit_code": 0, "terminated": "SIGTERM" in by}
-            return end | {"reason": f"stopped {by} before {when}"}
+            return stopped_end(stop_cause(self._dir), f"before {when}")
         return None
 
     def _before_training(self) -> str:
         """What a run that has not begun to train has yet to do: there is nothing to save; empty once it trains."""
         if any(node.state == "waiting" for node in self._nodes):
             return "all hosts had joined"
-        record = read_record(self._dir.status) or {}
-        return "training began" if record.get("state", "starting") == "starting" else ""
+        return "training began" if self._recorded()["state"] == "starting" else ""
+
+    def _recorded(self) -> dict[str, Any]:
+        """status.json, as rank 0 has written it."""
+        return read_record(self._dir.status) or {"state": "starting"}
 
     def _normal_end(self) -> dict[str, Any]:
         """All ranks have ended without a failure."""
@@ -208,8 +210,8 @@ class Supervisor:
             self._launcher.wait(_LAUNCHER_END_SECONDS)
         if self._launcher.poll() is None:
             self._end_everywhere()
-        ended = read_record(self._dir.status) or {}
-        if ended.get("state") in ("finished", "stopped"):
+        ended = self._recorded()
+        if ended["state"] in ("finished", "stopped"):
             kept = {name: ended[name] for name in ("state", "reason", "terminated") if name in ended}
             return kept | {"exit_code": 0}
         reason = "the ranks ended, but did not report the end of training"
@@ -232,8 +234,7 @@ class Supervisor:
 
     def _is_stopping(self) -> bool:
         """Whether the ranks are to end by themselves: a scheduler may have ended the launcher, such as pdsh's ssh."""
-        state = (read_record(self._dir.status) or {}).get("state")
-        return is_there(self._dir.stop_request) or state in ("stopping", "stopped", "finished")
+        return is_there(self._dir.stop_request) or self._recorded()["state"] in ("stopping", "stopped", "finished")
 
     def _look_for_silence(self, now: float) -> None:
         limit = self._membership.silence_seconds

@@ -20,10 +20,8 @@ class RunCallback(TrainerCallback):
     """Follows a run step by step: epoch of the sampling order, status, stop requests, gradients of the adapter.
 
     Args:
-        begin: called on every rank when everything is loaded, before the first step.
-
-    Args:
         supervised: a SIGTERM to this rank stops all of them after a checkpoint.
+        begin: called on every rank when everything is loaded, before the first step.
 
     Attributes:
         stopped_by: what ended training before its last step, as a text that follows "stopped"; empty otherwise.

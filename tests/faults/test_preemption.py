@@ -86,8 +86,8 @@ def test_sigterm_to_one_process_stops_all_ranks_at_the_same_step(files, tmp_path
         wait_until(lambda: run.status().state == "running", "the first step")
         record = read_record(run.dir.launch)
         assert record
-        pids = {"rank": process_of(run, 1).pid, "supervisor": record["process"]["pid"], "follower": follower.pid}
-        os.kill(pids[receiver], signal.SIGTERM)
+        receivers = {"rank": process_of(run, 1).pid, "supervisor": record["process"]["pid"], "follower": follower.pid}
+        os.kill(receivers[receiver], signal.SIGTERM)
         shown = follower.communicate(timeout=300)[0]
     assert_stopped(run, by)
     assert follower.returncode == 143 and f"stopped {by}" in shown.splitlines()[-1], shown
