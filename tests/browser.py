@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,20 +51,6 @@ class Lab:
         page.goto(f"{self.url}doc/tree/{notebook}?token={_TOKEN}&reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         self.wait_idle(page)
-
-    @staticmethod
-    def scroll_to(page: Any, selector: str) -> None:
-        """Scrolls through a notebook until something is shown: JupyterLab draws no cell that is far from the view."""
-        deadline, place, milliseconds = time.monotonic() + _WAIT_SECONDS, 0, 200
-        scroll = "y => document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => { e.scrollTop = y; })"
-        while not page.locator(selector).count():
-            assert time.monotonic() < deadline, f"{selector} is nowhere in the notebook"
-            page.evaluate(scroll, place)
-            page.wait_for_timeout(milliseconds)
-            place += 500
-            # A busy machine draws more slowly: it gets twice the time at the next pass.
-            if place > 12_000:
-                place, milliseconds = 0, 2 * milliseconds
 
     @staticmethod
     def wait_idle(page: Any) -> None:
@@ -138,6 +123,10 @@ def _write_settings(folder: Path, *, dark: bool) -> None:
     (apputils / "notification.jupyterlab-settings").write_text(json.dumps(notification))
     theme = {"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}
     (apputils / "themes.jupyterlab-settings").write_text(json.dumps(theme))
+    # As it is by default, a page holds no cell that is far from the view.
+    notebook = folder / "settings" / "@jupyterlab" / "notebook-extension"
+    notebook.mkdir()
+    (notebook / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
 
 
 def _wait_until_up(server: subprocess.Popen, runtime_folder: Path, log_path: Path) -> str:
