@@ -250,9 +250,11 @@ def _number(value: Any) -> float | None:
 
 
 def notice_line(event: dict[str, Any]) -> str:
-    """A step that was left out, a loss far above those before it, or a restart, as one line; empty for others."""
+    """A step that was left out, a spike of the loss, a slow rank or a restart, as one line; empty for others."""
     if event["kind"] == "skipped":
         return str(event.get("reason"))
+    if event["kind"] == "straggler":
+        return f"slow: {event.get('text')}"
     if event["kind"] == "spike":
         limit = f"limit {event.get('limit')}, usual {event.get('usual_loss')}"
         return f"step {event['global_step']}: the loss has a spike: {event.get('loss')} ({limit})"

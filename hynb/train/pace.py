@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,10 @@ import torch.distributed as dist
 from hynb.cluster import peak_flops
 from hynb.families import FAMILIES
 from hynb.plan import memory
+from hynb.train.moments import now, seconds_between
+from hynb.train.stragglers import OwnTime, Straggler, Stragglers, hosts_of_ranks
+
+_Batch = TypeVar("_Batch")
 
 
 class Pace:
@@ -24,6 +27,9 @@ class Pace:
     Args:
         flops_per_token: of a forward and a backward pass; None where nothing is known.
         peak_flops: operations per second of each rank's device; None where nothing is known.
+
+    Attributes:
+        new_stragglers: the ranks that the last report found to make the others wait, and the one before did not.
     """
 
     def __init__(self, *, flops_per_token: float | None = None, peak_flops: float | None = None) -> None:
@@ -31,7 +37,19 @@ class Pace:
         self._tokens_total = 0
         self._started = time.monotonic()
         self._step = 0
+        self._own_time = OwnTime()
+        self._stragglers: Stragglers | None = None
+        self.new_stragglers: Sequence[Straggler] = ()
         self._reset()
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Compares the ranks from now on; every rank calls it, with DeepSpeed's engine around the model."""
+        self._own_time.attach(model)
+        self._stragglers = Stragglers(hosts_of_ranks())
+
+    def begin_step(self, global_step: int) -> None:
+        """The micro batches from now on belong to this step."""
+        self._own_time.begin_step(global_step)
 
     def add_tokens(self, count: torch.Tensor | int) -> None:
         """Takes note of the tokens of a micro batch, padding left out; a tensor stays on its device."""
@@ -41,20 +59,25 @@ class Pace:
         """Leaves time out that was no training, such as that of a checkpoint."""
         self._started += seconds
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Within it, the rank waits for its next batch."""
-        started = time.monotonic()
-        yield
-        self._data_seconds += time.monotonic() - started
+    def reading(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """The same batches; the time that this rank waits for each of them is counted."""
+        while True:
+            started = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._data_seconds += time.monotonic() - started
+            yield batch
 
     def timed(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The optimizer's step, whose time is counted from now on."""
 
         def timed_step(*args: Any, **kwargs: Any) -> Any:
-            begin = _now()
+            begin = now()
             result = step(*args, **kwargs)
-            self._optimizer_spans.append((begin, _now()))
+            self._optimizer_spans.append((begin, now()))
             return result
 
         return timed_step
@@ -71,16 +94,17 @@ class Pace:
             the entries of the log event, and the sums of `counts` over all ranks. `seconds_by_part` are per step and
             of the slowest rank; `memory_bytes` those of the rank with the most, which is `memory_rank`.
         """
-        optimizer = sum(_seconds(begin, end) for begin, end in self._optimizer_spans)
-        local = torch.tensor([self._data_seconds, optimizer, memory_bytes(), _utilisation()], dtype=torch.float64)
+        optimizer = sum(seconds_between(begin, end) for begin, end in self._optimizer_spans)
+        own = [self._data_seconds, optimizer, memory_bytes(), _utilisation(), *self._own_time.take()]
+        local = torch.tensor(own, dtype=torch.float64)
         tokens = torch.as_tensor(self._tokens).to(device, torch.float64).reshape(1)
         parts = [tokens, local.to(device), *([counts.to(device, torch.float64)] if counts is not None else [])]
         rows = _gathered(torch.cat(parts)).cpu()
         # Numbers of Python from here on: they are few, and each operation on a tensor takes longer.
-        all_tokens, all_data, all_optimizer, memory, utilisation = rows[:, :5].t().tolist()
+        all_tokens, all_data, all_optimizer, memory, utilisation, *computing = rows[:, :7].t().tolist()
         self._tokens_total += int(sum(all_tokens))
-        now = time.monotonic()
-        seconds, steps = max(now - self._started, 1e-9), max(1, global_step - self._step)
+        moment = time.monotonic()
+        seconds, steps = max(moment - self._started, 1e-9), max(1, global_step - self._step)
         rate = sum(all_tokens) / seconds
         step_seconds = seconds / steps
         data, optimizer = max(all_data) / steps, max(all_optimizer) / steps
@@ -97,14 +121,22 @@ class Pace:
             "memory_bytes": int(max(memory)),
             "memory_rank": memory.index(max(memory)),
             "memory_bytes_per_rank": [int(value) for value in memory],
+            "data_seconds_per_rank": [round(value / steps, 4) for value in all_data],
         }
+        own_times = list(zip(*computing, strict=True))
+        if all(count for _, count in own_times):
+            found["nanoseconds_per_token_per_rank"] = [round(1e9 * own / count) for own, count in own_times]
+        if self._stragglers:
+            self.new_stragglers = self._stragglers.add(
+                global_step, steps=steps, step_seconds=step_seconds, data=all_data, computing=own_times
+            )
         if self._flops_per_token and self._peak_flops:
             found["mfu"] = round(rate / len(rows) * self._flops_per_token / self._peak_flops, 4)
         if not any(map(math.isnan, utilisation)):
             found["gpu_utilisation_per_rank"] = [int(value) for value in utilisation]
-        self._started, self._step = now, global_step
+        self._started, self._step = moment, global_step
         self._reset()
-        return found, rows[:, 5:].sum(0) if counts is not None else None
+        return found, rows[:, 7:].sum(0) if counts is not None else None
 
     def _reset(self) -> None:
         self._tokens: torch.Tensor | int = 0
@@ -142,22 +174,6 @@ def _gathered(row: torch.Tensor) -> torch.Tensor:
     rows = torch.empty(dist.get_world_size() * len(row), dtype=row.dtype, device=row.device)
     dist.all_gather_into_tensor(rows, row)
     return rows.view(-1, len(row))
-
-
-def _now() -> Any:
-    """A moment; on a GPU one of its stream, since this process runs ahead of it."""
-    if not torch.cuda.is_available():
-        return time.monotonic()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(begin: Any, end: Any) -> float:
-    if isinstance(begin, float):
-        return end - begin
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
 
 
 def _utilisation() -> float:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,13 @@ class RunTrainer(Trainer):
             self._watch.attach(engine, self.optimizer)
             self._watch.resumed(self.state.global_step)
             engine.step = self._pace.timed(engine.step)
+            self._pace.attach(model)
         mask = inputs.pop(TOKEN_MASK, inputs.get("attention_mask"))
         self._pace.add_tokens(mask.sum() if mask is not None else inputs["input_ids"].numel())
         self._routers.mask = mask
         if is_first := self._begins_step:
             self._loss_before_step = self._tr_loss.clone()
+            self._pace.begin_step(self.state.global_step)
         self._watch.begin(inputs, first=is_first)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._begins_step = self.accelerator.sync_gradients
@@ -205,8 +208,8 @@ class RunTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The next batches, for which the rank may wait."""
-        with self._pace.waiting_for_data():
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Not the whole call: in it ranks wait for each other too, to count the tokens of the step.
+        return super().get_batch_samples(self._pace.reading(epoch_iterator), num_batches, device)
 
     def compute_loss(
         self,
@@ -255,6 +258,9 @@ class RunTrainer(Trainer):
                 self.run_writer.status("running", global_step=step, max_steps=max_steps)
                 if statistics:
                     self.run_writer.event("moe", step, **statistics)
+                for straggler in self._pace.new_stragglers:
+                    print(f"hynb: {straggler}", flush=True)
+                    self.run_writer.event("straggler", step, **asdict(straggler), text=str(straggler))
             # Entries of evaluations are among them.
             recent = self.state.log_history[-2 * SPIKE_WINDOW :]
             before = [entry["loss"] for entry in recent if "loss" in entry]

@@ -15,6 +15,7 @@ from hynb.runs import RunStatus, duration_text
 _MAX_SPAN = 50
 # The remaining time is estimated from this many log steps.
 _PACE_STEPS = 20
+_SHOWN_STRAGGLERS = 3
 
 
 @dataclass(kw_only=True)
@@ -28,6 +29,7 @@ class Curve:
         eval_steps, eval_loss: one entry per evaluation.
         spikes: step and loss of each loss far above those before it.
         skipped: steps that were left out because they were not finite.
+        stragglers: a text for each rank that was found to make the others wait.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -42,6 +44,7 @@ class Curve:
     eval_loss: list[float] = field(default_factory=list)
     spikes: list[tuple[int, float]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    stragglers: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, events: Sequence[dict[str, Any]]) -> Curve:
@@ -52,6 +55,8 @@ class Curve:
                 curve.saves.append(event["global_step"])
             elif event["kind"] == "spike":
                 curve.spikes.append((event["global_step"], _number(event.get("loss"))))
+            elif event["kind"] == "straggler":
+                curve.stragglers.append(str(event.get("text")))
             elif event["kind"] == "skipped":
                 curve.skipped.append(event["global_step"])
             elif event["kind"] == "eval":
@@ -115,7 +120,8 @@ class Curve:
             found.insert(1, ("steps left out", f"{len(self.skipped)}, not finite (last: step {self.skipped[-1]})"))
         if self.spikes:
             found.insert(1, ("loss spikes", f"{len(self.spikes)} (last: step {self.spikes[-1][0]})"))
-        return [(name, text) for name, text in found if name == "loss" or "nan" not in text]
+        known = [(name, text) for name, text in found if name == "loss" or "nan" not in text]
+        return known + [("slow", text) for text in self.stragglers[-_SHOWN_STRAGGLERS:]]
 
     def _loss_text(self) -> str:
         """The newest loss, which may be none, with the first and the smoothed one."""

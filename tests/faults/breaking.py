@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import torch
@@ -60,3 +62,29 @@ def nan_in_a_layer() -> None:
 def nan_in_a_gradient() -> None:
     """The gradient of the second layer's MLP is NaN in the batch with MARK; the loss is not."""
     _break_layer(lambda values, _: _BadGradient.apply(values))
+
+
+def slow_ranks() -> None:
+    """Rank 1 takes long to compute a linear layer; rank 2 reads a batch for as long as the rest of a step takes."""
+    from hynb.train import RunTrainer
+
+    plain = RunTrainer.__init__
+
+    def init(self: RunTrainer, **kwargs: Any) -> None:
+        plain(self, **kwargs)
+        if os.environ["RANK"] == "2":
+            data: Any = type(kwargs["train_dataset"])
+            read, ended = data.__getitem__, time.monotonic()
+
+            def slow_read(self: Any, index: int) -> Any:
+                nonlocal ended
+                time.sleep(time.monotonic() - ended)
+                ended = time.monotonic()
+                return read(self, index)
+
+            data.__getitem__ = slow_read
+
+    RunTrainer.__init__ = init
+    if os.environ["RANK"] == "1":
+        forward = torch.nn.Linear.forward
+        torch.nn.Linear.forward = lambda self, values: (time.sleep(0.005), forward(self, values))[1]

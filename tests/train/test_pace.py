@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +18,16 @@ from hynb.train import Pace
 from hynb.train.stop_flag import StopFlag
 
 
+def slow_batches() -> Iterator[str]:
+    time.sleep(0.1)
+    yield "batch"
+
+
 def test_what_a_report_holds():
     pace = Pace(flops_per_token=6e9, peak_flops=1e12)
     step = pace.timed(lambda: time.sleep(0.05))
     for _ in range(2):
-        with pace.waiting_for_data():
-            time.sleep(0.1)
+        assert list(pace.reading(slow_batches())) == ["batch"]
         pace.add_tokens(torch.tensor(300))
         pace.add_tokens(200)
         step()

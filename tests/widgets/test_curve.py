@@ -29,6 +29,14 @@ def test_the_remaining_time_follows_the_pace_of_the_newest_steps():
     assert Curve().seconds_left(100) is None
 
 
+def test_the_last_slow_ranks_are_shown():
+    found = [
+        {"kind": "straggler", "global_step": 20 * number, "text": f"rank {number} on banana"} for number in range(5)
+    ]
+    shown = [text for name, text in Curve.of([*log_events([1]), *found]).facts() if name == "slow"]
+    assert shown == ["rank 2 on banana", "rank 3 on banana", "rank 4 on banana"]
+
+
 def test_evaluations_are_shown_in_words():
     evaluations = [
         {"kind": "eval", "global_step": step, "eval_loss": loss} for step, loss in ((2, 0.7), (4, 0.5), (6, 0.6))

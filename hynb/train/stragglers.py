@@ -1,0 +1,180 @@
+"""Ranks that make the others wait: slower at computing, or at reading their data, than most.
+
+Ranks of a step begin and end it together, so the time of a step names no one. Compared is what a rank does alone:
+the forward passes of some linear layers, between the collectives that DeepSpeed puts around them, per token that it
+computes; and its wait for data.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from hynb.train.moments import now, seconds_between
+
+# So many steps are compared at a time, and so much longer than the median is a straggler.
+_STEPS = 20
+_SHARE = 0.3
+# Each fifth step is measured, in so many layers: two marks each in the device's stream.
+_EVERY = 5
+_LAYERS = 16
+
+
+class OwnTime:
+    """The time that this rank takes for the forward passes of some of its linear layers."""
+
+    def __init__(self) -> None:
+        self._measures = False
+        self._begin: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+        self._tokens = 0
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Measures a model from now on; called once DeepSpeed has put its own hooks around the layers.
+
+        Args:
+            model: its linear layers are those of type `torch.nn.Linear`; a model without any is not measured.
+        """
+        # An adapter's layers are too small: the start of their kernels would be measured.
+        layers = [
+            layer for name, layer in model.named_modules() if type(layer) is torch.nn.Linear and "lora_" not in name
+        ]
+        for layer in layers[:: max(1, len(layers) // _LAYERS)][:_LAYERS]:
+            # Behind the hook that gathers the layer's weights, and before the one that lets go of them.
+            layer.register_forward_pre_hook(self._before)
+            layer.register_forward_hook(self._after, prepend=True)
+
+    def begin_step(self, global_step: int) -> None:
+        """The micro batches from now on belong to this step."""
+        self._measures = global_step % _EVERY == 0
+
+    def take(self) -> tuple[float, int]:
+        """Seconds and tokens, summed over the measured layers since the last call."""
+        found = sum(seconds_between(begin, end) for begin, end in self._spans), self._tokens
+        self._spans, self._tokens = [], 0
+        return found
+
+    def _before(self, layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._begin = now() if self._measures else None
+
+    def _after(self, layer: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._begin is not None:
+            self._spans.append((self._begin, now()))
+            self._tokens += output.shape[:-1].numel()
+            self._begin = None
+
+
+@dataclass(kw_only=True, frozen=True)
+class Straggler:
+    """A rank that makes the others wait.
+
+    Args:
+        host: where it runs.
+        part: what it is slow at.
+        share: its time for that by the median of all ranks; for data the share of a step that it waits longer.
+        first_step, last_step: the steps that were compared.
+    """
+
+    rank: int
+    host: str
+    part: Literal["computing", "data"]
+    share: float
+    first_step: int
+    last_step: int
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank} on {self.host}"
+        steps = f"(steps {self.first_step} to {self.last_step})"
+        if self.part == "data":
+            return f"{where} waits for its data {self.share:.0%} of a step longer than most {steps}"
+        return f"{where} takes {self.share:.2f} times as long to compute a token as most {steps}"
+
+
+class Stragglers:
+    """Compares the ranks over some steps at a time.
+
+    Args:
+        hosts: of each rank.
+    """
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._hosts = hosts
+        self._known: set[tuple[int, str]] = set()
+        self._reset()
+
+    def add(
+        self,
+        global_step: int,
+        *,
+        steps: int,
+        step_seconds: float,
+        data: Sequence[float],
+        computing: Sequence[tuple[float, float]],
+    ) -> list[Straggler]:
+        """Takes note of the steps since the last call; returns who has become a straggler.
+
+        Args:
+            global_step: the last of them.
+            steps: their number.
+            step_seconds: the mean time of one.
+            data: seconds that each rank waited for data in all of them.
+            computing: seconds and tokens of each rank, as `OwnTime.take` counts them.
+        """
+        self._steps += steps
+        self._seconds += steps * step_seconds
+        self._data = [total + value for total, value in zip(self._data, data, strict=True)]
+        self._computing = [
+            (seconds + more_seconds, tokens + more_tokens)
+            for (seconds, tokens), (more_seconds, more_tokens) in zip(self._computing, computing, strict=True)
+        ]
+        if self._steps < _STEPS:
+            return []
+        found = self._slow(first_step=global_step - self._steps + 1, last_step=global_step)
+        new = [one for one in found if (one.rank, one.part) not in self._known]
+        self._known = {(one.rank, one.part) for one in found}
+        self._reset()
+        return new
+
+    def _slow(self, *, first_step: int, last_step: int) -> list[Straggler]:
+        found: list[tuple[int, Literal["computing", "data"], float]] = []
+        usual = median_low(self._data)
+        for rank, seconds in enumerate(self._data):
+            if seconds - usual > _SHARE * self._seconds:
+                found.append((rank, "data", (seconds - usual) / self._seconds))
+        if all(tokens and seconds for seconds, tokens in self._computing):
+            per_token = [seconds / tokens for seconds, tokens in self._computing]
+            usual = median_low(per_token)
+            for rank, value in enumerate(per_token):
+                if value > (1 + _SHARE) * usual:
+                    found.append((rank, "computing", value / usual))
+        return [
+            Straggler(
+                rank=rank,
+                host=self._hosts[rank],
+                part=part,
+                share=round(share, 3),
+                first_step=first_step,
+                last_step=last_step,
+            )
+            for rank, part, share in found
+        ]
+
+    def _reset(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+        self._data = [0.0] * len(self._hosts)
+        self._computing: list[tuple[float, float]] = [(0.0, 0.0)] * len(self._hosts)
+
+
+def hosts_of_ranks() -> list[str]:
+    """The name of each rank's host; every rank calls it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [socket.gethostname()]
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts
