@@ -41,7 +41,7 @@ from hynb.runs import (
     workload,
 )
 from hynb.supervision import RANK_VARIABLES, Joined, Membership, join, leave, mark
-from hynb.train import Notes, report_failure, set_up_process, show_output_at_once, start_notes
+from hynb.train import Notes, outlive_full_disk, report_failure, set_up_process, show_output_at_once, start_notes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -108,6 +108,7 @@ class RankState:
     parts: RowParts = field(init=False)
     # record
     shards: Sequence[SavedShard] = ()
+    checkpoint_bytes: int = 0
     # build_trainer
     callback: RunCallback = field(init=False)
     trainer: RunTrainer = field(init=False)
@@ -228,6 +229,8 @@ def prepare_run_folder(state: RankState) -> None:
 
 def set_up(state: RankState) -> None:
     """Sets up the process and its environment."""
+    if state.config.on_full_disk == "keep_training":
+        outlive_full_disk(state.writer)
     set_up_process()
 
 
@@ -387,17 +390,16 @@ def record(state: RankState) -> None:
         ModelError: full checkpoints of this model cannot be written.
         RunError: too little free space.
     """
-    from hynb.train import check_disk, count_parameters, tensors_to_copy, training_dtype, uneven_work
+    from hynb.train import check_disk, checkpoint_bytes, count_parameters, tensors_to_copy, uneven_work
 
     counts = count_parameters(state.model)
     logger.info(f"{counts['trainable_parameters']:,} of {counts['parameters']:,} parameters are trained")
     copied = [] if state.base is None or state.config.use_lora else tensors_to_copy(state.base, state.stored)
     if not state.config.use_lora:
         _plan_checkpoints(state, copied)
+    state.checkpoint_bytes = checkpoint_bytes(state.model, state.shards)
     if state.rank == 0 or (state.folders and state.folders.is_local_rank_zero):
-        saved_bytes = sum(tensor.size_bytes for shard in state.shards for tensor in shard.tensors)
-        saved_bytes = saved_bytes or counts["trainable_parameters"] * training_dtype(state.config).itemsize
-        check_disk(Path(state.config.output_dir), state.model, saved_bytes=saved_bytes)
+        check_disk(Path(state.config.output_dir), state.checkpoint_bytes)
     with uneven_work():
         if state.writer:
             _write_manifest(state, state.writer, counts, copied)
@@ -409,7 +411,7 @@ def build_trainer(state: RankState) -> None:
     Raises:
         ConfigError: transformers' Trainer refuses the TrainingArguments.
     """
-    from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, training_sampler, watch_of
+    from hynb.train import RouterWatch, RunCallback, RunTrainer, pace_of, pad_token_id, training_sampler, watch_of
 
     sampler = training_sampler(state.config, state.datasets, state.shape["world_size"])
     follows: dict[str, Any] = {"run_dir": RunDir(state.config.output_dir), "supervised": bool(state.membership)}
@@ -421,7 +423,7 @@ def build_trainer(state: RankState) -> None:
             args=state.arguments,
             train_dataset=state.datasets.train,
             eval_dataset=state.datasets.evaluation,
-            data_collator=state.parts.collator(_pad_token_id(state.tokenizer)),
+            data_collator=state.parts.collator(pad_token_id(state.tokenizer)),
             sampler=sampler,
             routers=RouterWatch(state.model, state.model_type, state.config.router_aux_loss_coef, state.parts.group),
             callbacks=[state.callback],
@@ -429,7 +431,9 @@ def build_trainer(state: RankState) -> None:
             shards=state.shards,
             tokenizer_folder=state.tokenizer_folder,
             record=state.shape | {"made_with": state.made_with},
+            checkpoint_bytes=state.checkpoint_bytes,
             keep_checkpoints=state.config.save_total_limit,
+            skips_on_full_disk=state.config.on_full_disk == "keep_training",
             save_minutes=state.config.save_timeout_minutes,
             writer=state.writer,
             pace=pace_of(state.model.config.to_dict(), use_lora=state.config.use_lora),
@@ -543,12 +547,6 @@ def _write_manifest(
     writer.manifest(
         manifest(state.config, state.ds_config, base=state.base, hosts=hosts, notes=state.notes.lines, **facts)
     )
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Padding is masked and has no labels, so any token serves where a tokenizer names none.
-    token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return token_id if isinstance(token_id, int) else 0
 
 
 if __name__ == "__main__":

@@ -287,6 +287,12 @@ class Config:
         "What to do where a logged loss is far above the median of those before it. mark: record it and show it in "
         "the chart; stop: end the run.",
     )
+    on_full_disk: Literal["stop", "keep_training"] = _parameter(
+        "stop",
+        "run",
+        "What to do where a checkpoint does not fit on the disk. stop: end the run; keep_training: leave it out, say "
+        "so, and try again at the next save; the last one waits for space.",
+    )
     logging_steps: int = _parameter(1, "run", "Steps between log lines in events.jsonl.", minimum=1, unit="steps")
     save_strategy: Literal["steps", "epoch", "no"] = _parameter("steps", "run", "When to save a checkpoint.")
     save_steps: int = _parameter(500, "run", "Steps between checkpoints.", minimum=1, unit="steps")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hynb.files import write_json
+from hynb.files import is_full, write_json
 from hynb.runs.folder import RunDir
 from hynb.runs.heartbeat import Heartbeat, Phase
 from hynb.runs.process import ProcessId
@@ -29,12 +29,20 @@ _LARGEST_TAIL_BYTES = 1 << 26
 _SEARCHED = 50
 _LARGEST_NUMBER = 1 << 63
 _LOG_TAIL_BYTES = 200_000
+# Events that wait for space, about half a kilobyte each.
+_MOST_UNWRITTEN = 20_000
 
 
 class RunWriter:
-    """Writes manifest, events, status and heartbeat of a run."""
+    """Writes manifest, events, status and heartbeat of a run.
+
+    Attributes:
+        outlives_full_disk: what does not fit on the disk is no error; events are written once there is space.
+    """
 
     def __init__(self, output_dir: str | Path) -> None:
+        self.outlives_full_disk = False
+        self._unwritten: list[str] = []
         self.dir = RunDir(output_dir)
         self.dir.path.mkdir(parents=True, exist_ok=True)
         self._process = ProcessId.of(os.getpid())
@@ -59,11 +67,26 @@ class RunWriter:
     def event(self, kind: str, global_step: int, **content: Any) -> None:
         """Appends one whole line to events.jsonl."""
         record = {"v": EVENT_VERSION, "kind": kind, "global_step": global_step, "time": time.time()}
-        line = json.dumps(record | content, ensure_ascii=False, allow_nan=True) + "\n"
+        self._unwritten.append(json.dumps(record | content, ensure_ascii=False, allow_nan=True) + "\n")
+        try:
+            self._append("".join(self._unwritten))
+        except OSError as error:
+            if not self._survives(error):
+                raise
+            if len(self._unwritten) > _MOST_UNWRITTEN:
+                # Every other one, so that a curve keeps its shape.
+                del self._unwritten[::2]
+            return
+        self._unwritten.clear()
+
+    def _append(self, lines: str) -> None:
         with self.dir.events.open("ab") as file:
             if file.tell() and not _ends_with_newline(self.dir.events):
-                line = "\n" + line
-            file.write(line.encode())
+                lines = "\n" + lines
+            file.write(lines.encode())
+
+    def _survives(self, error: OSError) -> bool:
+        return self.outlives_full_disk and is_full(error)
 
     def phase(self, phase: Phase) -> None:
         """Records what rank 0 does from now on, in the heartbeat and in status.json."""
@@ -112,7 +135,11 @@ class RunWriter:
         if not others_changed and now - self._status_at < _STATUS_SECONDS:
             return
         self._status_at = now
-        write_json(self.dir.status, self._status | {"process": self._process.record()})
+        try:
+            write_json(self.dir.status, self._status | {"process": self._process.record()})
+        except OSError as error:
+            if not self._survives(error):
+                raise
 
 
 class RunReader:
@@ -250,8 +277,8 @@ def _number(value: Any) -> float | None:
 
 
 def notice_line(event: dict[str, Any]) -> str:
-    """A step that was left out, a spike of the loss, a slow rank or a restart, as one line; empty for others."""
-    if event["kind"] == "skipped":
+    """What a person should know, such as a step or checkpoint that was left out, as one line; empty for others."""
+    if event["kind"] in ("skipped", "not_saved"):
         return str(event.get("reason"))
     if event["kind"] == "straggler":
         return f"slow: {event.get('text')}"

@@ -132,9 +132,12 @@ def _beat(path: Path, parent_pid: int, interval_seconds: float, content: dict[st
     # A process that the parent forked may hold the pipe open after the parent's end.
     while os.getppid() == parent_pid:
         if time.monotonic() >= due:
-            # A disk that is full or unreachable is for rank 0 to report.
+            # A disk that is full or unreachable is for rank 0 to report; where it is full, a file's time can be set.
             with contextlib.suppress(OSError):
-                write_json(path, content)
+                try:
+                    write_json(path, content)
+                except OSError:
+                    os.utime(path)
             due = time.monotonic() + interval_seconds
         if not select.select([sys.stdin.fileno()], [], [], max(0.0, due - time.monotonic()))[0]:
             continue

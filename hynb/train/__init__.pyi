@@ -14,12 +14,15 @@ from .datasets import check_files as check_files
 from .datasets import data_workers as data_workers
 from .datasets import label_options as label_options
 from .datasets import training_sampler as training_sampler
+from .disk_space import check_disk as check_disk
+from .disk_space import checkpoint_bytes as checkpoint_bytes
 from .failure import report_failure as report_failure
 from .manifest import manifest as manifest
 from .model import count_parameters as count_parameters
 from .model import load_model as load_model
 from .model import load_tokenizer as load_tokenizer
 from .model import mark_moe_leaves as mark_moe_leaves
+from .model import pad_token_id as pad_token_id
 from .model import save_loss_memory as save_loss_memory
 from .model import training_dtype as training_dtype
 from .model import write_random_base as write_random_base
@@ -31,6 +34,7 @@ from .process import Notes as Notes
 from .process import decided_by_rank_0 as decided_by_rank_0
 from .process import import_libraries as import_libraries
 from .process import init_process_group as init_process_group
+from .process import outlive_full_disk as outlive_full_disk
 from .process import set_up_process as set_up_process
 from .process import show_output_at_once as show_output_at_once
 from .process import start_notes as start_notes
@@ -48,4 +52,3 @@ from .sequence_parallel import share_rows as share_rows
 from .step_watch import watch_of as watch_of
 from .timeouts import uneven_work as uneven_work
 from .trainer import RunTrainer as RunTrainer
-from .trainer import check_disk as check_disk

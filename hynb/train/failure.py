@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 import socket
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hynb.errors import HynbError, RankError
-from hynb.files import write_json
+from hynb.files import is_full, write_json
 from hynb.plan import zero
 from hynb.runs import RunDir, RunReader, RunWriter, name_ranks
 
@@ -189,7 +188,7 @@ def _hint(error: BaseException) -> str:
             f"gradient_checkpointing: true, the next preset of {presets}, sequence_parallel_size: 2 or more (GPUs "
             "share each sequence), a smaller max_seq_length, more GPUs"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and is_full(error):
         return f"{error.filename or 'output_dir'}: the disk is full ({error.strerror}). Free some space, then resume"
     # The signal is in the error from which torch raised this one.
     if found := _WORKER_KILLED.search(f"{error.__cause__}\n{error}"):

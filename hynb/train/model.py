@@ -42,6 +42,12 @@ LOSS_PIECE_TOKENS = 1024
 _ATTENTION = {"flash": ("flash_attn", "flash_attention_2"), "flex": ("triton", "flex_attention")}
 
 
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token of padding, which is masked and has no labels, so that any serves where a tokenizer names none."""
+    token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return token_id if isinstance(token_id, int) else 0
+
+
 def load_tokenizer(config: Config, base: Path | None) -> tuple[PreTrainedTokenizerBase, Path]:
     """The tokenizer, and the folder that it was loaded from.
 

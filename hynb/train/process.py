@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import io
@@ -11,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hynb.cluster import free_port
+from hynb.runs import RunWriter
 
 T = TypeVar("T")
 
@@ -58,6 +60,38 @@ def show_output_at_once() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+class _LastingOutput:
+    """An output stream that drops what does not fit on the disk of its file."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text, or a part of it."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is held back, or a part of it."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_full_disk(writer: RunWriter | None) -> None:
+    """Lets this rank go on where its output or its records do not fit on the disk.
+
+    Args:
+        writer: of the run folder; None on other ranks than 0.
+    """
+    sys.stdout, sys.stderr = _LastingOutput(sys.stdout), _LastingOutput(sys.stderr)
+    if writer:
+        writer.outlives_full_disk = True
 
 
 def set_up_process() -> None:

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from hynb.data import IGNORED, SeededSampler
 from hynb.errors import ConfigError, RunError
-from hynb.files import size_text
 from hynb.runs import Phase, RunDir, RunWriter, surplus_checkpoints
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import copy_model_files, write_base_identity
-from hynb.train.model import count_parameters
+from hynb.train.disk_space import LastingTensorBoard, Shortage, shortage_anywhere
 from hynb.train.node_local import NodeLocalFolders
 from hynb.train.pace import Pace
 from hynb.train.router_precision import TrainedRouters
@@ -34,6 +34,7 @@ from hynb.train.step_watch import SPIKE_WINDOW, StepWatch
 from hynb.train.termination import with_lasting_workers
 from hynb.train.timeouts import collective_limit, limited, save_limit
 
+_SPACE_SECONDS = 10.0
 # Settings of a group of the optimizer that a checkpoint restores.
 _SETTINGS = ("weight_decay", "betas", "eps")
 # Parameters behind them and behind the schedule.
@@ -51,7 +52,9 @@ class RunTrainer(Trainer):
         shards: the weight files of each full checkpoint; empty for an adapter.
         tokenizer_folder: its files are copied into full checkpoints.
         record: what a resumed run must have in common with this one; written into each checkpoint.
+        checkpoint_bytes: about the size of one.
         keep_checkpoints: number of newest checkpoints that are kept; None for all.
+        skips_on_full_disk: leaves a checkpoint out for which there is no space, and trains on.
         save_minutes: how long ranks wait for each other while a checkpoint is written; None: by its size.
         writer: of the run folder; None on other ranks than 0.
         sampler: the sampling order of the training set.
@@ -72,7 +75,9 @@ class RunTrainer(Trainer):
         shards: Sequence[SavedShard],
         tokenizer_folder: Path,
         record: dict[str, Any],
+        checkpoint_bytes: int,
         keep_checkpoints: int | None,
+        skips_on_full_disk: bool,
         save_minutes: float | None,
         writer: RunWriter | None,
         sampler: SeededSampler,
@@ -92,7 +97,12 @@ class RunTrainer(Trainer):
         self._shards = shards
         self._tokenizer_folder = tokenizer_folder
         self._record = record
+        self._checkpoint_bytes = checkpoint_bytes
         self._keep_checkpoints = keep_checkpoints
+        self._skips_on_full_disk = skips_on_full_disk
+        if skips_on_full_disk:
+            self.remove_callback(TensorBoardCallback)
+            self.add_callback(LastingTensorBoard())
         self._save_minutes = save_minutes
         self.phase: Phase = "training"
         self._sampler = sampler
@@ -270,13 +280,36 @@ class RunTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_last_checkpoint(self) -> Path:
-        """The checkpoint of the last step, which is saved here under save_strategy `no` or between two save_steps."""
+        """The checkpoint of the last step, which is saved here under save_strategy `no` or between two save_steps.
+
+        Where checkpoints are left out for want of space, this one waits until there is some.
+        """
         target = self.run_dir.checkpoint(self.state.global_step)
         if not target.exists():
+            self._wait_for_space()
             self.args.save_only_model = self.args.save_strategy == "no"
             assert self.model is not None
-            self._save_checkpoint(self.model, None)
+            self._write_checkpoint(self.model, None)
         return target
+
+    def _wait_for_space(self) -> None:
+        with self._phase("saving"):
+            known = False
+            while self._skips_on_full_disk and (short := self._shortage()):
+                if not known:
+                    self._tell_shortage(f"{short}: the last checkpoint waits until there is space. Free some")
+                known = True
+                time.sleep(_SPACE_SECONDS)
+
+    def _shortage(self) -> Shortage | None:
+        looks = self._folders.is_local_rank_zero if self._folders else self.args.should_save
+        return shortage_anywhere(self.run_dir.path, self._checkpoint_bytes, looks=looks)
+
+    def _tell_shortage(self, text: str) -> None:
+        if self.run_writer:
+            text = f"step {self.state.global_step}: {text} (on_full_disk = keep_training)"
+            print(f"hynb: {text}", flush=True)
+            self.run_writer.event("not_saved", self.state.global_step, reason=text)
 
     def _evaluation_sums(self, dataset: Any) -> tuple[float, int]:
         """Sum of the losses of all supervised tokens of a data set, and their number."""
@@ -330,6 +363,12 @@ class RunTrainer(Trainer):
         return str(self.run_dir.saving) if self._saving else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self._skips_on_full_disk and (short := self._shortage()):
+            self._tell_shortage(f"no checkpoint is saved: {short}. The next save tries again")
+        else:
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         target = self.run_dir.checkpoint(self.state.global_step)
         with self._phase("saving") as started, limited(self._save_limit()):
             self._write_unfinished(model, trial, target)
@@ -350,10 +389,7 @@ class RunTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def _save_limit(self) -> timedelta:
-        assert self.model is not None
-        saved = sum(tensor.size_bytes for shard in self._shards for tensor in shard.tensors)
-        size_bytes = checkpoint_bytes(self.model, saved_bytes=saved)
-        return save_limit(size_bytes, self._save_minutes, collective_limit())
+        return save_limit(self._checkpoint_bytes, self._save_minutes, collective_limit())
 
     def _write_unfinished(self, model: torch.nn.Module, trial: Any, target: Path) -> None:
         self._saving = True
@@ -445,33 +481,3 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
             part = next((part for end, part in parts.items() if path.name.endswith(end)), "other")
             sizes[part] += path.stat().st_size
     return sizes
-
-
-def checkpoint_bytes(model: torch.nn.Module, *, saved_bytes: int) -> int:
-    """About the size of a checkpoint.
-
-    Args:
-        saved_bytes: of the weights or of the adapter.
-    """
-    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and under
-    # ZeRO-1 and 2 DeepSpeed's own checkpoint holds the trained weights a second time.
-    item_bytes = max((weight.element_size() for weight in model.parameters() if weight.requires_grad), default=0)
-    return saved_bytes + count_parameters(model)["trainable_parameters"] * (12 + item_bytes)
-
-
-def check_disk(output_dir: Path, model: torch.nn.Module, *, saved_bytes: int) -> None:
-    """Checks that one checkpoint fits on the disk.
-
-    Args:
-        saved_bytes: of the weights or of the adapter.
-
-    Raises:
-        RunError: it does not; with the bytes needed and free.
-    """
-    needed = checkpoint_bytes(model, saved_bytes=saved_bytes)
-    free = shutil.disk_usage(output_dir).free
-    if needed > free:
-        raise RunError(
-            f"output_dir = {output_dir}: a checkpoint takes about {size_text(needed)} and the disk has "
-            f"{size_text(free)} free. Free some space, or choose another output_dir"
-        )

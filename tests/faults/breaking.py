@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -88,3 +89,26 @@ def slow_ranks() -> None:
     if os.environ["RANK"] == "1":
         forward = torch.nn.Linear.forward
         torch.nn.Linear.forward = lambda self, values: (time.sleep(0.005), forward(self, values))[1]
+
+
+def full_disk_from_step_2() -> None:
+    """The disk of the run folder is full to the last byte from step 2 on, and until the last checkpoint waits."""
+    from hynb.train import RunTrainer, trainer
+
+    trainer._SPACE_SECONDS = 0.1
+    step, tell = RunTrainer.training_step, RunTrainer._tell_shortage
+
+    def training_step(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        filler = self.run_dir.path.parent / "filler"
+        if self.run_writer and self.state.global_step == 1 and not filler.exists():
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * 4096)
+        return step(self, *args, **kwargs)
+
+    def tell_shortage(self: RunTrainer, text: str) -> None:
+        tell(self, text)
+        if self.run_writer and "waits" in text:
+            (self.run_dir.path.parent / "filler").unlink()
+
+    RunTrainer.training_step, RunTrainer._tell_shortage = training_step, tell_shortage

@@ -1,0 +1,112 @@
+"""The space that a checkpoint needs, and what is free where it is to be written."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.integrations import TensorBoardCallback
+
+from hynb.errors import RunError
+from hynb.files import is_full, size_text
+from hynb.train.model import count_parameters
+from hynb.train.saving import SavedShard
+
+
+@dataclass(kw_only=True, frozen=True)
+class Shortage:
+    """A checkpoint that does not fit.
+
+    Args:
+        needed, free: bytes.
+    """
+
+    host: str
+    needed: int
+    free: int
+
+    def __str__(self) -> str:
+        return (
+            f"a checkpoint takes about {size_text(self.needed)} and the disk on {self.host} has "
+            f"{size_text(self.free)} free"
+        )
+
+
+def checkpoint_bytes(model: torch.nn.Module, shards: Sequence[SavedShard]) -> int:
+    """About the size of a checkpoint.
+
+    Args:
+        shards: the weight files of a full checkpoint; empty for an adapter, whose weights are those that are trained.
+    """
+    item_bytes = max((weight.element_size() for weight in model.parameters() if weight.requires_grad), default=0)
+    trained = count_parameters(model)["trainable_parameters"]
+    saved_bytes = sum(tensor.size_bytes for shard in shards for tensor in shard.tensors) or trained * item_bytes
+    # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and under
+    # ZeRO-1 and 2 DeepSpeed's own checkpoint holds the trained weights a second time.
+    return saved_bytes + trained * (12 + item_bytes)
+
+
+def shortage(output_dir: Path, needed: int) -> Shortage | None:
+    """What is missing on this rank's disk; None if the checkpoint fits.
+
+    Args:
+        needed: bytes of a checkpoint.
+    """
+    free = shutil.disk_usage(output_dir).free
+    return Shortage(host=socket.gethostname(), needed=needed, free=free) if needed > free else None
+
+
+def shortage_anywhere(output_dir: Path, needed: int, *, looks: bool) -> Shortage | None:
+    """The first shortage of all ranks, the same on each; every rank calls it.
+
+    Args:
+        needed: bytes of a checkpoint.
+        looks: whether this rank is the first that sees its folder.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, shortage(output_dir, needed) if looks else None)
+    return next((one for one in found if one is not None), None)
+
+
+class LastingTensorBoard(TensorBoardCallback):
+    """TensorBoard's events; where they do not fit on the disk they are left out, since events.jsonl has them too."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the arguments."""
+        self._try(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the numbers of a log step."""
+        self._try(super().on_log, *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Closes the file."""
+        self._try(super().on_train_end, *args, **kwargs)
+
+    def _try(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            # Its thread has ended with the error; the next log step begins a new file.
+            self.tb_writer = None
+
+
+def check_disk(output_dir: Path, needed: int) -> None:
+    """Checks that one checkpoint fits on the disk.
+
+    Args:
+        needed: bytes of a checkpoint.
+
+    Raises:
+        RunError: it does not; with the bytes needed and free.
+    """
+    if short := shortage(output_dir, needed):
+        raise RunError(f"output_dir = {output_dir}: {short}. Free some space, or choose another output_dir")
