@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from hynb.data import IGNORED, SeededSampler
 from hynb.errors import ConfigError, RunError
