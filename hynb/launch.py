@@ -254,7 +254,7 @@ def launch(config: Config) -> Run:
     run_dir = RunDir(config.output_dir)
     is_new = not run_dir.path.exists()
     try:
-        run_dir.path.mkdir(parents=True, exist_ok=True)
+        run_dir.create(group_readable=config.group_readable)
         try:
             _launch_into(run_dir, config, plan)
         except HynbError:

@@ -216,7 +216,8 @@ def prepare_run_folder(state: RankState) -> None:
     check_run(state.config, launched=state.membership is not None)
     if not state.membership:
         clear_run_folder(state.config)
-    run_dir.log.mkdir(parents=True, exist_ok=True)
+    run_dir.create(group_readable=state.config.group_readable)
+    run_dir.log.mkdir(exist_ok=True)
     replace_text(run_dir.config, to_yaml(state.config))
     state.run_dir = run_dir
     if state.writer is None:

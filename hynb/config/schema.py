@@ -263,6 +263,11 @@ class Config:
     )
 
     output_dir: str = _parameter("runs/train", "run", "Run folder: logs, TensorBoard events, checkpoints.")
+    group_readable: bool = _parameter(
+        False,
+        "run",
+        "Let the group read output_dir (mode 0750); a new one is for its owner alone, as logs show data.",
+    )
     overwrite_output_dir: bool = _parameter(
         False, "run", "Remove an earlier run's files from output_dir before starting."
     )

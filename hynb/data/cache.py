@@ -67,7 +67,7 @@ def locked(target: Path) -> Iterator[bool]:
 def _try_lock(path: Path) -> int | None:
     """The descriptor of a locked file; None if another process holds the lock, -1 if there can be none."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
         return -1
@@ -105,7 +105,8 @@ def made_once(target: Path, write: Callable[[Path], None], *, durable: bool = Fa
     with locked(target) as alone:
         if target.exists():
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
+        # What a cache holds is users' data.
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with temporary(target, alone=alone) as path:
             write(path)
             if durable:

@@ -64,7 +64,7 @@ class TokenWriter:
         try:
             # Workers reserve their part of the file in it; -1: a write has failed.
             self._position: Any = multiprocessing.get_context("fork").Value("q", 0)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             free = free_bytes(path.parent)
             if free - needed < RESERVE_BYTES:
                 self.problem = (

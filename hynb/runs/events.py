@@ -44,7 +44,7 @@ class RunWriter:
         self.outlives_full_disk = False
         self._unwritten: list[str] = []
         self.dir = RunDir(output_dir)
-        self.dir.path.mkdir(parents=True, exist_ok=True)
+        self.dir.create()
         self._process = ProcessId.of(os.getpid())
         self._status: dict[str, Any] = {}
         self._status_at = -_STATUS_SECONDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ _SHOWN = 200
 
 
 class RunDir:
-    """The paths of all files in a run's output_dir; creates nothing.
+    """The paths of all files in a run's output_dir.
 
     Raises:
         RunError: it cannot be the path of a folder.
@@ -49,6 +50,20 @@ class RunDir:
         self.kill_request = self.path / "kill_request"
         self.paste = self.path / "paste_on_hosts.txt"
         self.led_from = self.path / "led_from"
+
+    def create(self, *, group_readable: bool = False) -> None:
+        """Creates the folder; a new one is for its owner alone, since logs and rejected lines show data.
+
+        Args:
+            group_readable: a folder that is for its owner alone can be read by its group from now on.
+
+        Raises:
+            OSError: it cannot be created.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        if group_readable and stat.S_IMODE(self.path.stat().st_mode) == 0o700:
+            self.path.chmod(0o750)
 
     def secret(self, launch_id: str) -> Path:
         """The secret that the guards of a run and its supervisor prove to each other."""

@@ -197,7 +197,8 @@ class Guard:
         resuming = config.resume_from_checkpoint is not None
         if problems := check_output_dir(run_dir.path, overwrite=overwrite, resuming=resuming):
             raise RunError(problems)
-        run_dir.log.mkdir(parents=True, exist_ok=True)
+        run_dir.create(group_readable=config.group_readable)
+        run_dir.log.mkdir(exist_ok=True)
         # The log folder is already in use.
         for item in run_dir.run_files() if overwrite else ():
             if item != run_dir.log:

@@ -123,10 +123,12 @@ def _wait_until_ready(membership: Membership, node: int, registry: Path) -> dict
 def _own_log(membership: Membership, rank: int) -> Path:
     """The file that receives this rank's output; created here under launchers that give it none."""
     stdout = Path("/proc/self/fd/1").readlink()
-    folder = RunDir(membership.run_folder).log
+    run_dir = RunDir(membership.run_folder)
+    folder = run_dir.log
     if stdout.parent == folder:
         return stdout
-    folder.mkdir(parents=True, exist_ok=True)
+    run_dir.create()
+    folder.mkdir(exist_ok=True)
     path = folder / f"{time.strftime('%Y%m%d%H%M%S')}_rank{rank}.log"
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)

@@ -183,8 +183,11 @@ def _deepspeed_env_text(plan: Plan, variables: dict[str, str]) -> str:
 
 
 def _send_secret(plan: Plan, ssh: Ssh, path: Path, secret: str) -> None:
-    quoted, folder = shlex.quote(str(path)), shlex.quote(str(path.parent))
-    script = f"[ -e {quoted} ] || {{ mkdir -p {folder} && umask 077 && cat > {quoted}; }}"
+    quoted, log, run_folder = (shlex.quote(str(item)) for item in (path, path.parent, path.parent.parent))
+    # The mode of a new run folder, which its parents do not get.
+    script = (
+        f"[ -e {quoted} ] || {{ mkdir -p -m 700 {run_folder} && umask 077 && mkdir -p {log} && cat > {quoted}; }}"
+    )
 
     def send(host: Host) -> str:
         answer = ssh.run(host.name, ["sh", "-c", script], deadline_seconds=SSH_SECONDS, input=secret)

@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 from hynb.runs import RunDir
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_new_folder_is_for_its_owner_alone_or_for_the_group_too(tmp_path):
+    old = os.umask(0o022)
+    try:
+        run_dir = RunDir(tmp_path / "runs" / "first")
+        run_dir.create()
+        assert mode(run_dir.path) == 0o700 and mode(tmp_path / "runs") == 0o755
+        run_dir.create(group_readable=True)
+        assert mode(run_dir.path) == 0o750
+        run_dir.create()
+        assert mode(run_dir.path) == 0o750
+        (tmp_path / "there").mkdir(mode=0o775)
+        before = mode(tmp_path / "there")
+        RunDir(tmp_path / "there").create(group_readable=True)
+        assert mode(tmp_path / "there") == before, "a folder that was there keeps its mode"
+    finally:
+        os.umask(old)
 
 
 def test_checkpoints_and_logs_are_listed_in_order(tmp_path):

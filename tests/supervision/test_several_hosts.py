@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import uuid
@@ -60,6 +61,7 @@ def test_losses_equal_those_of_one_host_through_a_stop_and_a_resume(place, stage
         checkpoint = host.path(job.folder) / f"checkpoint-{step}"
         parts = sorted(path.name for path in checkpoint.glob("global_step*/*optim_states.pt"))
         assert len(parts) == (2 if shared else 1), f"{host.name}: {parts}"
+        assert stat.S_IMODE(host.path(job.folder).stat().st_mode) == 0o700
         for name in ("model.safetensors", "trainer_state.json", "hynb_checkpoint.json", "tokenizer.json"):
             assert (checkpoint / name).is_file(), f"{host.name}: {name}"
     resumed = {"max_steps": STEPS[stage], "resume_from_checkpoint": "last", "allow_changed": "max_steps"}
