@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hynb.data import SeededSampler
 from hynb.errors import ModelError
 from hynb.runs import RunDir, RunWriter
+from hynb.train.process import rotate_output
 from hynb.train.stop_flag import StopFlag
 from hynb.train.termination import Termination
 
@@ -91,6 +92,10 @@ class RunCallback(TrainerCallback):
             if self._writer:
                 self._writer.event("stop", state.global_step)
                 self._writer.status("stopping", global_step=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keeps this rank's log from growing for ever."""
+        rotate_output(self._run_dir.log)
 
     def _check_adapter_gradients(self) -> None:
         if not self._hooks:

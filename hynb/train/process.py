@@ -8,16 +8,21 @@ import importlib
 import io
 import logging
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hynb.cluster import free_port
 from hynb.runs import RunWriter
 
 T = TypeVar("T")
+
+# Of a rank's log: a run of weeks with a line per second writes as much. Its end is what a reader looks at.
+_LOG_BYTES = 200_000_000
 
 # What every rank imports, with all that these bring; DeepSpeed imports the last one with each engine.
 _LIBRARIES = (
@@ -60,6 +65,29 @@ def show_output_at_once() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def rotate_output(log_folder: Path, *, limit_bytes: int = _LOG_BYTES) -> None:
+    """Begins this rank's log anew once it is large; the file until then is kept beside it as `.1`.
+
+    Args:
+        log_folder: output to another place is left as it is.
+        limit_bytes: what a file may hold.
+    """
+    status = os.fstat(1)
+    if not stat.S_ISREG(status.st_mode) or status.st_size < limit_bytes:
+        return
+    path = Path("/proc/self/fd/1").readlink()
+    if path.parent != log_folder or not path.is_file():
+        return
+    # On a full disk the output stays in the old file.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        both = os.path.sameopenfile(1, 2)
+        path.replace(path.with_name(f"{path.name}.1"))
+        with path.open("ab") as file:
+            for descriptor in (1, 2) if both else (1,):
+                os.dup2(file.fileno(), descriptor)
 
 
 class _LastingOutput:

@@ -1,0 +1,38 @@
+"""What a rank does about its own process and its output."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+WRITES = """
+import sys
+from pathlib import Path
+from hynb.train.process import rotate_output
+for number in range(10):
+    print(f"line {number} " + "x" * 100, flush=True)
+    print(f"error {number}", file=sys.stderr, flush=True)
+    rotate_output(Path(sys.argv[1]), limit_bytes=300)
+"""
+
+
+def test_a_log_begins_anew_once_it_is_large(tmp_path):
+    log = tmp_path / "20260101000000_rank0.log"
+    with log.open("wb") as file:
+        subprocess.run([sys.executable, "-c", WRITES, tmp_path], stdout=file, stderr=file, check=True)
+    before, now = log.with_name(f"{log.name}.1").read_text(), log.read_text()
+    # Three pairs of lines have 300 bytes or more; the tenth is the first of the fourth file.
+    assert [line.split("x")[0].strip() for line in before.splitlines()] == [
+        text for number in (6, 7, 8) for text in (f"line {number}", f"error {number}")
+    ]
+    assert [line.split("x")[0].strip() for line in now.splitlines()] == ["line 9", "error 9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [log.name, f"{log.name}.1"]
+
+
+def test_output_to_another_place_is_left_as_it_is(tmp_path):
+    mine = tmp_path / "mine.log"
+    with mine.open("wb") as file:
+        subprocess.run([sys.executable, "-c", WRITES, tmp_path / "log"], stdout=file, stderr=file, check=True)
+    assert len(mine.read_text().splitlines()) == 20
+    done = subprocess.run([sys.executable, "-c", WRITES, tmp_path], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 10, "a pipe is no file"
