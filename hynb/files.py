@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -62,6 +63,14 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def pattern_problem(path: Path) -> str:
+    """Why no checkpoint can be loaded from below a folder; empty when it can."""
+    # transformers 5 looks for `{path}/global_step*` (integrations/deepspeed.py, deepspeed_load_checkpoint).
+    if glob.has_magic(str(path)):
+        return "holds *, ? or [, which is read as a pattern where a checkpoint is loaded; choose a name without them"
+    return ""
 
 
 def is_full(error: OSError) -> bool:

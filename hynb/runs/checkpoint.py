@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from hynb.config import Config
 from hynb.errors import ModelError, RunError
-from hynb.files import path_problem, read_json
+from hynb.files import path_problem, pattern_problem, read_json
 from hynb.runs.events import last_events
 from hynb.runs.folder import RunDir
 from hynb.runs.integrity import CHECKPOINT_RECORD, check_files, has_digests
@@ -61,6 +61,8 @@ def check_checkpoint(folder: Path, *, trusted: bool) -> list[str]:
     if not folder.is_dir():
         present = ", ".join(item.name for item in RunDir(folder.parent).checkpoints())
         return [f"{name}: there is no such folder" + (f"; its parent folder has {present}" if present else "")]
+    if problem := pattern_problem(folder):
+        return [f"{name}: {problem}"]
     if problems := check_files(folder):
         return [f"{name}: is damaged: {problem}" for problem in problems]
     if not (folder / "trainer_state.json").is_file():

@@ -14,7 +14,7 @@ from hynb.config import Config
 from hynb.data import find_files
 from hynb.errors import ConfigError, HynbError, nearest
 from hynb.families import FAMILIES
-from hynb.files import read_json, read_weight_map
+from hynb.files import pattern_problem, read_json, read_weight_map
 from hynb.plan import ops, zero
 from hynb.runs.checkpoint import check_checkpoint, ended_well, last_checkpoint, resume_checkpoint, saved_step
 from hynb.runs.contract import BATCH, DATA, allowable_names, compare, made_with
@@ -71,6 +71,8 @@ def _location_problem(output_dir: str) -> str:
     if not output_dir.strip():
         return "is empty; name a folder"
     path = RunDir(output_dir).path
+    if problem := pattern_problem(path):
+        return problem
     if path.resolve() in (Path("/"), Path.home()):
         return "is not a folder for a run; name a new folder in it"
     existing = path
