@@ -30,7 +30,7 @@ _SEARCHED = 50
 _LARGEST_NUMBER = 1 << 63
 _LOG_TAIL_BYTES = 200_000
 # Events that wait for space, about half a kilobyte each.
-_MOST_UNWRITTEN = 20_000
+_MOST_UNWRITTEN = 100_000
 
 
 class RunWriter:
@@ -69,21 +69,24 @@ class RunWriter:
         record = {"v": EVENT_VERSION, "kind": kind, "global_step": global_step, "time": time.time()}
         self._unwritten.append(json.dumps(record | content, ensure_ascii=False, allow_nan=True) + "\n")
         try:
-            self._append("".join(self._unwritten))
+            self._append_unwritten()
         except OSError as error:
             if not self._survives(error):
                 raise
             if len(self._unwritten) > _MOST_UNWRITTEN:
                 # Every other one, so that a curve keeps its shape.
                 del self._unwritten[::2]
-            return
-        self._unwritten.clear()
 
-    def _append(self, lines: str) -> None:
-        with self.dir.events.open("ab") as file:
+    def _append_unwritten(self) -> None:
+        # Unbuffered, so that it is known which lines are in the file where the disk becomes full.
+        with self.dir.events.open("ab", buffering=0) as file:
             if file.tell() and not _ends_with_newline(self.dir.events):
-                lines = "\n" + lines
-            file.write(lines.encode())
+                file.write(b"\n")
+            while self._unwritten:
+                data = self._unwritten[0].encode()
+                while data:
+                    data = data[file.write(data) :]
+                del self._unwritten[0]
 
     def _survives(self, error: OSError) -> bool:
         return self.outlives_full_disk and is_full(error)

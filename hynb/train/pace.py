@@ -42,10 +42,18 @@ class Pace:
         self.new_stragglers: Sequence[Straggler] = ()
         self._reset()
 
-    def attach(self, model: torch.nn.Module) -> None:
-        """Compares the ranks from now on; every rank calls it, with DeepSpeed's engine around the model."""
+    def attach(self, model: torch.nn.Module, global_step: int) -> None:
+        """Measures from now on, and compares the ranks; every rank calls it.
+
+        Args:
+            model: with DeepSpeed's engine around it.
+            global_step: the last step that was done before.
+        """
         self._own_time.attach(model)
         self._stragglers = Stragglers(hosts_of_ranks())
+        # What came before was no step: loading, the start of the readers of data.
+        self._reset()
+        self._started, self._step = time.monotonic(), global_step
 
     def begin_step(self, global_step: int) -> None:
         """The micro batches from now on belong to this step."""

@@ -61,7 +61,8 @@ class OwnTime:
         return found
 
     def _before(self, layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._begin = now() if self._measures else None
+        # Not in an evaluation, whose batches follow the last step.
+        self._begin = now() if self._measures and layer.training else None
 
     def _after(self, layer: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self._begin is not None:

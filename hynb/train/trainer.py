@@ -138,7 +138,7 @@ class RunTrainer(Trainer):
             self._watch.attach(engine, self.optimizer)
             self._watch.resumed(self.state.global_step)
             engine.step = self._pace.timed(engine.step)
-            self._pace.attach(model)
+            self._pace.attach(model, self.state.global_step)
         mask = inputs.pop(TOKEN_MASK, inputs.get("attention_mask"))
         self._pace.add_tokens(mask.sum() if mask is not None else inputs["input_ids"].numel())
         self._routers.mask = mask

@@ -56,6 +56,16 @@ def test_time_without_training_is_left_out():
     assert found["step_seconds"] < 0.2 and "mfu" not in found
 
 
+def test_a_resumed_run_counts_from_its_own_first_step():
+    pace = Pace()
+    pace.add_tokens(1000)
+    pace.attach(torch.nn.Linear(1, 1), 1000)
+    time.sleep(0.2)
+    pace.add_tokens(100)
+    found, _ = pace.report(1001, torch.device("cpu"), None)
+    assert found["step_seconds"] >= 0.2 and found["tokens"] == 100
+
+
 def test_events_of_two_ranks(files, ranks, tmp_path):
     values = {"deepspeed": "ds_zero3_offload", "max_steps": 4, "save_steps": 2}
     run = ranks.train(config_of(files, "hunyuan_v1_moe", tmp_path / "run", **values))

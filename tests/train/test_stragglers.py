@@ -73,6 +73,10 @@ def test_waiting_in_a_hook_is_not_a_ranks_own_time():
     model(torch.zeros(2, 3, 8))
     seconds, tokens = own.take()
     assert 0 < seconds < 1 and tokens == 2 * 6
+    model.eval()
+    model(torch.zeros(2, 3, 8))
+    assert own.take() == (0, 0), "an evaluation is no step"
+    model.train()
     own.begin_step(1)
     model(torch.zeros(2, 3, 8))
     assert own.take() == (0, 0), "each fifth step is measured"
