@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -61,15 +62,36 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replaces a UTF-8 text file atomically: a reader sees either the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def leave_request(path: Path, text: str) -> None:
+    """Leaves a file that asks for something; on a full disk an empty one, which takes no space.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        replace_text(path, text)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        path.touch()
 
 
 def pattern_problem(path: Path) -> str:
     """Why no checkpoint can be loaded from below a folder; empty when it can."""
     # transformers 5 looks for `{path}/global_step*` (integrations/deepspeed.py, deepspeed_load_checkpoint).
     if glob.has_magic(str(path)):
-        return "holds *, ? or [, which is read as a pattern where a checkpoint is loaded; choose a name without them"
+        return (
+            f"{path} holds *, ? or [, which is read as a pattern where a checkpoint is loaded; choose another folder"
+        )
     return ""
 
 

@@ -23,7 +23,7 @@ import psutil
 from hynb.cluster import gpu_count
 from hynb.config import Config, absolute_paths, check_config, read_yaml, to_yaml
 from hynb.errors import ConfigError, HynbError, RunError, RunFailedError
-from hynb.files import is_there, replace_text, write_json
+from hynb.files import is_there, leave_request, replace_text, write_json
 from hynb.runs import (
     ProcessId,
     RunDir,
@@ -207,7 +207,7 @@ class Run:
         """
         if not self.status().live:
             return self.status()
-        replace_text(self.dir.kill_request, f"{time.time()}\n")
+        leave_request(self.dir.kill_request, f"{time.time()}\n")
         deadline = time.monotonic() + seconds
         while self.status().live:
             if time.monotonic() > deadline:

@@ -467,6 +467,7 @@ def finish(state: RankState) -> None:
         state.writer.step(trained.global_step)
         state.writer.event("end", trained.global_step, state=end["state"])
         state.writer.status(**end, global_step=trained.global_step, max_steps=trained.max_steps)
+        state.writer.settle()
     logger.info(f"peak memory of rank 0: {memory_bytes() / 1e9:.2f} GB")
 
 

@@ -62,7 +62,8 @@ def convert_cached(vocab_file: Path) -> Path | None:
     if cache.is_file():
         return cache
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache.parent.mkdir(exist_ok=True)
         unfinished = cache.with_suffix(f".{os.getpid()}")
         convert(content).save(str(unfinished), pretty=False)
         unfinished.replace(cache)

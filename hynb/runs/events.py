@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _LARGEST_NUMBER = 1 << 63
 _LOG_TAIL_BYTES = 200_000
 # Events that wait for space, about half a kilobyte each.
 _MOST_UNWRITTEN = 100_000
+_RETRY_SECONDS = 1.0
 
 
 class RunWriter:
@@ -42,7 +44,8 @@ class RunWriter:
 
     def __init__(self, output_dir: str | Path) -> None:
         self.outlives_full_disk = False
-        self._unwritten: list[str] = []
+        # Kind and line.
+        self._unwritten: list[tuple[str, str]] = []
         self.dir = RunDir(output_dir)
         self.dir.create()
         self._process = ProcessId.of(os.getpid())
@@ -67,15 +70,37 @@ class RunWriter:
     def event(self, kind: str, global_step: int, **content: Any) -> None:
         """Appends one whole line to events.jsonl."""
         record = {"v": EVENT_VERSION, "kind": kind, "global_step": global_step, "time": time.time()}
-        self._unwritten.append(json.dumps(record | content, ensure_ascii=False, allow_nan=True) + "\n")
+        self._unwritten.append((kind, json.dumps(record | content, ensure_ascii=False, allow_nan=True) + "\n"))
         try:
             self._append_unwritten()
         except OSError as error:
             if not self._survives(error):
                 raise
             if len(self._unwritten) > _MOST_UNWRITTEN:
-                # Every other one, so that a curve keeps its shape.
-                del self._unwritten[::2]
+                self._thin_out()
+
+    def settle(self) -> None:
+        """Waits until all events and the status are on a disk that may be full; called at a run's good end."""
+        while self.outlives_full_disk:
+            try:
+                self._append_unwritten()
+                self._put_status()
+            except OSError as error:
+                if not self._survives(error):
+                    raise
+                time.sleep(_RETRY_SECONDS)
+            else:
+                return
+
+    def _thin_out(self) -> None:
+        """Leaves out every other one of the events that come with each log step."""
+        counts: Counter[str] = Counter()
+        kept = []
+        for kind, line in self._unwritten:
+            counts[kind] += 1
+            if kind not in ("log", "moe") or counts[kind] % 2:
+                kept.append((kind, line))
+        self._unwritten = kept
 
     def _append_unwritten(self) -> None:
         # Unbuffered, so that it is known which lines are in the file where the disk becomes full.
@@ -83,7 +108,7 @@ class RunWriter:
             if file.tell() and not _ends_with_newline(self.dir.events):
                 file.write(b"\n")
             while self._unwritten:
-                data = self._unwritten[0].encode()
+                data = self._unwritten[0][1].encode()
                 while data:
                     data = data[file.write(data) :]
                 del self._unwritten[0]
@@ -139,10 +164,13 @@ class RunWriter:
             return
         self._status_at = now
         try:
-            write_json(self.dir.status, self._status | {"process": self._process.record()})
+            self._put_status()
         except OSError as error:
             if not self._survives(error):
                 raise
+
+    def _put_status(self) -> None:
+        write_json(self.dir.status, self._status | {"process": self._process.record()})
 
 
 class RunReader:

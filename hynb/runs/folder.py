@@ -62,8 +62,10 @@ class RunDir:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)
-        if group_readable and stat.S_IMODE(self.path.stat().st_mode) == 0o700:
-            self.path.chmod(0o750)
+        # Other bits, such as that of a folder whose files get its group, stay.
+        mode = stat.S_IMODE(self.path.stat().st_mode)
+        if group_readable and mode & 0o777 == 0o700:
+            self.path.chmod(mode | 0o050)
 
     def secret(self, launch_id: str) -> Path:
         """The secret that the guards of a run and its supervisor prove to each other."""

@@ -117,9 +117,10 @@ def disk_time(folder: Path) -> float:
     Two hosts' own clocks may differ by more than a heartbeat may be old.
     """
     try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\n")
-            probe.flush()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+            # On a full disk an empty file has the time of its creation.
+            with contextlib.suppress(OSError):
+                probe.write(b"\n")
             return os.fstat(probe.fileno()).st_mtime
     except OSError:
         # A folder that may only be read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hynb.files import replace_text
+from hynb.files import leave_request
 from hynb.runs.folder import RunDir
 
 
@@ -18,7 +18,7 @@ def request_stop(run_dir: RunDir, by: str) -> None:
         OSError: it cannot be written.
     """
     if not run_dir.stop_request.is_file():
-        replace_text(run_dir.stop_request, f"{by}\n")
+        leave_request(run_dir.stop_request, f"{by}\n")
 
 
 def stop_cause(run_dir: RunDir) -> str:

@@ -246,22 +246,31 @@ class Guard:
 
     def _send_new(self, path: Path, *, whole: bool) -> bool:
         try:
-            with path.open("rb") as file:
-                file.seek(self._offsets.get(path, 0))
-                while data := file.read(_CHUNK_BYTES):
-                    if self._session.is_ahead:
-                        return False
-                    if not whole and len(data) < _CHUNK_BYTES:
-                        # If the host is lost now, half of a line would remain as the last one.
-                        data = data[: max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
-                    if not data:
-                        break
-                    # JSON has no bytes: each travels as the character of its value.
-                    self._session.send({"kind": "file", "name": path.name, "data": data.decode("latin-1")})
-                    self._offsets[path] = self._offsets.get(path, 0) + len(data)
-                    file.seek(self._offsets[path])
+            # A rank begins a large log anew (rotate_output in train/process.py).
+            if path.stat().st_size < self._offsets.get(path, 0):
+                if not self._send_rest(path.with_name(f"{path.name}.1"), path, whole=True):
+                    return False
+                self._offsets[path] = 0
+            return self._send_rest(path, path, whole=whole)
         except FileNotFoundError:
-            pass
+            return True
+
+    def _send_rest(self, source: Path, path: Path, *, whole: bool) -> bool:
+        """Sends what is new in a file, as part of the path whose offset counts."""
+        with source.open("rb") as file:
+            file.seek(self._offsets.get(path, 0))
+            while data := file.read(_CHUNK_BYTES):
+                if self._session.is_ahead:
+                    return False
+                if not whole and len(data) < _CHUNK_BYTES:
+                    # If the host is lost now, half of a line would remain as the last one.
+                    data = data[: max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]
+                if not data:
+                    break
+                # JSON has no bytes: each travels as the character of its value.
+                self._session.send({"kind": "file", "name": path.name, "data": data.decode("latin-1")})
+                self._offsets[path] = self._offsets.get(path, 0) + len(data)
+                file.seek(self._offsets[path])
         return True
 
     @property

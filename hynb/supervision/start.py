@@ -18,7 +18,7 @@ from typing import Any
 from hynb.cluster import Host, Ssh, hostfile, is_local
 from hynb.config import Config
 from hynb.errors import ClusterError
-from hynb.files import replace_text
+from hynb.files import leave_request
 from hynb.runs import RunDir
 from hynb.supervision.commands import launch_command, paste_text
 from hynb.supervision.environment import rank_environment
@@ -152,7 +152,7 @@ def kill(run_dir: RunDir, launch: dict[str, Any], *, supervisor_alive: bool, sec
         supervisor_alive: whether the supervisor runs and can be asked.
         seconds: the longest time that this takes.
     """
-    replace_text(run_dir.kill_request, f"{time.time()}\n")
+    leave_request(run_dir.kill_request, f"{time.time()}\n")
     deadline = time.monotonic() + seconds
     while supervisor_alive and not run_dir.exit.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -186,7 +186,7 @@ def _send_secret(plan: Plan, ssh: Ssh, path: Path, secret: str) -> None:
     quoted, log, run_folder = (shlex.quote(str(item)) for item in (path, path.parent, path.parent.parent))
     # The mode of a new run folder, which its parents do not get.
     script = (
-        f"[ -e {quoted} ] || {{ mkdir -p -m 700 {run_folder} && umask 077 && mkdir -p {log} && cat > {quoted}; }}"
+        f"[ -e {quoted} ] || {{ mkdir -p -m 700 {run_folder} && mkdir -p {log} && umask 077 && cat > {quoted}; }}"
     )
 
     def send(host: Host) -> str:

@@ -59,6 +59,9 @@ def compile_ops(ds_config: Mapping[str, Any], *, on_cpu: bool, started: Callable
     os.environ["PATH"] = ops.with_own_programs(os.environ.get("PATH", ""))
     os.environ.setdefault(_FOLDER_VARIABLE, str(cache_folder() / "torch_extensions" / socket.gethostname()))
     folder = Path(os.environ[_FOLDER_VARIABLE])
+    if folder.is_relative_to(cache_folder()):
+        # Users' data is kept there too.
+        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     started()
     with _locked(folder):
         for name, reason in names.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from hynb.errors import RunError
 from hynb.files import is_full, size_text
 from hynb.train.model import count_parameters
 from hynb.train.saving import SavedShard
+
+# Headers, padding, the states of random generators, and the files of the tokenizer.
+_MARGIN_SHARE, _MARGIN_BYTES = 1.02, 32_000_000
+_RETRY_SECONDS = 60.0
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -44,12 +49,20 @@ def checkpoint_bytes(model: torch.nn.Module, shards: Sequence[SavedShard]) -> in
     Args:
         shards: the weight files of a full checkpoint; empty for an adapter, whose weights are those that are trained.
     """
-    item_bytes = max((weight.element_size() for weight in model.parameters() if weight.requires_grad), default=0)
-    trained = count_parameters(model)["trainable_parameters"]
-    saved_bytes = sum(tensor.size_bytes for shard in shards for tensor in shard.tensors) or trained * item_bytes
     # The optimizer keeps a float32 weight and two moments of each trained parameter (arXiv 1910.02054), and under
     # ZeRO-1 and 2 DeepSpeed's own checkpoint holds the trained weights a second time.
-    return saved_bytes + trained * (12 + item_bytes)
+    trained = count_parameters(model)["trainable_parameters"]
+    return weight_bytes(model, shards) + trained * (12 + _item_bytes(model))
+
+
+def weight_bytes(model: torch.nn.Module, shards: Sequence[SavedShard]) -> int:
+    """The size of a checkpoint's weights alone, as they are saved without the optimizer's states."""
+    saved_bytes = sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)
+    return saved_bytes or count_parameters(model)["trainable_parameters"] * _item_bytes(model)
+
+
+def _item_bytes(model: torch.nn.Module) -> int:
+    return max((weight.element_size() for weight in model.parameters() if weight.requires_grad), default=0)
 
 
 def shortage(output_dir: Path, needed: int) -> Shortage | None:
@@ -69,6 +82,7 @@ def shortage_anywhere(output_dir: Path, needed: int, *, looks: bool) -> Shortage
         needed: bytes of a checkpoint.
         looks: whether this rank is the first that sees its folder.
     """
+    needed = round(_MARGIN_SHARE * needed) + _MARGIN_BYTES
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, shortage(output_dir, needed) if looks else None)
     return next((one for one in found if one is not None), None)
@@ -76,6 +90,10 @@ def shortage_anywhere(output_dir: Path, needed: int, *, looks: bool) -> Shortage
 
 class LastingTensorBoard(TensorBoardCallback):
     """TensorBoard's events; where they do not fit on the disk they are left out, since events.jsonl has them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed_at = -_RETRY_SECONDS
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Writes the arguments."""
@@ -90,13 +108,15 @@ class LastingTensorBoard(TensorBoardCallback):
         self._try(super().on_train_end, *args, **kwargs)
 
     def _try(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._failed_at < _RETRY_SECONDS:
+            return
         try:
             write(*args, **kwargs)
         except OSError as error:
             if not is_full(error):
                 raise
-            # Its thread has ended with the error; the next log step begins a new file.
-            self.tb_writer = None
+            # Its thread has ended with the error; a new file is begun later, not with each log step.
+            self.tb_writer, self._failed_at = None, time.monotonic()
 
 
 def check_disk(output_dir: Path, needed: int) -> None:

@@ -55,9 +55,9 @@ class Pace:
         self._reset()
         self._started, self._step = time.monotonic(), global_step
 
-    def begin_step(self, global_step: int) -> None:
-        """The micro batches from now on belong to this step."""
-        self._own_time.begin_step(global_step)
+    def begin_step(self) -> None:
+        """The micro batches from now on belong to another step."""
+        self._own_time.begin_step()
 
     def add_tokens(self, count: torch.Tensor | int) -> None:
         """Takes note of the tokens of a micro batch, padding left out; a tensor stays on its device."""

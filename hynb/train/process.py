@@ -74,19 +74,20 @@ def rotate_output(log_folder: Path, *, limit_bytes: int = _LOG_BYTES) -> None:
         log_folder: output to another place is left as it is.
         limit_bytes: what a file may hold.
     """
-    status = os.fstat(1)
-    if not stat.S_ISREG(status.st_mode) or status.st_size < limit_bytes:
-        return
-    path = Path("/proc/self/fd/1").readlink()
-    if path.parent != log_folder or not path.is_file():
-        return
     # On a full disk the output stays in the old file.
     with contextlib.suppress(OSError):
+        status = os.fstat(1)
+        if not stat.S_ISREG(status.st_mode) or status.st_size < limit_bytes:
+            return
+        path = Path("/proc/self/fd/1").readlink()
+        if path.parent != log_folder.resolve() or path.suffix != ".log" or not path.is_file():
+            return
         sys.stdout.flush()
-        both = os.path.sameopenfile(1, 2)
-        path.replace(path.with_name(f"{path.name}.1"))
-        with path.open("ab") as file:
-            for descriptor in (1, 2) if both else (1,):
+        new = path.with_name(f"{path.name}.new")
+        with new.open("ab") as file:
+            path.replace(path.with_name(f"{path.name}.1"))
+            new.replace(path)
+            for descriptor in (1, 2) if os.path.sameopenfile(1, 2) else (1,):
                 os.dup2(file.fileno(), descriptor)
 
 

@@ -8,7 +8,7 @@ computes; and its wait for data.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any, Literal
@@ -24,15 +24,19 @@ _SHARE = 0.3
 # Each fifth step is measured, in so many layers: two marks each in the device's stream.
 _EVERY = 5
 _LAYERS = 16
+# A pass over few tokens takes longer per token: a rank with fewer than the median by this factor is not judged.
+_BALANCE = 1.2
 
 
 class OwnTime:
     """The time that this rank takes for the forward passes of some of its linear layers."""
 
     def __init__(self) -> None:
+        self._step = 0
         self._measures = False
         self._begin: Any = None
         self._spans: list[tuple[Any, Any]] = []
+        self._seconds = 0.0
         self._tokens = 0
 
     def attach(self, model: torch.nn.Module) -> None:
@@ -50,15 +54,24 @@ class OwnTime:
             layer.register_forward_pre_hook(self._before)
             layer.register_forward_hook(self._after, prepend=True)
 
-    def begin_step(self, global_step: int) -> None:
-        """The micro batches from now on belong to this step."""
-        self._measures = global_step % _EVERY == 0
+    def begin_step(self) -> None:
+        """The micro batches from now on belong to another step."""
+        # Not the first one, in which a device starts its libraries.
+        self._step += 1
+        self._measures = self._step % _EVERY == 0
+        if self._measures:
+            self._add_spans()
 
     def take(self) -> tuple[float, int]:
         """Seconds and tokens, summed over the measured layers since the last call."""
-        found = sum(seconds_between(begin, end) for begin, end in self._spans), self._tokens
-        self._spans, self._tokens = [], 0
+        self._add_spans()
+        found = self._seconds, self._tokens
+        self._seconds, self._tokens = 0.0, 0
         return found
+
+    def _add_spans(self) -> None:
+        self._seconds += sum(seconds_between(begin, end) for begin, end in self._spans)
+        self._spans = []
 
     def _before(self, layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         # Not in an evaluation, whose batches follow the last step.
@@ -107,7 +120,8 @@ class Stragglers:
     def __init__(self, hosts: Sequence[str]) -> None:
         self._hosts = hosts
         self._known: set[tuple[int, str]] = set()
-        self._reset()
+        self._reset_data()
+        self._reset_computing()
 
     def add(
         self,
@@ -127,33 +141,28 @@ class Stragglers:
             data: seconds that each rank waited for data in all of them.
             computing: seconds and tokens of each rank, as `OwnTime.take` counts them.
         """
-        self._steps += steps
+        self._data_steps += steps
+        self._computing_steps += steps
         self._seconds += steps * step_seconds
         self._data = [total + value for total, value in zip(self._data, data, strict=True)]
-        self._computing = [
-            (seconds + more_seconds, tokens + more_tokens)
-            for (seconds, tokens), (more_seconds, more_tokens) in zip(self._computing, computing, strict=True)
-        ]
-        if self._steps < _STEPS:
-            return []
-        found = self._slow(first_step=global_step - self._steps + 1, last_step=global_step)
-        new = [one for one in found if (one.rank, one.part) not in self._known]
-        self._known = {(one.rank, one.part) for one in found}
-        self._reset()
-        return new
+        if all(tokens and seconds for seconds, tokens in computing):
+            self._computing.append(computing)
+        found: list[Straggler] = []
+        if self._data_steps >= _STEPS:
+            found += self._new("data", self._slow_at_data(), global_step - self._data_steps + 1, global_step)
+            self._reset_data()
+        if self._computing_steps >= _STEPS:
+            slow = self._slow_at_computing() if self._computing else {}
+            found += self._new("computing", slow, global_step - self._computing_steps + 1, global_step)
+            self._reset_computing()
+        return found
 
-    def _slow(self, *, first_step: int, last_step: int) -> list[Straggler]:
-        found: list[tuple[int, Literal["computing", "data"], float]] = []
-        usual = median_low(self._data)
-        for rank, seconds in enumerate(self._data):
-            if seconds - usual > _SHARE * self._seconds:
-                found.append((rank, "data", (seconds - usual) / self._seconds))
-        if all(tokens and seconds for seconds, tokens in self._computing):
-            per_token = [seconds / tokens for seconds, tokens in self._computing]
-            usual = median_low(per_token)
-            for rank, value in enumerate(per_token):
-                if value > (1 + _SHARE) * usual:
-                    found.append((rank, "computing", value / usual))
+    def _new(
+        self, part: Literal["computing", "data"], slow: Mapping[int, float], first_step: int, last_step: int
+    ) -> list[Straggler]:
+        """Those who were not slow at this part when the ranks were compared before."""
+        before = self._known
+        self._known = {(rank, known) for rank, known in before if known != part} | {(rank, part) for rank in slow}
         return [
             Straggler(
                 rank=rank,
@@ -163,13 +172,43 @@ class Stragglers:
                 first_step=first_step,
                 last_step=last_step,
             )
-            for rank, part, share in found
+            for rank, share in slow.items()
+            if (rank, part) not in before
         ]
 
-    def _reset(self) -> None:
-        self._steps, self._seconds = 0, 0.0
+    def _slow_at_data(self) -> dict[int, float]:
+        """The share of a step that each slow rank waits longer than the median."""
+        usual = median_low(self._data)
+        shares = {rank: (seconds - usual) / self._seconds for rank, seconds in enumerate(self._data)}
+        return {rank: share for rank, share in shares.items() if share > _SHARE}
+
+    def _slow_at_computing(self) -> dict[int, float]:
+        """The time per token of each slow rank, by the median of all ranks."""
+        sums = [_usual_sums(reports) for reports in zip(*self._computing, strict=True)]
+        usual = median_low([seconds / tokens for seconds, tokens in sums])
+        usual_tokens = median_low([tokens for _, tokens in sums])
+        shares = {
+            rank: seconds / tokens / usual
+            for rank, (seconds, tokens) in enumerate(sums)
+            if tokens * _BALANCE >= usual_tokens
+        }
+        return {rank: share for rank, share in shares.items() if share > 1 + _SHARE}
+
+    def _reset_data(self) -> None:
+        self._data_steps, self._seconds = 0, 0.0
         self._data = [0.0] * len(self._hosts)
-        self._computing: list[tuple[float, float]] = [(0.0, 0.0)] * len(self._hosts)
+
+    def _reset_computing(self) -> None:
+        self._computing_steps = 0
+        # Of each report in which steps were measured: seconds and tokens of each rank.
+        self._computing: list[Sequence[tuple[float, float]]] = []
+
+
+def _usual_sums(reports: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Seconds and tokens of a rank, without its slowest report: a single pause is no slow rank."""
+    if len(reports) > 2:
+        reports = sorted(reports, key=lambda report: report[0] / report[1])[:-1]
+    return sum(seconds for seconds, _ in reports), sum(tokens for _, tokens in reports)
 
 
 def hosts_of_ranks() -> list[str]:

@@ -22,7 +22,7 @@ from hynb.errors import ConfigError, RunError
 from hynb.runs import Phase, RunDir, RunWriter, surplus_checkpoints
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import copy_model_files, write_base_identity
-from hynb.train.disk_space import LastingTensorBoard, Shortage, shortage_anywhere
+from hynb.train.disk_space import LastingTensorBoard, Shortage, shortage_anywhere, weight_bytes
 from hynb.train.node_local import NodeLocalFolders
 from hynb.train.pace import Pace
 from hynb.train.router_precision import TrainedRouters
@@ -144,7 +144,7 @@ class RunTrainer(Trainer):
         self._routers.mask = mask
         if is_first := self._begins_step:
             self._loss_before_step = self._tr_loss.clone()
-            self._pace.begin_step(self.state.global_step)
+            self._pace.begin_step()
         self._watch.begin(inputs, first=is_first)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._begins_step = self.accelerator.sync_gradients
@@ -286,9 +286,11 @@ class RunTrainer(Trainer):
         """
         target = self.run_dir.checkpoint(self.state.global_step)
         if not target.exists():
-            self._wait_for_space()
-            self.args.save_only_model = self.args.save_strategy == "no"
             assert self.model is not None
+            if self.args.save_strategy == "no":
+                self.args.save_only_model = True
+                self._checkpoint_bytes = weight_bytes(self.model, self._shards)
+            self._wait_for_space()
             self._write_checkpoint(self.model, None)
         return target
 
@@ -300,6 +302,8 @@ class RunTrainer(Trainer):
                     self._tell_shortage(f"{short}: the last checkpoint waits until there is space. Free some")
                 known = True
                 time.sleep(_SPACE_SECONDS)
+            if known and self.run_writer:
+                self.run_writer.settle()
 
     def _shortage(self) -> Shortage | None:
         looks = self._folders.is_local_rank_zero if self._folders else self.args.should_save

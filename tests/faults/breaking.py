@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +93,15 @@ def slow_ranks() -> None:
         torch.nn.Linear.forward = lambda self, values: (time.sleep(0.005), forward(self, values))[1]
 
 
+def fill(path: Path) -> None:
+    """Fills a small disk to the last byte with a file; never the machine's own."""
+    size = shutil.disk_usage(path.parent).total
+    assert size < 1e8, f"{path.parent} is not a small disk"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.tell() <= size:
+            file.write(b"x" * 4096)
+
+
 def full_disk_from_step_2() -> None:
     """The disk of the run folder is full to the last byte from step 2 on, and until the last checkpoint waits."""
     from hynb.train import RunTrainer, trainer
@@ -101,9 +112,7 @@ def full_disk_from_step_2() -> None:
     def training_step(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
         filler = self.run_dir.path.parent / "filler"
         if self.run_writer and self.state.global_step == 1 and not filler.exists():
-            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * 4096)
+            fill(filler)
         return step(self, *args, **kwargs)
 
     def tell_shortage(self: RunTrainer, text: str) -> None:

@@ -22,6 +22,11 @@ def test_a_new_folder_is_for_its_owner_alone_or_for_the_group_too(tmp_path):
         assert mode(run_dir.path) == 0o750
         run_dir.create()
         assert mode(run_dir.path) == 0o750
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared").chmod(0o2755)
+        shared = RunDir(tmp_path / "shared" / "run")
+        shared.create(group_readable=True)
+        assert mode(shared.path) == 0o2750
         (tmp_path / "there").mkdir(mode=0o775)
         before = mode(tmp_path / "there")
         RunDir(tmp_path / "there").create(group_readable=True)

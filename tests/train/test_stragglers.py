@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 
 import torch
 from training_runs import config_of
@@ -54,6 +53,21 @@ def test_of_two_ranks_the_slower_one_is_named():
     assert (one.rank, one.host, one.part, one.share) == (0, "alpha", "computing", 1.4)
 
 
+def test_a_rank_with_few_tokens_is_not_judged():
+    """Half the tokens take as long as all of them, where the start of each kernel is what takes time."""
+    of_step = {"steps": 20, "step_seconds": 1.0, "data": [0, 0, 0]}
+    assert Stragglers(HOSTS[:3]).add(20, computing=[(1.0, 100), (1.0, 50), (1.0, 100)], **of_step) == []
+    (one,) = Stragglers(HOSTS[:3]).add(20, computing=[(1.0, 100), (1.5, 90), (1.0, 100)], **of_step)
+    assert one.rank == 1
+
+
+def test_a_single_pause_is_no_slow_rank():
+    stragglers = Stragglers(["alpha", "beta"])
+    for step in range(1, 21):
+        computing = [(1.0, 100), (50.0 if step == 10 else 1.0, 100)] if step % 5 == 0 else [(0.0, 0), (0.0, 0)]
+        assert stragglers.add(step, steps=1, step_seconds=1.0, data=[0, 0], computing=computing) == []
+
+
 def test_a_rank_that_was_not_measured_is_not_compared():
     found = Stragglers(["alpha", "beta"]).add(
         20, steps=20, step_seconds=1.0, data=[0, 0], computing=[(0.0, 0), (1.0, 100)]
@@ -61,29 +75,42 @@ def test_a_rank_that_was_not_measured_is_not_compared():
     assert found == []
 
 
-def test_waiting_in_a_hook_is_not_a_ranks_own_time():
+def test_waiting_in_a_hook_is_not_a_ranks_own_time(monkeypatch):
     """DeepSpeed gathers a layer's weights in hooks that it registers before (runtime/zero/parameter_offload.py)."""
+    clock = 0.0
+
+    def wait(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+
+    plain = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, values: (wait(1), plain(self, values))[1])
+    monkeypatch.setattr("hynb.train.stragglers.now", lambda: clock)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     for layer in model:
-        layer.register_forward_pre_hook(lambda *_: time.sleep(1))
-        layer.register_forward_hook(lambda *_: time.sleep(1))
+        layer.register_forward_pre_hook(lambda *_: wait(100))
+        layer.register_forward_hook(lambda *_: wait(100))
     own = OwnTime()
     own.attach(model)
-    own.begin_step(0)
-    model(torch.zeros(2, 3, 8))
-    seconds, tokens = own.take()
-    assert 0 < seconds < 1 and tokens == 2 * 6
-    model.eval()
-    model(torch.zeros(2, 3, 8))
-    assert own.take() == (0, 0), "an evaluation is no step"
-    model.train()
-    own.begin_step(1)
-    model(torch.zeros(2, 3, 8))
-    assert own.take() == (0, 0), "each fifth step is measured"
+    for step in range(1, 7):
+        own.begin_step()
+        model(torch.zeros(2, 3, 8))
+        assert own.take() == ((2, 12) if step == 5 else (0, 0)), "each fifth step is measured"
+        if step == 5:
+            model.eval()
+            model(torch.zeros(2, 3, 8))
+            assert own.take() == (0, 0), "an evaluation is no step"
+            model.train()
 
 
 def test_slow_ranks_of_a_run_are_named_with_their_hosts(files, ranks, tmp_path):
-    values = {"max_steps": 20, "save_strategy": "no", "dataloader_num_workers": 0, "num_processes": 3}
+    values = {
+        "max_steps": 20,
+        "save_strategy": "no",
+        "dataloader_num_workers": 0,
+        "num_processes": 3,
+        "per_device_train_batch_size": 4,
+    }
     config = config_of(files, "hunyuan_v1_moe", tmp_path / "run", deepspeed="ds_zero3_no_offload", **values)
     run = ranks.train(config, before="faults.breaking:slow_ranks")
     found = [event for event in run.events() if event["kind"] == "straggler"]
@@ -94,7 +121,8 @@ def test_slow_ranks_of_a_run_are_named_with_their_hosts(files, ranks, tmp_path):
     assert event["host"] == socket.gethostname() and event["share"] > 1.3 and event["global_step"] == 20
     assert notice_line(event) == f"slow: {event['text']}" and event["text"].startswith("rank 1 on ")
     logs = {event["global_step"]: event for event in run.events() if event["kind"] == "log"}
-    times = logs[16]["nanoseconds_per_token_per_rank"]
+    times = logs[15]["nanoseconds_per_token_per_rank"]
     assert len(times) == 3 and max(times) == times[1]
-    assert "nanoseconds_per_token_per_rank" not in logs[17], "each fifth step is measured"
-    assert max(times := logs[20]["data_seconds_per_rank"]) == times[2]
+    assert "nanoseconds_per_token_per_rank" not in logs[16], "each fifth step is measured"
+    waited = [sum(times) for times in zip(*(log["data_seconds_per_rank"] for log in logs.values()), strict=True)]
+    assert max(waited) == waited[2]
