@@ -120,8 +120,7 @@ class Stragglers:
     def __init__(self, hosts: Sequence[str]) -> None:
         self._hosts = hosts
         self._known: set[tuple[int, str]] = set()
-        self._reset_data()
-        self._reset_computing()
+        self._reset()
 
     def add(
         self,
@@ -141,20 +140,17 @@ class Stragglers:
             data: seconds that each rank waited for data in all of them.
             computing: seconds and tokens of each rank, as `OwnTime.take` counts them.
         """
-        self._data_steps += steps
-        self._computing_steps += steps
+        self._steps += steps
         self._seconds += steps * step_seconds
         self._data = [total + value for total, value in zip(self._data, data, strict=True)]
         if all(tokens and seconds for seconds, tokens in computing):
             self._computing.append(computing)
-        found: list[Straggler] = []
-        if self._data_steps >= _STEPS:
-            found += self._new("data", self._slow_at_data(), global_step - self._data_steps + 1, global_step)
-            self._reset_data()
-        if self._computing_steps >= _STEPS:
-            slow = self._slow_at_computing() if self._computing else {}
-            found += self._new("computing", slow, global_step - self._computing_steps + 1, global_step)
-            self._reset_computing()
+        if self._steps < _STEPS:
+            return []
+        first_step = global_step - self._steps + 1
+        found = self._new("data", self._slow_at_data(), first_step, global_step)
+        found += self._new("computing", self._slow_at_computing() if self._computing else {}, first_step, global_step)
+        self._reset()
         return found
 
     def _new(
@@ -194,12 +190,9 @@ class Stragglers:
         }
         return {rank: share for rank, share in shares.items() if share > 1 + _SHARE}
 
-    def _reset_data(self) -> None:
-        self._data_steps, self._seconds = 0, 0.0
+    def _reset(self) -> None:
+        self._steps, self._seconds = 0, 0.0
         self._data = [0.0] * len(self._hosts)
-
-    def _reset_computing(self) -> None:
-        self._computing_steps = 0
         # Of each report in which steps were measured: seconds and tokens of each rank.
         self._computing: list[Sequence[tuple[float, float]]] = []
 

@@ -305,9 +305,13 @@ class RunTrainer(Trainer):
             if known and self.run_writer:
                 self.run_writer.settle()
 
+    @property
+    def _is_first_of_folder(self) -> bool:
+        """Whether this rank is the first of those that write into its run folder."""
+        return self._folders.is_local_rank_zero if self._folders else self.args.should_save
+
     def _shortage(self) -> Shortage | None:
-        looks = self._folders.is_local_rank_zero if self._folders else self.args.should_save
-        return shortage_anywhere(self.run_dir.path, self._checkpoint_bytes, looks=looks)
+        return shortage_anywhere(self.run_dir.path, self._checkpoint_bytes, looks=self._is_first_of_folder)
 
     def _tell_shortage(self, text: str) -> None:
         if self.run_writer:
@@ -384,7 +388,7 @@ class RunTrainer(Trainer):
             ranks = self._folders.local_ranks if self._folders else range(self.args.world_size)
             digests = seal(unfinished, ranks, flushes=self.args.local_process_index == 0)
             self._save_seconds["digests"] = round(time.monotonic() - sealing, 2)
-            if self._folders.is_local_rank_zero if self._folders else self.args.should_save:
+            if self._is_first_of_folder:
                 self._finish_checkpoint(unfinished, target, digests)
             if self.run_writer:
                 seconds = round(time.monotonic() - started, 2)
