@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from hynb.errors import RunError
 from hynb.files import is_full, size_text
+from hynb.train.gathering import of_all_ranks
 from hynb.train.model import count_parameters
 from hynb.train.saving import SavedShard
 
@@ -83,8 +83,7 @@ def shortage_anywhere(output_dir: Path, needed: int, *, looks: bool) -> Shortage
         looks: whether this rank is the first that sees its folder.
     """
     needed = round(_MARGIN_SHARE * needed) + _MARGIN_BYTES
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, shortage(output_dir, needed) if looks else None)
+    found = of_all_ranks(shortage(output_dir, needed) if looks else None)
     return next((one for one in found if one is not None), None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from hynb.cluster import peak_flops
 from hynb.families import FAMILIES
 from hynb.plan import memory
+from hynb.train.gathering import of_all_ranks
 from hynb.train.moments import now, seconds_between
-from hynb.train.stragglers import OwnTime, Straggler, Stragglers, hosts_of_ranks
+from hynb.train.stragglers import OwnTime, Straggler, Stragglers
 
 _Batch = TypeVar("_Batch")
 
@@ -50,7 +52,7 @@ class Pace:
             global_step: the last step that was done before.
         """
         self._own_time.attach(model)
-        self._stragglers = Stragglers(hosts_of_ranks())
+        self._stragglers = Stragglers(of_all_ranks(socket.gethostname()))
         # What came before was no step: loading, the start of the readers of data.
         self._reset()
         self._started, self._step = time.monotonic(), global_step

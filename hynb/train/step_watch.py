@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from hynb.config import Config
 from hynb.data import SeededSampler
@@ -24,6 +23,7 @@ from hynb.errors import RankError
 from hynb.runs import RunWriter
 from hynb.train.datasets import Datasets
 from hynb.train.first_not_finite import Found, first_gradient, first_output
+from hynb.train.gathering import of_all_ranks
 from hynb.train.sequence_parallel import RowParts
 from hynb.train.step_samples import StepSamples, shown_samples
 
@@ -147,7 +147,7 @@ class StepWatch:
             return False
         bad = [number for number, loss in enumerate(self._losses) if not math.isfinite(loss.item())]
         value = self._losses[bad[0]].item() if bad else math.nan
-        reports = _all_ranks({"bad": bad, "host": socket.gethostname(), "loss": value})
+        reports = of_all_ranks({"bad": bad, "host": socket.gethostname(), "loss": value})
         if engine.fp16_enabled() and not any(report["bad"] for report in reports):
             self._look_at_loss_scale(engine.optimizer, global_step)
             return False
@@ -241,7 +241,7 @@ class StepWatch:
         """Finds the module with one more pass, on all ranks, and ends the run."""
         number = min((min(report["bad"]) for report in reports if report["bad"]), default=None)
         mine = self._look_inside(engine, number, forward, model)
-        everywhere = _all_ranks(mine)
+        everywhere = of_all_ranks(mine)
         ranks = [rank for rank, report in enumerate(reports) if number in report["bad"]]
         ranks = ranks or [rank for rank, found in enumerate(everywhere) if found] or [0]
         rank = ranks[0]
@@ -324,14 +324,6 @@ def _advice(found: Found | None, engine: Any, on_nan: str) -> str:
     what += ["lower learning_rate or raise warmup_ratio"]
     what += ["leave such steps out with on_nan: skip"] if on_nan == "stop" else []
     return f"What to try: {'; '.join(what)}"
-
-
-def _all_ranks(value: Any) -> list[Any]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def watch_of(

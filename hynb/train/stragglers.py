@@ -7,14 +7,12 @@ computes; and its wait for data.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from hynb.train.moments import now, seconds_between
 
@@ -202,12 +200,3 @@ def _usual_sums(reports: Sequence[tuple[float, float]]) -> tuple[float, float]:
     if len(reports) > 2:
         reports = sorted(reports, key=lambda report: report[0] / report[1])[:-1]
     return sum(seconds for seconds, _ in reports), sum(tokens for _, tokens in reports)
-
-
-def hosts_of_ranks() -> list[str]:
-    """The name of each rank's host; every rank calls it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [socket.gethostname()]
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    return hosts
