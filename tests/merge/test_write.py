@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from adapters import ATTENTION, load_tensors, make_adapter, merge_with_peft
@@ -166,27 +168,37 @@ def test_linked_shards_need_no_space(base, tmp_path):
     verify_merge(tmp_path / "m")
 
 
-# Imports once and forks for each merge. A line of input is the number of the report at which the merge waits for
-# ever, or 0; a line of output is a process id, a report, or how the process ended.
+# Imports once and forks for each merge. A line of input is the number of the report at which the merge is killed and
+# how many seconds after it, 0 for at once, where the merge waits; a line of output is the number of reports and how
+# the process ended.
 FORKS = """
-import os, sys, time
+import os, signal, sys, time
 import hynb.merge as m
 m.merge_lora  # a name loads its module on first use
 for line in sys.stdin:
+    kill_at, delay = int(line.split()[0]), float(line.split()[1])
+    reports, of_child = os.pipe()
     child = os.fork()
     if child == 0:
-        reports = []
+        count = 0
         def show(report):
-            reports.append(report)
-            print("report", flush=True)
-            if len(reports) == abs(int(line)):
-                # Long enough to be killed there, or for a moment, so that the kill meets what follows.
-                time.sleep(600 if int(line) > 0 else 0.005)
+            global count
+            count += 1
+            os.write(of_child, b".")
+            if count == kill_at and not delay:
+                signal.pause()
         paths = dict(zip(("base_model_path", "adapter_model_path", "output_path"), sys.argv[1:]))
         m.merge_lora(**paths, progress=show)
         os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
+    os.close(of_child)
+    count = 0
+    while os.read(reports, 1):
+        count += 1
+        if count == kill_at:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+    os.close(reports)
+    print(count, os.waitpid(child, 0)[1], flush=True)
 """
 
 
@@ -196,29 +208,26 @@ def test_twenty_kills_leave_the_base_and_nothing_that_looks_complete(base, adapt
     command = [sys.executable, "-c", FORKS, base, adapter, output]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def merge(*, kill_at: int, wait: bool) -> tuple[int, int]:
-        """Kills a merge at one of its reports, where it waits or a moment later; reports and exit status."""
-        server.stdin.write(f"{kill_at if wait else -abs(kill_at)}\n")
+    def merge(*, kill_at: int, delay: float = 0) -> tuple[int, int]:
+        """Kills a merge some seconds after one of its reports, at once for 0; reports and exit status."""
+        server.stdin.write(f"{kill_at} {delay}\n")
         server.stdin.flush()
-        lines, child = [server.stdout.readline().strip()], None
-        while not (child and lines[-1].isdecimal() and int(lines[-1]) != child):
-            child = child or next((int(line) for line in lines if line.isdecimal()), None)
-            if child and lines.count("report") == kill_at:
-                if not wait:
-                    time.sleep(rng.uniform(0, 0.01))
-                os.kill(child, signal.SIGKILL)
-                kill_at = -1
-            lines.append(server.stdout.readline().strip())
-        return lines.count("report"), int(lines[-1])
+        if not select.select([server.stdout], [], [], 240)[0]:
+            left = [Path(f"/proc/{process.pid}") for process in (server, *psutil.Process(server.pid).children())]
+            states = [(process / name).read_text() for process in left for name in ("status", "wchan")]
+            server.kill()
+            pytest.fail("the merge neither ended nor was it killed:\n" + "\n".join(states))
+        reports, status = server.stdout.readline().split()
+        return int(reports), int(status)
 
-    all_reports, status = merge(kill_at=-1, wait=False)
+    all_reports, status = merge(kill_at=0)
     assert status == 0 and all_reports >= 3
     shutil.rmtree(output)
     kills = finished = resumed = 0
     while kills < 20:
         # The first one at the last report, where all other shards are written.
         kill_at = rng.randint(1, all_reports) if kills else all_reports
-        _, status = merge(kill_at=kill_at, wait=kills % 2 == 0)
+        _, status = merge(kill_at=kill_at, delay=rng.uniform(0.001, 0.01) if kills % 2 else 0)
         assert status in (0, signal.SIGKILL)
         kills += status == signal.SIGKILL
         assert {path.name: path.read_bytes() for path in base.iterdir()} == before

@@ -221,4 +221,4 @@ def test_too_little_disk_is_reported_before_training(files, ranks, tmp_path):
         done = ranks.run(tmp_path / "run.yaml")
     finally:
         subprocess.run(["umount", small], check=True)
-    assert done.returncode == 2 and "the disk has" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "and the disk on" in done.stderr and "Traceback" not in done.stderr
