@@ -48,7 +48,7 @@ def save(folder: str, results: str, rounds: str) -> None:
     )
     from hynb.train.adapter import freeze_all_but_attention
     from hynb.train.saving import write_model
-    from hynb.train.sealing import seal
+    from hynb.train.sealing import Sealing
 
     init_process_group(timedelta(minutes=30))
     config = Config(
@@ -74,7 +74,9 @@ def save(folder: str, results: str, rounds: str) -> None:
         write_model(model, shards, Path(results, "hynb"), shared=True, progress=progress)
 
     def by_seal() -> None:
-        seal(Path(results, "hynb"), range(torch.distributed.get_world_size()), flushes=rank == 0)
+        sealing = Sealing(Path(results, "hynb"), range(torch.distributed.get_world_size()), flushes=rank == 0)
+        sealing.work()
+        sealing.digests()
 
     def by_fsync() -> None:
         if rank == 0:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,6 +248,46 @@ def fill_disk_of_rank_1() -> None:
 
     if os.environ["RANK"] == "1":
         saving.write_at = write_at
+
+
+def write_states_two_steps_late() -> None:
+    """To be called in a rank before it begins: states are written two steps later, or after the last step."""
+    from hynb.train import RunTrainer, background
+
+    ended, plain_end, plain_wait = [0], RunTrainer._maybe_log_save_evaluate, background.BackgroundFiles.wait
+    stop = threading.Event()
+
+    def after_step(self: RunTrainer, *args: Any, **kwargs: Any) -> None:
+        ended[0] += 1
+        plain_end(self, *args, **kwargs)
+        if self.state.global_step == STEPS:
+            stop.set()
+
+    def wait(self: background.BackgroundFiles) -> None:
+        step = int(self.paths[0].parts[-2].removeprefix("global_step"))
+        while ended[0] < step + 2 and not stop.is_set():
+            time.sleep(0.01)
+        plain_wait(self)
+
+    RunTrainer._maybe_log_save_evaluate = after_step
+    background.BackgroundFiles.wait = wait
+
+
+def fill_disk_of_rank_1_in_background() -> None:
+    """To be called in a rank before it begins: rank 1 cannot write the states of its second checkpoint."""
+    import errno
+
+    from hynb.train import background
+
+    plain = background.BackgroundFiles.wait
+
+    def wait(self: background.BackgroundFiles) -> None:
+        if self.paths[0].parts[-2] == "global_step2":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(self)
+
+    if os.environ["RANK"] == "1":
+        background.BackgroundFiles.wait = wait
 
 
 def fail_digests_of_rank_1() -> None:

@@ -83,6 +83,7 @@ HELP_ZH = {
     "save_strategy": "何时保存 checkpoint。",
     "save_steps": "两个 checkpoint 之间的步数。",
     "save_total_limit": "保留最新的几个 checkpoint；auto：全部。",
+    "async_save": "写 checkpoint 状态时继续训练：先复制到主机内存（最多占空闲内存的一半），再在后台写入磁盘。",
     "save_safetensors": "为兼容上游脚本而接受；权重总是存为 safetensors。",
     "do_train": "为兼容上游脚本而接受；运行总是训练。",
     "num_processes": "本机的进程数；auto：每张 GPU 一个，CPU 上一个。",

@@ -8,6 +8,7 @@ from .host_facts import DiskFacts as DiskFacts
 from .host_facts import FactsRequest as FactsRequest
 from .host_facts import HostFacts as HostFacts
 from .host_facts import MemoryFacts as MemoryFacts
+from .host_facts import memory as memory
 from .hostfile import ClusterDir as ClusterDir
 from .hostfile import Host as Host
 from .machine import PACKAGES as PACKAGES

@@ -304,6 +304,11 @@ class Config:
     save_total_limit: int | None = _parameter(
         None, "run", "How many of the newest checkpoints to keep; automatic: all.", minimum=1
     )
+    async_save: bool = _parameter(
+        False,
+        "run",
+        "Train on while a checkpoint's states are written from a copy in host memory (at most half of what is free).",
+    )
     save_safetensors: bool = _parameter(
         True, "run", "Accepted for upstream's scripts; weights are always written as safetensors."
     )

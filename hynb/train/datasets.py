@@ -30,6 +30,7 @@ from hynb.data import (
 )
 from hynb.errors import DataError
 from hynb.runs import RunDir
+from hynb.train.process import ranks_of_host
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def data_workers(config: Config, datasets: Datasets) -> tuple[int, str]:
         return 0, "without a GPU, training uses all cores itself"
     samples = datasets.train.dataset if isinstance(datasets.train, PackedDataset) else datasets.train
     has_tokens = isinstance(samples, ChatDataset) and samples.has_tokens
-    ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    ranks = ranks_of_host()
     cores = len(os.sched_getaffinity(0))
     # One core of each rank feeds its GPU.
     workers = max(0, min(1 if has_tokens else _TOKENISING_WORKERS, cores // ranks - 1))

@@ -137,9 +137,13 @@ def set_up_process() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_host()))
+
+
+def ranks_of_host() -> int:
+    """How many ranks run on this host, as the launcher or torchrun says."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def import_libraries() -> None:

@@ -27,6 +27,7 @@ from hynb.errors import ModelError, RunError
 from hynb.files import INDEX_NAME, write_json
 from hynb.merge import DTYPE_BYTES, TORCH_DTYPES, TensorEntry, copy_range, file_header, write_at
 from hynb.train.byte_progress import ByteProgress
+from hynb.train.gathering import of_all_ranks
 from hynb.train.router_precision import optimizer_weights
 from hynb.train.router_statistics import routers
 from hynb.train.staging import PIECE_BYTES, Staging
@@ -178,9 +179,7 @@ def agreed(folder: Path) -> Iterator[None]:
     if failure is not None:
         place = f"rank {dist.get_rank()} on {socket.gethostname()}"
         problem = f"{folder}: the checkpoint cannot be written by {place}: {failure}"
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if found := [text for text in problems if text]:
+    if found := [text for text in of_all_ranks(problem) if text]:
         raise RunError(found) from failure
 
 

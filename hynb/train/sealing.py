@@ -13,34 +13,58 @@ import torch.distributed as dist
 from hynb.errors import RunError
 from hynb.files import write_json
 from hynb.runs import CHECKPOINT_RECORD, check_files, checkpoint_files, file_digests, flush
+from hynb.train.gathering import of_all_ranks
 from hynb.train.saving import agreed
 
 
-def seal(folder: Path, ranks: Sequence[int], *, flushes: bool) -> dict[str, dict[str, Any]]:
-    """Flushes the files of a checkpoint and computes their digests; every rank calls it.
+class Sealing:
+    """Flushes the files of a checkpoint and computes their digests; every rank creates one at the same point.
 
     Args:
         folder: the checkpoint under its unfinished name.
         ranks: those that see the same folder; each reads a share of the files.
         flushes: whether this rank is the first of its host, which flushes what the host has in memory.
-
-    Returns:
-        Size in bytes and digest of each file, by its path in the folder.
+        own: files of this rank that may not be whole yet, and which it flushes and reads itself.
 
     Raises:
-        RunError: a rank cannot read or flush a file; raised on all ranks, with the rank and its host.
+        RunError: a rank cannot read the folder; raised on all ranks, with the rank and its host.
     """
-    rank, here, mine = dist.get_rank(), {}, {}
-    with agreed(folder):
-        here = checkpoint_files(folder) if flushes else {}
-    # A network disk may show a host's new files to the others late, so each host reports what it sees.
-    sizes = _merged(here, ranks)
-    with agreed(folder), ThreadPoolExecutor(1) as pool:
-        flushed = pool.submit(flush, folder, here) if flushes else None
-        mine = file_digests(folder, _shares(sizes, ranks)[rank])
-        if flushed:
-            flushed.result()
-    return dict(sorted(_merged(mine, ranks).items()))
+
+    def __init__(self, folder: Path, ranks: Sequence[int], *, flushes: bool, own: Sequence[Path] = ()) -> None:
+        self.folder = folder
+        self._ranks = ranks
+        names = [path.relative_to(folder).as_posix() for path in own]
+        of_ranks = of_all_ranks(names)
+        written_later = {name for rank in ranks for name in of_ranks[rank]}
+        here: dict[str, int] = {}
+        with agreed(folder):
+            if flushes:
+                here = {name: size for name, size in checkpoint_files(folder).items() if name not in written_later}
+        # A network disk may show a host's new files to the others late, so each host reports what it sees.
+        self._read = [*_shares(self._merged(here), ranks)[dist.get_rank()], *names]
+        self._flushed = [*here, *names]
+        self._digests: dict[str, dict[str, Any]] = {}
+
+    def work(self) -> None:
+        """This rank's part, without a message to the others.
+
+        Raises:
+            OSError: a file cannot be read or flushed.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            flushed = pool.submit(flush, self.folder, self._flushed) if self._flushed else None
+            self._digests = file_digests(self.folder, self._read)
+            if flushed:
+                flushed.result()
+
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """Size in bytes and digest of each file, by its path in the folder; every rank calls it after its work."""
+        return dict(sorted(self._merged(self._digests).items()))
+
+    def _merged(self, mine: Mapping[str, Any]) -> dict[str, Any]:
+        """What the ranks of the folder have; every rank of the run calls it."""
+        found = of_all_ranks(dict(mine))
+        return {name: value for rank in self._ranks for name, value in found[rank].items()}
 
 
 def finish(folder: Path, target: Path, record: Mapping[str, Any]) -> None:
@@ -59,13 +83,6 @@ def finish(folder: Path, target: Path, record: Mapping[str, Any]) -> None:
         raise RunError([f"{target.name} is not whole and is left as {folder}: {problem}" for problem in problems])
     folder.replace(target)
     flush(target.parent, [])
-
-
-def _merged(mine: Mapping[str, Any], ranks: Sequence[int]) -> dict[str, Any]:
-    """What the given ranks have; every rank of the run calls it."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, dict(mine))
-    return {name: value for rank in ranks for name, value in found[rank].items()}
 
 
 def _shares(sizes: Mapping[str, int], ranks: Sequence[int]) -> dict[int, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import shutil
 import time
@@ -17,22 +18,34 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from hynb.config import Config
 from hynb.data import IGNORED, SeededSampler
 from hynb.errors import ConfigError, RunError
 from hynb.runs import Phase, RunDir, RunWriter, surplus_checkpoints
+from hynb.train.background import (
+    BackgroundFiles,
+    UnfinishedCheckpoint,
+    can_defer,
+    memory_for_copies,
+    written_in_background,
+)
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import copy_model_files, write_base_identity
 from hynb.train.disk_space import LastingTensorBoard, Shortage, shortage_anywhere, weight_bytes
+from hynb.train.gathering import Readiness
 from hynb.train.node_local import NodeLocalFolders
 from hynb.train.pace import Pace
+from hynb.train.process import ranks_of_host
 from hynb.train.router_precision import TrainedRouters
 from hynb.train.router_statistics import RouterWatch
-from hynb.train.saving import SavedShard, trained_float32_routers, write_model
-from hynb.train.sealing import finish, seal
+from hynb.train.saving import SavedShard, agreed, trained_float32_routers, write_model
+from hynb.train.sealing import Sealing, finish
 from hynb.train.sequence_parallel import TOKEN_MASK, RowParts
 from hynb.train.step_watch import SPIKE_WINDOW, StepWatch
 from hynb.train.termination import with_lasting_workers
 from hynb.train.timeouts import collective_limit, limited, save_limit
+
+logger = logging.getLogger(__name__)
 
 _SPACE_SECONDS = 10.0
 # Settings of a group of the optimizer that a checkpoint restores.
@@ -48,14 +61,12 @@ class RunTrainer(Trainer):
     """A Trainer that writes the run folder.
 
     Args:
+        config: of the run.
         base: folder of the base model; None for a random one.
         shards: the weight files of each full checkpoint; empty for an adapter.
         tokenizer_folder: its files are copied into full checkpoints.
         record: what a resumed run must have in common with this one; written into each checkpoint.
         checkpoint_bytes: about the size of one.
-        keep_checkpoints: number of newest checkpoints that are kept; None for all.
-        skips_on_full_disk: leaves a checkpoint out for which there is no space, and trains on.
-        save_minutes: how long ranks wait for each other while a checkpoint is written; None: by its size.
         writer: of the run folder; None on other ranks than 0.
         sampler: the sampling order of the training set.
         routers: the statistics of the model's routers, and their balancing loss.
@@ -71,14 +82,12 @@ class RunTrainer(Trainer):
     def __init__(
         self,
         *,
+        config: Config,
         base: Path | None,
         shards: Sequence[SavedShard],
         tokenizer_folder: Path,
         record: dict[str, Any],
         checkpoint_bytes: int,
-        keep_checkpoints: int | None,
-        skips_on_full_disk: bool,
-        save_minutes: float | None,
         writer: RunWriter | None,
         sampler: SeededSampler,
         routers: RouterWatch,
@@ -98,12 +107,12 @@ class RunTrainer(Trainer):
         self._tokenizer_folder = tokenizer_folder
         self._record = record
         self._checkpoint_bytes = checkpoint_bytes
-        self._keep_checkpoints = keep_checkpoints
-        self._skips_on_full_disk = skips_on_full_disk
-        if skips_on_full_disk:
+        self._keep_checkpoints = config.save_total_limit
+        self._skips_on_full_disk = config.on_full_disk == "keep_training"
+        if self._skips_on_full_disk:
             self.remove_callback(TensorBoardCallback)
             self.add_callback(LastingTensorBoard())
-        self._save_minutes = save_minutes
+        self._save_minutes = config.save_timeout_minutes
         self.phase: Phase = "training"
         self._sampler = sampler
         self._routers = routers
@@ -114,6 +123,9 @@ class RunTrainer(Trainer):
         self._watch = watch
         self._is_attached = False
         self._save_seconds: dict[str, float] = {}
+        self._saves_in_background = config.async_save
+        self._unfinished: UnfinishedCheckpoint | None = None
+        self._written: Readiness | None = None
         self._begins_step = True
         self._loss_before_step = torch.zeros(())
         self._settings: list[dict[str, Any]] = []
@@ -284,6 +296,7 @@ class RunTrainer(Trainer):
 
         Where checkpoints are left out for want of space, this one waits until there is some.
         """
+        self._finish_saving()
         target = self.run_dir.checkpoint(self.state.global_step)
         if not target.exists():
             assert self.model is not None
@@ -292,6 +305,7 @@ class RunTrainer(Trainer):
                 self._checkpoint_bytes = weight_bytes(self.model, self._shards)
             self._wait_for_space()
             self._write_checkpoint(self.model, None)
+            self._finish_saving()
         return target
 
     def _wait_for_space(self) -> None:
@@ -371,6 +385,7 @@ class RunTrainer(Trainer):
         return str(self.run_dir.saving) if self._saving else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._finish_saving()
         if self._skips_on_full_disk and (short := self._shortage()):
             self._tell_shortage(f"no checkpoint is saved: {short}. The next save tries again")
         else:
@@ -379,22 +394,68 @@ class RunTrainer(Trainer):
     def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         target = self.run_dir.checkpoint(self.state.global_step)
         with self._phase("saving") as started, limited(self._save_limit()):
-            self._write_unfinished(model, trial, target)
+            files = self._background_files()
+            with written_in_background(self.deepspeed, files):
+                self._write_unfinished(model, trial, target)
             self.accelerator.wait_for_everyone()
             unfinished = self.run_dir.saving / target.name
             if self._folders:
                 self._folders.copy_to_hosts(unfinished)
-            sealing = time.monotonic()
+            losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            facts = {"global_step": self.state.global_step, "loss": losses[-1] if losses else None}
             ranks = self._folders.local_ranks if self._folders else range(self.args.world_size)
-            digests = seal(unfinished, ranks, flushes=self.args.local_process_index == 0)
-            self._save_seconds["digests"] = round(time.monotonic() - sealing, 2)
-            if self._is_first_of_folder:
-                self._finish_checkpoint(unfinished, target, digests)
-            if self.run_writer:
-                seconds = round(time.monotonic() - started, 2)
-                parts = {"seconds_by_part": self._save_seconds, "bytes_by_part": _sizes(target)}
-                self.run_writer.event("save", self.state.global_step, path=target.name, seconds=seconds, **parts)
-            self.accelerator.wait_for_everyone()
+            own = files.paths if files else []
+            sealing = Sealing(unfinished, ranks, flushes=self.args.local_process_index == 0, own=own)
+            self._unfinished = UnfinishedCheckpoint(target, facts, sealing, files)
+            self._unfinished.seconds_by_part |= self._save_seconds
+            if files is None:
+                self._complete_checkpoint(self._unfinished, started)
+            else:
+                self._unfinished.start()
+                self._unfinished.saving_seconds = time.monotonic() - started
+
+    def _background_files(self) -> BackgroundFiles | None:
+        """Where the states of a checkpoint go that is written in the background; None where it is not."""
+        if not self._saves_in_background:
+            return None
+        if not can_defer(self.deepspeed):
+            self._saves_in_background = False
+            logger.info(
+                "async_save is left out: the DeepSpeed settings choose an engine of their own for checkpoints"
+            )
+            return None
+        self._written = self._written or Readiness()
+        return BackgroundFiles(memory_for_copies(ranks_of_host()))
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """After each step; a checkpoint that all ranks have written meanwhile gets its name."""
+        if self._unfinished and self._written and self._written.of_all(self._unfinished.is_written):
+            self._finish_saving()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finish_saving(self) -> None:
+        """Waits for a checkpoint that is written in the background."""
+        if self._unfinished is None:
+            return
+        if self._written:
+            self._written.settle()
+        with self._phase("saving") as started, limited(self._save_limit()):
+            self._complete_checkpoint(self._unfinished, started)
+
+    def _complete_checkpoint(self, unfinished: UnfinishedCheckpoint, started: float) -> None:
+        """Waits until all ranks have written their parts, and gives the checkpoint its name."""
+        with agreed(unfinished.target):
+            unfinished.wait()
+        digests = unfinished.sealing.digests()
+        if self._is_first_of_folder:
+            self._finish_checkpoint(unfinished, digests)
+        if self.run_writer:
+            seconds = round(unfinished.saving_seconds + time.monotonic() - started, 2)
+            parts = {"seconds_by_part": unfinished.seconds_by_part, "bytes_by_part": _sizes(unfinished.target)}
+            name, step = unfinished.target.name, unfinished.facts["global_step"]
+            self.run_writer.event("save", step, path=name, seconds=seconds, **parts)
+        self._unfinished = None
+        self.accelerator.wait_for_everyone()
 
     def _save_limit(self) -> timedelta:
         return save_limit(self._checkpoint_bytes, self._save_minutes, collective_limit())
@@ -410,16 +471,14 @@ class RunTrainer(Trainer):
         finally:
             self._saving = False
 
-    def _finish_checkpoint(self, unfinished: Path, target: Path, digests: dict[str, dict[str, Any]]) -> None:
+    def _finish_checkpoint(self, unfinished: UnfinishedCheckpoint, digests: dict[str, dict[str, Any]]) -> None:
         """Gives a whole checkpoint its name, and removes the oldest ones beyond the limit."""
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        facts = {"global_step": self.state.global_step, "loss": losses[-1] if losses else None}
-        record = self._record | facts | {"saved_at": time.time(), "files": digests}
-        shutil.rmtree(target, ignore_errors=True)
+        record = self._record | unfinished.facts | {"saved_at": time.time(), "files": digests}
+        shutil.rmtree(unfinished.target, ignore_errors=True)
         try:
-            finish(unfinished, target, record)
+            finish(unfinished.sealing.folder, unfinished.target, record)
         except OSError as error:
-            raise RunError(f"{target}: the checkpoint cannot be written: {error}") from error
+            raise RunError(f"{unfinished.target}: the checkpoint cannot be written: {error}") from error
         self.run_dir.saving.rmdir()
         if self._keep_checkpoints:
             for old in surplus_checkpoints(self.run_dir, self._keep_checkpoints):

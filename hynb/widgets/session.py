@@ -10,7 +10,7 @@ from typing import Any
 from hynb.config import Config, absolute_paths, load_yaml
 from hynb.errors import RunFailedError
 from hynb.launch import Run, attach, launch
-from hynb.runs import RunDir, RunReader, RunStatus, evaluation_line, notice_line, progress_line
+from hynb.runs import RunDir, RunReader, RunStatus, evaluation_line, notice_line, progress_line, saved_line
 from hynb.widgets.panel import RunPanel
 from hynb.widgets.result import show_result
 from hynb.widgets.table import path_text
@@ -107,7 +107,7 @@ class _Printer:
             print(status, flush=True)
         for event in events:
             if event["kind"] == "save":
-                print(f"saved {event['path']} in {event['seconds']} s", flush=True)
+                print(saved_line(event), flush=True)
             elif event["kind"] == "eval":
                 print(evaluation_line(event), flush=True)
             elif line := notice_line(event):
