@@ -44,7 +44,7 @@ class BackgroundFiles:
         self._pieces: deque[tuple[Path, bytes]] = deque()
         self._changed = threading.Condition()
         self._is_complete = False
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         # A run that fails does not wait for a checkpoint that will not be whole.
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
@@ -91,7 +91,7 @@ class BackgroundFiles:
                 with self._changed:
                     self.held_bytes -= len(piece)
                     self._changed.notify_all()
-        except OSError as error:
+        except Exception as error:
             with self._changed:
                 self._failure = error
                 self._pieces.clear()
@@ -151,7 +151,7 @@ class UnfinishedCheckpoint:
         self.seconds_by_part: dict[str, float] = {}
         self.saving_seconds = 0.0
         self._files = files
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -186,7 +186,7 @@ class UnfinishedCheckpoint:
             started = time.monotonic()
             self.sealing.work()
             self.seconds_by_part["digests"] = round(time.monotonic() - started, 2)
-        except OSError as error:
+        except Exception as error:
             self._failure = error
 
 
