@@ -41,7 +41,7 @@ def follow(folder: str) -> None:
         # Later, what it holds already would not count.
         Path((place / "group").read_text(), "cgroup.procs").write_text("0")
     if os.environ["RANK"] == "0" and (place / "hold").exists():
-        _hold((place / "hold").read_text())
+        _hold(place / "hold")
     threading.Thread(target=_change_steps, args=(place / f"order{os.environ['RANK']}",), daemon=True).start()
 
 
@@ -62,14 +62,15 @@ def _change_steps(path: Path) -> None:
     trainer.training_step = training_step
 
 
-def _hold(held: str) -> None:
+def _hold(path: Path) -> None:
+    """Rank 0 stays in the phase that a file names, until the file is gone or the run is asked to stop."""
     from hynb.runs import RunWriter
 
-    plain = RunWriter.phase
+    plain, held = RunWriter.phase, path.read_text()
 
     def phase(self: RunWriter, name: Any) -> None:
         plain(self, name)
-        while name == held and not self.dir.stop_request.exists():
+        while name == held and path.exists() and not self.dir.stop_request.exists():
             time.sleep(0.01)
 
     RunWriter.phase = phase

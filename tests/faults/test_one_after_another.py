@@ -71,7 +71,6 @@ FAULTS: dict[str, tuple[Callable[[Run, Path], None], str]] = {
     "SIGKILL to the launcher": (to(signal.SIGKILL, "deepspeed.launcher.launch"), "the launcher ended"),
     "SIGKILL to a guard": (to(signal.SIGKILL, "hynb.supervision.node_guard"), f"{HOST}: its guard ended"),
     "SIGINT to a rank": (to(signal.SIGINT, RANK_1), f"rank 1 on {HOST}: interrupted by SIGINT (Ctrl-C)"),
-    "SIGSTOP to a rank": (to(signal.SIGSTOP, RANK_1), f"rank 1 on {HOST} has been stopped by a signal (SIGSTOP)"),
     "SIGKILL to a reader": (
         to(signal.SIGKILL, RANK_1, reads=True),
         f"rank 1 on {HOST}: a process that reads batches ahead (pid ",
