@@ -84,6 +84,7 @@ FAULTS: dict[str, tuple[Callable[[Run, Path], None], str]] = {
 }
 
 
+@pytest.mark.timeout(1800)
 def test_each_fault_is_named_and_the_run_goes_on_as_undisturbed(files, ranks, tmp_path, monkeypatch, group):
     (tmp_path / "group").write_text(str(group))
     monkeypatch.setenv("PYTHONPATH", python_path(tmp_path))

@@ -14,6 +14,7 @@ from conftest import need
 from training_runs import config_of
 from waiting import wait_until
 
+from hynb.cli import main
 from hynb.launch import Run, launch
 from hynb.runs import read_record
 from hynb.supervision import processes_of
@@ -64,8 +65,10 @@ def test_a_disk_that_stalls_ends_nothing_and_a_read_only_one_ends_the_run(files,
     wait_until(lambda: not processes_of(launch_id), "the end of all processes")
     print(f"a disk that becomes read-only: {time.monotonic() - at:.1f} s")
     status = run.wait(timeout_seconds=60)
-    assert status.state == "failed", status
-    print(status)
+    assert status.state == "failed" and "or output_dir could not be written" in status.reason, status
+    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["mount", "-o", "loop", disk.parent / "image", disk], check=True)
+    assert main(["checkpoints", str(run.output_dir), "--verify"]) == 0, "what was whole is on the disk"
 
 
 def test_a_run_whose_folder_is_removed_ends(files, tmp_path):
@@ -75,5 +78,8 @@ def test_a_run_whose_folder_is_removed_ends(files, tmp_path):
     at = time.monotonic()
     wait_until(lambda: not processes_of(launch_id), "the end of all processes")
     print(f"a folder that is removed: {time.monotonic() - at:.1f} s")
-    status = run.wait(timeout_seconds=60)
-    print(status, list(run.output_dir.rglob("*")))
+    # Without its record of the launch nobody can wait for the supervisor but by its record of the end.
+    wait_until(run.dir.exit.exists, "the record of the end")
+    status = run.status()
+    assert (status.state, status.rank) == ("failed", 0) and "No such file or directory" in status.reason, status
+    assert f"{run.output_dir} was removed while the run was live" in status.reason

@@ -35,8 +35,7 @@ def test_who_has_it_is_named_before_a_launch_and_what_happened_after_it(files, t
     with socket.create_server(("", int(found[1]))):
         (tmp_path / "hold").unlink()
         status = run.wait(timeout_seconds=300)
-    end = read_record(run.dir.exit)
-    assert end
-    print(status)
     assert (status.state, status.rank) == ("failed", 0)
+    text = f"port {found[1]}, at which the ranks meet, was free at the launch and has been taken since: process "
+    assert f"{text}{os.getpid()}, " in status.reason and "Traceback" not in status.reason, status
     wait_until(lambda: not processes_of(record["id"]), "the end of all processes")
