@@ -26,7 +26,7 @@ if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == Path(__file__).re
     sys.path.pop(0)
 
 from hynb.config import Config, Reading, check_ranks, read_flags, read_yaml, to_yaml, use_upstream_defaults
-from hynb.errors import ConfigError
+from hynb.errors import ConfigError, RunFailedError
 from hynb.files import read_json, replace_text, write_json
 from hynb.plan import zero
 from hynb.runs import (
@@ -137,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             state.step = step.__name__
             step(state)
         exit_code = 0
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        error = RunFailedError("interrupted by SIGINT (Ctrl-C)") if isinstance(error, KeyboardInterrupt) else error
         registry = state.membership.registry_of(state.rank) if state.membership and state.joined else None
         where = {"beside_rank_0": state.beside_rank_0, "phase": state.phase, "registry": registry}
         exit_code = report_failure(error, state.rank, state.run_dir, **where)
@@ -167,10 +168,9 @@ def join_hosts(state: RankState) -> None:
     if state.rank == 0 and (read_json(run_dir.launch) or {}).get("id") == membership.launch_id:
         _start_writing(state, run_dir)
     state.joined = join(membership, state.rank)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if state.joined.interface else ():
         # Otherwise a rank may offer the others an address that means another machine there.
-        if state.joined.interface:
-            os.environ.setdefault(name, state.joined.interface)
+        os.environ.setdefault(name, state.joined.interface)
     os.environ.setdefault("MASTER_ADDR", state.joined.master_address)
     os.environ.setdefault("LOCAL_RANK", str(state.rank - membership.ranks_of(node)[0]))
 

@@ -21,7 +21,7 @@ _FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
-_TOKEN = "hynb"
+TOKEN = "hynb"
 # A busy machine takes many times as long as an idle one, where each wait is over within seconds.
 _WAIT_SECONDS = 240
 
@@ -48,7 +48,7 @@ class Lab:
 
     def load(self, page: Any, notebook: str) -> None:
         """Loads a notebook into a page, or reloads it, and waits until its kernel has nothing to do."""
-        page.goto(f"{self.url}doc/tree/{notebook}?token={_TOKEN}&reset")
+        page.goto(f"{self.url}doc/tree/{notebook}?token={TOKEN}&reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         self.wait_idle(page)
 
@@ -89,23 +89,35 @@ def jupyter_lab(folder: Path, settings_folder: Path, *, dark: bool = False) -> I
     from playwright.sync_api import sync_playwright
 
     _write_settings(settings_folder, dark=dark)
+    with jupyter_server("lab", folder, settings_folder) as (_, url), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_FLAGS, timeout=_WAIT_SECONDS * 1000)
+        yield Lab(url, browser, folder)
+        browser.close()
+
+
+@contextmanager
+def jupyter_server(kind: str, folder: Path, settings_folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server's process and URL; it ends with the context.
+
+    Args:
+        kind: `lab`, or `server` for one without JupyterLab's pages.
+        folder: the folder that it shows.
+        settings_folder: a folder for its settings and its log, apart from the user's own.
+    """
+    settings_folder.mkdir(exist_ok=True)
     folders = {f"JUPYTER_{name}_DIR": str(settings_folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}
     folders["JUPYTERLAB_SETTINGS_DIR"] = str(settings_folder / "settings")
     folders["JUPYTERLAB_WORKSPACES_DIR"] = str(settings_folder / "workspaces")
     # With port 0 the server chooses a free port, which no other process can take in between.
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
-    command += [f"--IdentityProvider.token={_TOKEN}"]
+    command = [sys.executable, "-m", "jupyter", kind, "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
+    command += [f"--IdentityProvider.token={TOKEN}"]
     log_path = settings_folder / "server.log"
     with log_path.open("wb") as log:
         server = subprocess.Popen(
             command, cwd=folder, env=os.environ | folders, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
     try:
-        url = _wait_until_up(server, settings_folder / "RUNTIME", log_path)
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_FLAGS, timeout=_WAIT_SECONDS * 1000)
-            yield Lab(url, browser, folder)
-            browser.close()
+        yield server, _wait_until_up(server, settings_folder / "RUNTIME", log_path)
     finally:
         server.send_signal(signal.SIGTERM)
         try:
@@ -137,7 +149,7 @@ def _wait_until_up(server: subprocess.Popen, runtime_folder: Path, log_path: Pat
         for path in runtime_folder.glob("jpserver-*.json"):
             try:
                 url = json.loads(path.read_text())["url"]
-                urllib.request.urlopen(f"{url}api/status?token={_TOKEN}", timeout=10).close()
+                urllib.request.urlopen(f"{url}api/status?token={TOKEN}", timeout=10).close()
             except (OSError, ValueError):
                 continue
             urls.append(url)

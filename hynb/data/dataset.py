@@ -148,11 +148,20 @@ class ChatDataset(torch.utils.data.Dataset):
         return file_number, line - int(self._firsts[file_number])
 
     def line(self, index: int) -> bytes:
-        """The bytes of a sample's line."""
+        """The bytes of a sample's line.
+
+        Raises:
+            DataError: the file cannot be read, or has become shorter.
+        """
         file_number, line = self._place(index)
         offsets = self._indexes[file_number].offsets
         start, stop = int(offsets[line]), int(offsets[line + 1])
         content = self._open.read(self._seekable[file_number], start, stop - start)
+        if len(content) < stop - start:
+            raise DataError(
+                f"{self.location(index)}: the file has become shorter since it was checked: restore it, and go on "
+                "from the last checkpoint"
+            )
         # Blank lines may follow.
         end = content.find(b"\n") + 1
         return without_bom(content[:end] if end else content, 1 if start == 0 else 2)

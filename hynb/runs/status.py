@@ -18,7 +18,10 @@ from hynb.runs.watchdog import watchdog_abort
 # A process on another host is considered dead when the heartbeat is this old: network disks cache for up to a minute.
 STALE_HEARTBEAT_SECONDS = 90.0
 LIVE_STATES = ("starting", "running", "stopping")
-_NO_RECORD = "its processes are gone and recorded no reason: killed, or the host was restarted"
+_NO_RECORD = (
+    "its processes are gone and recorded no reason: killed, or the host was restarted, or output_dir could not be "
+    "written"
+)
 
 
 @dataclass(kw_only=True, frozen=True)

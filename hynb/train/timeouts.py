@@ -20,6 +20,9 @@ from torch.distributed import (
     distributed_c10d,
 )
 
+from hynb.cluster import listener_of
+from hynb.errors import RunFailedError
+
 # Where ranks have work of different lengths: rank 0 checks all data before it meets the others, and each host loads
 # at the rate of its own disk. The supervisor ends all ranks if one of them ends meanwhile.
 _UNEVEN_WORK_LIMIT = timedelta(days=1)
@@ -37,12 +40,25 @@ def create_process_group(backend: str, limit: timedelta) -> None:
 
     Args:
         limit: of each collective operation from then on, in every group.
+
+    Raises:
+        RunFailedError: another program has taken the port since it was chosen.
     """
     global _store
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options: dict[str, Any] = {"world_size": world_size, "is_master": rank == 0, "wait_for_workers": False}
-    _store = TCPStore(*address, timeout=_UNEVEN_WORK_LIMIT, **options)
+    try:
+        _store = TCPStore(*address, timeout=_UNEVEN_WORK_LIMIT, **options)
+    except dist.DistNetworkError as error:
+        # Of all reasons this one has a way out that torch's text does not name.
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise RunFailedError(
+            f"port {address[1]}, at which the ranks meet, was free at the launch and has been taken since: "
+            f"{listener_of(address[1]) or 'a program of another user'} listens on it. Start the run again; where "
+            "master_port is given, with another one"
+        ) from None
     # The same limit holds for what the ranks tell each other while the group is created.
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=_UNEVEN_WORK_LIMIT)
     dist.barrier()

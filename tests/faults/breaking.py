@@ -121,3 +121,19 @@ def full_disk_from_step_2() -> None:
             (self.run_dir.path.parent / "filler").unlink()
 
     RunTrainer.training_step, RunTrainer._tell_shortage = training_step, tell_shortage
+
+
+def data_is_cut_at_step_3() -> None:
+    """The second half of the data is gone from step 3 on, and no host has kept token ids of it."""
+    from hynb.train import RunTrainer, datasets
+
+    datasets.kept_tokens = lambda name: None
+    step = RunTrainer.training_step
+
+    def training_step(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        data = Path(os.environ["DATA"])
+        if self.run_writer and self.state.global_step == 2 and data.stat().st_size > int(os.environ["KEPT_BYTES"]):
+            os.truncate(data, int(os.environ["KEPT_BYTES"]))
+        return step(self, *args, **kwargs)
+
+    RunTrainer.training_step = training_step

@@ -127,32 +127,27 @@ def test_kill_ends_one_run_and_a_killed_rank_is_named(files, tmp_path, monkeypat
     until(lambda: nothing_left(second), second, 30)
 
 
-def test_a_frozen_rank_and_a_killed_guard_end_the_run(files, tmp_path):
-    frozen = launch(config_of(files, tmp_path / "frozen", silence_timeout_seconds=3))
-    unguarded = launch(config_of(files, tmp_path / "unguarded", silence_timeout_seconds=3))
-    until_trains(frozen, unguarded)
+def test_a_pause_of_all_processes_ends_nothing_and_a_frozen_rank_ends_the_run(files, tmp_path):
+    run = launch(config_of(files, tmp_path / "run", silence_timeout_seconds=3))
+    until_trains(run)
     # As a container is paused and goes on: nobody was silent, for nobody could listen.
-    supervisor = psutil.Process(launch_record(unguarded)["process"]["pid"])
-    paused = {supervisor, *processes(unguarded)}
+    supervisor = psutil.Process(launch_record(run)["process"]["pid"])
+    paused = {supervisor, *processes(run)}
     for process in paused:
         process.send_signal(signal.SIGSTOP)
     time.sleep(6)
     for process in paused:
         process.send_signal(signal.SIGCONT)
-    step = unguarded.status().global_step
-    until(lambda: unguarded.status().global_step > step + 5, unguarded)
-    (rank,) = processes(frozen, "--local_rank=1")
+    step = run.status().global_step
+    until(lambda: run.status().global_step > step + 5, run)
+    (rank,) = processes(run, "--local_rank=1")
     rank.send_signal(signal.SIGSTOP)
-    (guard,) = processes(unguarded, "hynb.supervision.node_guard")
-    guard.send_signal(signal.SIGKILL)
-    for run, words in ((frozen, "has been stopped by a signal (SIGSTOP) for"), (unguarded, "its guard ended")):
-        status = run.wait(timeout_seconds=60)
-        assert (status.state, status.host) == ("failed", HOST) and words in status.reason, status
-    assert frozen.status().rank == 1
-    for run in (frozen, unguarded):
-        # The guard's folder in /tmp goes with the guard.
-        until(lambda run=run: not processes(run), run, 30)
-    until(lambda: nothing_left(frozen), frozen, 30)
+    started = time.monotonic()
+    status = run.wait(timeout_seconds=60)
+    print(f"a frozen rank, with silence_timeout_seconds = 3: {time.monotonic() - started:.1f} s")
+    assert (status.state, status.host, status.rank) == ("failed", HOST, 1)
+    assert "has been stopped by a signal (SIGSTOP) for" in status.reason
+    until(lambda: nothing_left(run), run, 30)
 
 
 def test_a_rank_that_is_late_under_gloo_is_named_with_the_place_where_it_hangs(files, tmp_path, monkeypatch):
@@ -168,7 +163,9 @@ def test_a_rank_that_is_late_under_gloo_is_named_with_the_place_where_it_hangs(f
     until_trains(run)
     (rank,) = processes(run, "--local_rank=1")
     rank.send_signal(signal.SIGUSR2)
+    started = time.monotonic()
     status = run.wait(timeout_seconds=120)
+    print(f"a hang, with collective_timeout_minutes = 1: {time.monotonic() - started:.1f} s")
     assert (status.state, status.host, status.rank) == ("failed", HOST, 1), status
     assert status.reason.startswith(f"rank 1 on {HOST} did not come in time (collective_timeout_minutes) to where")
     end = json.loads(run.dir.exit.read_text())
@@ -227,9 +224,11 @@ def test_a_killed_supervisor_ends_the_run(files, tmp_path):
     run = launch(config_of(files, tmp_path / "run"))
     until_trains(run)
     os.kill(launch_record(run)["process"]["pid"], signal.SIGKILL)
+    started = time.monotonic()
     status = run.wait(timeout_seconds=60)
     assert status.state == "failed" and "its processes are gone" in status.reason
     until(lambda: nothing_left(run), run, 30)
+    print(f"a killed supervisor: {time.monotonic() - started:.1f} s")
 
 
 def test_a_rank_that_ends_before_it_starts_is_named_with_its_log(files, tmp_path, monkeypatch):

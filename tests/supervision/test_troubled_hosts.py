@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -48,7 +49,7 @@ def test_without_attempts_to_reconnect_a_broken_connection_ends_the_run_at_once(
     job.until_trains()
     (guard,) = (item for item in job.left("beta") if "hynb.supervision.node_guard" in item.argv)
     os.kill(guard.pid, signal.SIGKILL)
-    job.until_ended(END_SECONDS)
+    print(f"a killed guard on another host: {job.until_ended(END_SECONDS):.1f} s")
     status = job.status()
     assert (status["state"], status["host"]) == ("failed", "beta") and "its guard ended" in status["reason"], status
 
@@ -130,7 +131,7 @@ def test_a_host_whose_disk_is_full_is_named(apart):
         fill = f"cat /dev/zero > {job.folder}/filled 2>/dev/null; df --output=avail {job.folder} | tail -n 1"
         assert beta.run(["sh", "-c", fill]).stdout.strip() == "0"
         job.cli("stop", job.folder, check=False)
-        job.until_ended(END_SECONDS)
+        print(f"a full disk, from the request to stop: {job.until_ended(END_SECONDS):.1f} s")
         assert beta.run(["find", job.folder / "log", "-name", "failure*", "-size", "+0"]).stdout == ""
     finally:
         beta.run(["umount", "-l", job.folder])
@@ -160,32 +161,52 @@ def test_hosts_without_the_memory_of_a_run_on_gpus_are_named_at_launch(files, tm
         assert not job.dir.path.exists(), "nothing was begun"
 
 
-def test_kill_from_a_machine_that_is_not_the_launching_one(together, apart):
-    """Through the shared folder it reaches the supervisor; where it cannot, it says so and ends nothing."""
-    alpha, beta = together
-    job = Job(together, "killed from beta")
-    job.launch()
+def test_of_two_launches_at_the_same_moment_one_goes_on_and_is_killed_from_the_other_host(together):
+    """Through the shared folder a kill reaches the supervisor; where it cannot, it says so and ends nothing."""
+    job = Job(together, "launched twice")
+    file = together.alpha.disk / "twice.yaml"
+    together.alpha.path(file).write_text(to_yaml(job.config()))
+    command = [sys.executable, "-m", "hynb.cli", "launch", "--config", file]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [host.popen(command, env={"PYTHONPATH": str(CODE)}, **streams) for host in together]
+    shown = [process.communicate(timeout=END_SECONDS)[0] for process in started]
+    assert sorted(process.returncode for process in started) == [0, 2], shown
+    (refused,) = (text for text, process in zip(shown, started, strict=True) if process.returncode)
+    assert "another launch into it is under way" in refused or "has a live run" in refused, refused
+    launching, other = sorted(together, key=lambda host: started[host.name == "beta"].returncode)
     job.until_trains()
     before = {process.pid for process in job.left()}
-    supervisor = json.loads(job.dir.launch.read_text())["process"]["pid"]
-    alpha.run(["kill", "-STOP", supervisor])
+    process = json.loads(job.dir.launch.read_text())["process"]
+    assert process["host"] == launching.name
+    launching.run(["kill", "-STOP", process["pid"]])
     code = f"from hynb.launch import attach; attach({str(job.folder)!r}).kill(wait_seconds=3)"
-    refused = beta.run([sys.executable, "-c", code], env={"PYTHONPATH": str(CODE)}, check=False)
+    refused = other.run([sys.executable, "-c", code], env={"PYTHONPATH": str(CODE)}, check=False)
     assert refused.returncode == 1
-    says = "alpha (or in a container with that name), and its supervisor has not answered within 3 seconds: nothing"
-    assert says in refused.stderr and f"hynb stop --kill {job.folder}" in refused.stderr.replace("'", "")
-    alpha.run(["kill", "-CONT", supervisor])
+    says = (
+        f"{launching.name} (or in a container with that name), and its supervisor has not answered within 3 seconds"
+    )
+    assert f"{says}: nothing" in refused.stderr
+    assert f"hynb stop --kill {job.folder}" in refused.stderr.replace("'", "")
+    launching.run(["kill", "-CONT", process["pid"]])
     job.until_trains(10)
     assert {process.pid for process in job.left()} == before and not job.dir.exit.exists()
-    stopped = beta.hynb("stop", job.folder, "--kill")
+    stopped = other.hynb("stop", job.folder, "--kill")
     assert "killed on request" in stopped.stdout, stopped.stderr
     job.until_ended(END_SECONDS)
     assert json.loads(job.dir.exit.read_text())["state"] == "stopped"
-    # Without a shared folder.
-    job = Job(apart, "not reached")
+
+
+def test_without_a_shared_folder_a_kill_ends_nothing_and_a_frozen_rank_of_another_host_is_named(apart):
+    job = Job(apart, "frozen rank")
     job.launch()
     job.until_trains()
     refused = apart.beta.hynb("stop", job.folder, "--kill")
     assert refused.returncode == 2 and "launched on alpha" in refused.stderr
     job.until_trains(10)
-    job.cli("stop", job.folder, "--kill")
+    os.kill(job.rank(1).pid, signal.SIGSTOP)
+    print(f"a frozen rank on another host: {job.until_ended(END_SECONDS):.1f} s")
+    status = job.status()
+    assert (status["state"], status["host"], status["rank"]) == ("failed", "beta", 1), status
+    assert "rank 1 on beta has been stopped by a signal (SIGSTOP)" in status["reason"]
+    stacks = job.dir.stacks.read_text()
+    assert "rank 0 on alpha\n" in stacks and "rank 1 on beta\nwrote nothing" in stacks and "train_entry.py" in stacks
