@@ -25,9 +25,9 @@ import jinja2.sandbox
 import jinja2.visitor
 
 _MARK, _END, _COUNT = "_mark_message", "_mark_end", "_count_iteration"
-# Of one rendering: turns of all loops and calls of macros (a second or two of them), beside those of a loop over the
+# Of one rendering: turns of all loops and calls of macros (a tenth of a second of them), beside those of a loop over the
 # messages within a loop over them; and what it may write.
-_MOST_ITERATIONS, _MOST_CHARACTERS = 1_000_000, 100_000_000
+_MOST_ITERATIONS, _MOST_CHARACTERS = 100_000, 100_000_000
 # Of a power's result; no template needs one.
 _MOST_DIGITS = 1000
 # Noncharacters (Unicode 23.7), which are not for text: messages that have one are refused when they are read.
