@@ -54,6 +54,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as json's `object_pairs_hook`; without it the last of several values of a key would be taken.
+
+    Raises:
+        ValueError: a key is given twice.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{repeated[:80]!r} is given twice in one object; remove one of the two")
+    return content
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replaces a JSON file atomically: a reader sees either the old content or the new one."""
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")

@@ -73,7 +73,7 @@ class ChatDataset(torch.utils.data.Dataset):
 
     def _index(self, number: int) -> LineIndex:
         try:
-            return LineIndex.of(self._seekable[number])
+            return LineIndex.of(self._seekable[number], self.files[number])
         except OSError as error:
             raise DataError(f"{self.files[number]}: cannot be read: {error.strerror}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import gzip
 import io
@@ -14,11 +15,11 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hynb.data.cache import cache_folder, content_hash, made_once
 from hynb.errors import DataError
-from hynb.files import combined_hash
+from hynb.files import combined_hash, unique_keys
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,12 @@ _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
 # A JSON array has to be in memory as a whole, in which it takes several times its size.
 _ARRAY_LIMIT_BYTES = 1 << 30
-# Longer objects over several lines are not recognised as such.
-_OBJECT_LIMIT_BYTES = 64 << 20
+# Of a line, which is read as a whole and takes up to 24 times as much as JSON; ten million tokens are as long.
+_RECORD_LIMIT_BYTES = 32 << 20
 # How the name of a copy in the cache ends that has a line for each record of a JSON array.
 _RECORDS = "-records.jsonl"
-# Compressed bytes that are decompressed at once, in memory.
-_ZSTD_BLOCK_BYTES = 1 << 16
+# Compressed bytes that are decompressed at once, in memory, where they may become 32,000 times as many.
+_ZSTD_BLOCK_BYTES = 1 << 12
 Paths = str | Path | Sequence[str | Path]
 
 
@@ -105,10 +106,28 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Location and bytes of every line that is not blank, or of every record of a JSON array."""
     seekable = seekable_file(path)
     with open_data(seekable) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(bounded_lines(file, path), 1):
             line = without_bom(line, number)
             if line.strip():
                 yield location(path, seekable, number), line
+
+
+def bounded_lines(file: BinaryIO | io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+    """The lines of an open file, none of which fills the memory.
+
+    Args:
+        path: the file that messages name.
+
+    Raises:
+        DataError: a line is too long.
+    """
+    for number, line in enumerate(iter(functools.partial(file.readline, _RECORD_LIMIT_BYTES + 1), b""), 1):
+        if len(line) > _RECORD_LIMIT_BYTES:
+            raise DataError(
+                f"{path}:{number}: this line has more than {_RECORD_LIMIT_BYTES >> 20} MB; write one record per "
+                "line, and divide longer ones"
+            )
+        yield line
 
 
 def location(path: Path, seekable: Path, number: int) -> str:
@@ -237,13 +256,13 @@ def _refuse_long_object(path: Path, plain: Path) -> None:
         DataError: it does.
     """
     with plain.open("rb") as file:
-        first = file.readline().removeprefix(_BOM)
+        first = file.readline(_RECORD_LIMIT_BYTES).removeprefix(_BOM)
         try:
             json.loads(first or b"{}")
             return
         except (ValueError, RecursionError):
             # The first line is not a record.
-            content = first + file.read(_OBJECT_LIMIT_BYTES)
+            content = first + file.read(_RECORD_LIMIT_BYTES - len(first))
     try:
         text = content.decode("utf-8").lstrip()
         record, end = json.JSONDecoder().raw_decode(text)
@@ -285,7 +304,8 @@ def _lines_of_array(path: Path, plain: Path) -> Path:
 
     def write(target: Path) -> None:
         try:
-            records = json.loads(plain.read_bytes().removeprefix(_BOM).decode("utf-8"))
+            text = plain.read_bytes().removeprefix(_BOM).decode("utf-8")
+            records = json.loads(text, object_pairs_hook=unique_keys)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}:{error.lineno}:{error.colno}: invalid JSON in an array of records: {error.msg}"

@@ -20,10 +20,16 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.visitor
 
-_MARK, _END = "_mark_message", "_mark_end"
+_MARK, _END, _COUNT = "_mark_message", "_mark_end", "_count_iteration"
+# Of one rendering: turns of all loops and calls of macros (a tenth of a second of them), beside those of a loop over the
+# messages within a loop over them; and what it may write.
+_MOST_ITERATIONS, _MOST_CHARACTERS = 100_000, 100_000_000
+# Of a power's result; no template needs one.
+_MOST_DIGITS = 1000
 # Noncharacters (Unicode 23.7), which are not for text: messages that have one are refused when they are read.
 _START, _STOP = "\ufdd0", "\ufdd1"
 _MARKER = re.compile(f"{_START}(\\d*){_STOP}")
@@ -81,10 +87,10 @@ class TracedTemplate:
         blocks = (jinja2.nodes.AssignBlock, jinja2.nodes.FilterBlock, jinja2.nodes.CallBlock)
         self._has_stored_loops = any(block.find(jinja2.nodes.For) for block in tree.find_all(blocks))
         has_macro_loops = any(macro.find(jinja2.nodes.For) for macro in tree.find_all(jinja2.nodes.Macro))
-        self._unmarked = environment.from_string(source) if self._has_stored_loops or has_macro_loops else None
-        self._template = jinja2.Template.from_code(
-            environment, environment.compile(_Marking().visit(tree)), environment.make_globals(None)
-        )
+        self._unmarked = None
+        if self._has_stored_loops or has_macro_loops:
+            self._unmarked = _compiled(_Counting().visit(environment.parse(source)))
+        self._template = _compiled(_Counting().visit(_Marking().visit(tree)))
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> Traced:
         """Renders messages.
@@ -100,9 +106,9 @@ class TracedTemplate:
             arguments = {"strftime_now": self._training_time, **arguments}
         markers = _Markers(messages)
         given = {**arguments, _MARK: markers.begin, _END: markers.end}
-        traced = _traced(self._template.render(messages=messages, **given), len(messages))
+        traced = _traced(_rendered(self._template, messages, given), len(messages))
         if self._unmarked and (self._has_stored_loops or markers.in_macro):
-            text = self._unmarked.render(messages=messages, **arguments)
+            text = _rendered(self._unmarked, messages, arguments)
             if text != traced.text and self._has_stored_loops:
                 raise jinja2.TemplateError("it changes a block in which it has collected messages")
             if text != traced.text:
@@ -122,6 +128,35 @@ class TracedTemplate:
     def _training_time(self, form: str) -> str:
         self.has_written_time = True
         return TRAINING_TIME.strftime(form)
+
+
+def _compiled(tree: jinja2.nodes.Template) -> jinja2.Template:
+    environment = _environment()
+    return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
+
+
+def _rendered(template: jinja2.Template, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> str:
+    """What a template writes.
+
+    Raises:
+        jinja2.TemplateError: it writes too much, or does not come to an end.
+        Exception: whatever else its expressions raise.
+    """
+    left = _MOST_ITERATIONS + len(messages) ** 2
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise jinja2.TemplateError(f"its loops take more than {_MOST_ITERATIONS:,} turns")
+
+    parts, characters = [], 0
+    for part in template.generate(messages=messages, **arguments, **{_COUNT: count}):
+        parts.append(part)
+        characters += len(part)
+        if characters > _MOST_CHARACTERS:
+            raise jinja2.TemplateError(f"it writes more than {_MOST_CHARACTERS:,} characters")
+    return "".join(parts)
 
 
 class _Markers:
@@ -200,6 +235,22 @@ class _Marking(jinja2.visitor.NodeTransformer):
         return [node, _output(_END, *place)]
 
 
+class _Counting(jinja2.visitor.NodeTransformer):
+    """Counts the turns of every loop and the calls of every macro: a template may have loops that do not end."""
+
+    def visit_For(self, node: jinja2.nodes.For) -> Any:  # noqa: N802  the name that Jinja calls
+        return self._counted(node)
+
+    def visit_Macro(self, node: jinja2.nodes.Macro) -> Any:  # noqa: N802  the name that Jinja calls
+        return self._counted(node)
+
+    def _counted(self, node: Any) -> Any:
+        self.generic_visit(node)
+        call = jinja2.nodes.Call(jinja2.nodes.Name(_COUNT, "load"), [], [], None, None)
+        node.body.insert(0, jinja2.nodes.ExprStmt(call))
+        return node
+
+
 def _indexed(loop: jinja2.nodes.For) -> list[jinja2.nodes.Expr]:
     """What a loop over numbers takes by its number, such as `messages[i]`; None where the list is not defined yet."""
     if not isinstance(loop.target, jinja2.nodes.Name):
@@ -236,9 +287,31 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Refuses products and powers that would fill the memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """The result of an operator of `intercepted_binops`.
+
+        Raises:
+            jinja2.TemplateError: it would be too large.
+        """
+        if operator == "**":
+            if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _MOST_DIGITS * 3:
+                raise jinja2.TemplateError(f"it computes a power of more than {_MOST_DIGITS:,} digits")
+        elif any(
+            isinstance(one, (str, list, tuple)) and isinstance(other, int) and len(one) * other > _MOST_CHARACTERS
+            for one, other in ((left, right), (right, left))
+        ):
+            raise jinja2.TemplateError(f"it repeats a text to more than {_MOST_CHARACTERS:,} characters")
+        return super().call_binop(context, operator, left, right)
+
+
 @functools.cache
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from hynb.data.arrays import map_arrays, write_arrays
 from hynb.data.cache import cache_folder, identity, made_once
-from hynb.data.files import without_bom
+from hynb.data.files import bounded_lines, without_bom
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +53,25 @@ class LineIndex:
         return number - 1 - int(np.searchsorted(self.blank, number))
 
     @classmethod
-    def of(cls, path: Path) -> LineIndex:
+    def of(cls, path: Path, named: Path) -> LineIndex:
         """The index of a file, found in the cache or made.
+
+        Args:
+            named: the file that messages name, of which the first one may be a copy.
 
         Raises:
             OSError: it cannot be read.
+            DataError: a line is too long.
         """
         key = identity(path) if path.stat().st_size >= _STORED_BYTES else None
         if key is None:
-            return cls._made(path)
+            return cls._made(path, named)
         target = cache_folder() / f"index-{_VERSION}-{key}.npz"
         made: LineIndex | None = None
 
         def write(temporary: Path) -> None:
             nonlocal made
-            made = cls._made(path)
+            made = cls._made(path, named)
             write_arrays(temporary, {"offsets": made.offsets, "blank": made.blank}, {"file": str(path)})
             logger.info(f"{path}: {len(made):,} lines are indexed in {target}")
 
@@ -80,14 +84,14 @@ class LineIndex:
             except (ValueError, KeyError):
                 # A damaged one is made again.
                 target.unlink(missing_ok=True)
-        return made or cls._made(path)
+        return made or cls._made(path, named)
 
     @classmethod
-    def _made(cls, path: Path) -> LineIndex:
+    def _made(cls, path: Path, named: Path) -> LineIndex:
         offsets, blank = array("Q"), array("Q")
         offset = 0
         with path.open("rb", buffering=1 << 20) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(bounded_lines(file, named), 1):
                 if line.isspace() or (number == 1 and not without_bom(line, 1).strip()):
                     blank.append(number)
                 else:

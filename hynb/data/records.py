@@ -12,6 +12,7 @@ from hynb.data.files import Conversation, Paths, find_files, lines
 from hynb.data.message_forms import THOUGHT_FIELDS
 from hynb.data.spellings import TEXT_FIELDS, normalised, spelling_problem
 from hynb.errors import DataError
+from hynb.files import unique_keys
 
 ROLES = ("system", "user", "assistant", "tool")
 FORMATS = '{"messages": [{"role": …, "content": …}, …]}, ShareGPT\'s conversations, or Alpaca\'s instruction/output'
@@ -48,16 +49,18 @@ def parse_line(line: bytes, source: str) -> Conversation:
         DataError: with the location, what is wrong and an excerpt.
     """
     try:
-        record = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
+        record = json.loads(text)
+        is_plain = _is_plain(record, line)
+        if not is_plain or len(record) > 1:
+            json.loads(text, object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: invalid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{source}:{error.colno}: invalid JSON: {error.msg}; it begins {excerpt(line)}") from None
     except (RecursionError, ValueError) as error:
         raise DataError(f"{source}: JSON that cannot be read: {error or 'nested too deeply'}") from None
-    messages, keys = (
-        (record["messages"], _KEYS["messages"]) if _is_plain(record, line) else _checked(record, source, line)
-    )
+    messages, keys = (record["messages"], _KEYS["messages"]) if is_plain else _checked(record, source, line)
     arguments = {key: value for key, value in record.items() if key not in keys and value not in (None, [], "")}
     if not arguments:
         return Conversation(messages=messages, source=source)
@@ -88,7 +91,7 @@ def excerpt(line: bytes) -> str:
 
 
 def _is_plain(record: Any, line: bytes) -> bool:
-    """Whether messages are valid and need no conversion: a role and a text each, and nothing else.
+    """Whether messages are valid and need no conversion: a role and a text each, once, and nothing else.
 
     Most lines of most files are such; they need not go through all checks one by one.
     """
@@ -97,7 +100,10 @@ def _is_plain(record: Any, line: bytes) -> bool:
     if b"\\u" in line and _SUSPECT_ESCAPE.search(line):
         return False
     messages = record.get("messages")
-    if type(messages) is not list:
+    if type(messages) is not list or line.count(b'"messages"') > 1:
+        return False
+    # A quotation mark inside of a text has a backslash before it: these are keys, or whole texts.
+    if line.count(b'"role"') > len(messages) or line.count(b'"content"') > len(messages):
         return False
     roles = []
     for message in messages:

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from hynb.data.compared import UntraceableError, compared_spans
 from hynb.data.contents import THOUGHT, change_of, has_answer, has_content, is_without_thought
 from hynb.data.end_tokens import NoEndTokenError, end_of, end_token, trailing_tokens
@@ -58,8 +56,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: TemplateTokenizer, source: str) -> None:
         try:
             self._template = TracedTemplate(source)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template is not valid: {error}") from None
+        except Exception as error:
+            # Jinja and the compiler behind it raise others too: for long numbers, and for what is nested deeply.
+            raise DataError(f"the chat template is not valid: {str(error) or type(error).__name__}") from None
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.special_texts = token_texts(tokenizer, special_only=True)
         self.added_texts = token_texts(tokenizer, special_only=False)
@@ -265,7 +264,8 @@ class ChatTemplate:
             except Exception as error:
                 # A template raises exceptions of any kind for a conversation that it does not support.
                 problem = problem or error
-        raise DataError(f"{source}: the chat template refuses the conversation: {problem}") from problem
+        reason = str(problem) or type(problem).__name__
+        raise DataError(f"{source}: the chat template refuses the conversation: {reason}") from problem
 
     def _with_time(self, arguments: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         """Arguments with a `strftime_now` that has the record's time, if it names one and the template writes one."""

@@ -45,7 +45,11 @@ def load_tokenizer_folder(folder: Path, *, trust_remote_code: bool = False) -> P
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {missing}")
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        # transformers (5.23) takes any, and fails where a text is tokenised.
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ValueError(f"model_max_length = {str(tokenizer.model_max_length)[:80]}: must be a number")
+        return tokenizer
     except Exception as error:
         # Damaged files raise exceptions of many kinds; those of the tokenizers library are plain Exceptions.
         reason = missing or " ".join(str(error).split())

@@ -49,17 +49,20 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
 
     Raises:
         RunError: tokenizer_config.json is not JSON.
-        ModelError: another file is not.
+        ModelError: another file is not, or a file has a value of another kind than a tokenizer's.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
     if config is None:
         return None
     templates = _templates(folder, config)
     if not templates:
         return None
     default = templates.get("default") or next(iter(templates.values()))
-    special = (read_json(folder / "special_tokens_map.json") or {}) | config
-    names = {name: _text(special[name]) for name in _NAMED if special.get(name)}
+    map_path = folder / "special_tokens_map.json"
+    special = {name: (path, value) for name, value in config.items()}
+    special = {name: (map_path, value) for name, value in (read_json(map_path) or {}).items()} | special
+    names = {name: _text(name, *special[name]) for name in _NAMED if name in special and special[name][1]}
     if (folder / "hy.tiktoken").is_file():
         names = _TIKTOKEN_NAMES | names
     return TokenizerFiles(
@@ -73,24 +76,37 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
 def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
+        return {"default": _read_text(file)}
     found = config.get("chat_template")
+    if not found:
+        return {}
     if isinstance(found, str):
         return {"default": found}
-    if isinstance(found, list):
-        return {item["name"]: item["template"] for item in found if isinstance(item, dict)}
-    return {}
+    named = {}
+    for item in found if isinstance(found, list) else [None]:
+        name, template = (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(template, str):
+            what = "must be a template's text, or a list of objects with name and template"
+            raise _wrong(folder / "tokenizer_config.json", "chat_template", what)
+        named[name] = template
+    return named
 
 
 def _added(folder: Path, config: dict[str, Any]) -> list[AddedToken]:
-    items = list((config.get("added_tokens_decoder") or {}).values())
-    path = folder / "tokenizer.json"
-    if not items and path.is_file():
+    path = folder / "tokenizer_config.json"
+    given = config.get("added_tokens_decoder") or {}
+    if not isinstance(given, dict):
+        raise _wrong(path, "added_tokens_decoder", "must be an object with a token for each id")
+    items, key = list(given.values()), "added_tokens_decoder"
+    if not items and (folder / "tokenizer.json").is_file():
+        path, key = folder / "tokenizer.json", "added_tokens"
         try:
-            items = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
-        except (ValueError, AttributeError):
+            items = json.loads(_read_text(path)).get("added_tokens") or []
+        except (ValueError, AttributeError, RecursionError):
             raise ModelError(f"{path}: is not a tokenizer. Download or copy the file again") from None
-    found = [AddedToken(content=item["content"], special=bool(item.get("special"))) for item in items]
+        if not isinstance(items, list):
+            raise _wrong(path, key, "must be a list of tokens")
+    found = [AddedToken(content=_text(key, path, item), special=_is_special(item)) for item in items]
     if not found and (folder / "hy.tiktoken").is_file():
         # The file has no special tokens; all that the Hunyuan tokenizers add have this form.
         named = ("endoftext", "startoftext", "bos", "eos", "pad", *(f"extra_{number}" for number in range(205)))
@@ -98,5 +114,30 @@ def _added(folder: Path, config: dict[str, Any]) -> list[AddedToken]:
     return found
 
 
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+def _is_special(token: Any) -> bool:
+    return isinstance(token, dict) and bool(token.get("special"))
+
+
+def _text(name: str, path: Path, token: Any) -> str:
+    """The text of a token, which files give by itself or as an object with more about it.
+
+    Raises:
+        ModelError: it has none.
+    """
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise _wrong(
+            path, name, f"has {json.dumps(token)[:80]} for a token; it must be a text, or an object with content"
+        )
+    return text
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read as UTF-8 text ({error}). Download or copy the file again") from None
+
+
+def _wrong(path: Path, key: str, what: str) -> ModelError:
+    return ModelError(f"{path}: {key}: {what}. Download or copy the file again")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hynb.errors import ConfigError, nearest
+from hynb.files import unique_keys
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -202,7 +203,8 @@ def load(name_or_path: str) -> dict[str, Any]:
     if preset or not path.is_file():
         return build(preset.name if preset else name_or_path)
     try:
-        ds_config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        ds_config = json.loads(text, parse_int=_whole_number, object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: invalid UTF-8: {error}") from None
     except (OSError, RecursionError) as error:
@@ -211,12 +213,23 @@ def load(name_or_path: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: invalid JSON: {error.msg}") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: has a number that cannot be read: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(ds_config, dict):
         raise ConfigError(f"{path}:1:1: must be a JSON object of DeepSpeed settings")
     if wrong := _sections_of_wrong_type(ds_config):
         raise ConfigError([f"{path}: {name} = {json.dumps(value)[:80]}: must be an object" for name, value in wrong])
     return ds_config
+
+
+def _whole_number(text: str) -> int:
+    """A whole number of a DeepSpeed config, which DeepSpeed takes for a float here and there.
+
+    Raises:
+        ValueError: it is too large for that.
+    """
+    if len(text) > sys.float_info.max_10_exp:
+        raise ValueError(f"{text[:12]}…: has {len(text):,} digits; write a smaller number")
+    return int(text)
 
 
 def _sections_of_wrong_type(ds_config: dict[str, Any]) -> list[tuple[str, Any]]:

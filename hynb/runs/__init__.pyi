@@ -25,6 +25,7 @@ from .events import RunWriter as RunWriter
 from .events import duration_text as duration_text
 from .events import effective_events as effective_events
 from .events import evaluation_line as evaluation_line
+from .events import event_number as event_number
 from .events import notice_line as notice_line
 from .events import progress_line as progress_line
 from .events import saved_line as saved_line

@@ -268,7 +268,7 @@ def progress_line(event: dict[str, Any], max_steps: int | None) -> str:
     step = f"step {event['global_step']}" + (f"/{max_steps}" if max_steps else "")
     shown = {"loss": "loss {:.4f}", "learning_rate": "lr {:.3g}", "grad_norm": "grad norm {:.3g}"}
     shown["tokens_per_second"] = "{:.0f} tokens/s"
-    numbers = {name: _number(event.get(name)) for name in (*shown, "step_seconds")}
+    numbers = {name: event_number(event.get(name)) for name in (*shown, "step_seconds")}
     parts = [text.format(numbers[name]) for name, text in shown.items() if numbers[name] is not None]
     seconds = numbers["step_seconds"]
     if max_steps and seconds is not None and math.isfinite(left := seconds * (max_steps - event["global_step"])):
@@ -291,7 +291,7 @@ def evaluation_line(event: dict[str, Any]) -> str:
     """One evaluation event as one line of text."""
     shown = {"eval_loss": "loss {:.4f}", "eval_tokens": "over {:,.0f} tokens", "eval_perplexity": "perplexity {:.4g}"}
     shown["eval_seconds"] = "{:g} s"
-    numbers = {name: _number(event.get(name)) for name in shown}
+    numbers = {name: event_number(event.get(name)) for name in shown}
     parts = [text.format(numbers[name]) for name, text in shown.items() if numbers[name] is not None]
     return f"evaluation at step {event['global_step']}: {', '.join(parts).replace(', over', ' over')}"
 
@@ -301,7 +301,7 @@ def saved_line(event: dict[str, Any]) -> str:
     return f"saved {event.get('path')} in {event.get('seconds')} s"
 
 
-def _number(value: Any) -> float | None:
+def event_number(value: Any) -> float | None:
     """A number of an event; None for what a damaged line has in its place."""
     is_number = type(value) is float or (type(value) is int and abs(value) < _LARGEST_NUMBER)
     return float(value) if is_number else None

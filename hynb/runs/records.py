@@ -13,6 +13,7 @@ from hynb.files import read_json
 State = Literal["absent", "starting", "running", "stopping", "finished", "stopped", "failed"]
 # What is wrong with a value, behind "must be"; empty when nothing is.
 _Check = Callable[[Any], str]
+_LARGEST_NUMBER = 1 << 63
 _LAUNCH_ID = re.compile("[0-9a-f]{32}")
 
 
@@ -22,8 +23,14 @@ def is_launch_id(value: object) -> bool:
 
 
 def _is_a(words: str, *types: type) -> _Check:
-    # A bool is an int in Python, and not a number in a record.
-    return lambda value: "" if isinstance(value, types) and not isinstance(value, bool) else words
+    def checked(value: Any) -> str:
+        # A bool is an int in Python, and not a number in a record.
+        if not isinstance(value, types) or isinstance(value, bool):
+            return words
+        # What is computed with it are floats.
+        return f"{words} below 2^63" if isinstance(value, int) and abs(value) >= _LARGEST_NUMBER else ""
+
+    return checked
 
 
 def _or_null(check: _Check) -> _Check:
@@ -169,7 +176,7 @@ def _checked(path: Path, fields: Mapping[str, _Check], needed: tuple[str, ...]) 
         return None
     problems = [f"has no {name}" for name in needed if name not in record]
     problems += [
-        f"{name} = {record[name]!r}: must be {text}"
+        f"{name} = {record[name]!r:.200}: must be {text}"
         for name, check in fields.items()
         if name in record and (text := check(record[name]))
     ]

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from hynb.files import size_text
-from hynb.runs import RunStatus, duration_text
+from hynb.runs import RunStatus, duration_text, event_number
 
 # The smoothed loss averages over a tenth of the run, and over this many log steps at most.
 _MAX_SPAN = 50
@@ -186,4 +186,5 @@ class Curve:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    number = event_number(value)
+    return math.nan if number is None else number

@@ -6,13 +6,14 @@ import gzip
 import json
 import random
 import re
+import resource
 
 import pytest
 import zstandard
 from tiny import ANSWER, QUESTION, exchange, tiny_data
 
 from hynb.data import ChatDataset, check_data, find_files, read_conversations, split_share
-from hynb.data.files import data_hash
+from hynb.data.files import data_hash, open_data
 from hynb.data.records import parse_line
 from hynb.errors import DataError
 
@@ -75,6 +76,11 @@ INVALID = [
     ),
     (json.dumps({"messages": [QUESTION, {"role": "assistant", "content": " "}]}).encode(), "answer is empty"),
     (json.dumps({"messages": [{"role": "user", "content": 3}, ANSWER]}).encode(), "must be text, and is 3"),
+    (
+        b'{"messages": [{"role": "user", "content": "q", "content": "r"}, {"role": "assistant", "content": "a"}]}',
+        "twice",
+    ),
+    (b'{"output": "a", "instruction": "q", "output": "b"}', "'output' is given twice in one object"),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}', "surrogate"),
 ]
 
@@ -145,6 +151,30 @@ def test_a_damaged_compressed_file_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"{re.escape(str(path))}: .*{message}"):
             list(read_conversations(path))
+
+
+def test_a_line_that_would_fill_the_memory_is_named(tmp_path):
+    content = json.dumps(exchange("q")).encode() + b"\n" + bytes(33 << 20)
+    for name, packed in (("a.jsonl", content), ("b.jsonl.zst", zstandard.compress(content))):
+        path = tmp_path / name
+        path.write_bytes(packed)
+        message = rf"^{re.escape(str(path))}:2: this line has more than 32 MB; write one record per line"
+        with pytest.raises(DataError, match=message):
+            check_data(path, on_bad_sample="skip", cache=False)
+        with pytest.raises(DataError, match=message):
+            list(read_conversations(path))
+
+
+def test_a_gigabyte_in_a_small_zstd_file_is_decompressed_part_by_part(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    with zstandard.open(path, "wb") as file:
+        for _ in range(256):
+            file.write(bytes(4 << 20))
+    assert path.stat().st_size < 1 << 16
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open_data(path) as content:
+        assert content.read(1) == b"\0"
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used) * 1024 < 400e6
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])

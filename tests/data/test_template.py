@@ -255,6 +255,33 @@ def test_a_template_that_cannot_be_traced_is_refused(tokenizer, monkeypatch):
         encode(Conversation(messages=[QUESTION, ANSWER], source="x"), tokenizer, 99)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 100,000 turns",
+        ),
+        (
+            "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
+            "more than 100,000 turns",
+        ),
+        (
+            "{% for x in range(99999) %}{{ messages[0].content * 2000 }}{% endfor %}",
+            "more than 100,000,000 characters",
+        ),
+        ("{{ 'x' * 999999999 }}", "repeats a text to more than 100,000,000 characters"),
+        ("{{ 9 ** 99999999 }}", "a power of more than 1,000 digits"),
+        ("{{ " + "9" * 5000 + " }}", "the chat template is not valid: Exceeds the limit"),
+        ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "the chat template is not valid: "),
+    ],
+)
+def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(tokenizer, monkeypatch, source, message):
+    monkeypatch.setattr(tokenizer, "chat_template", source + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(DataError, match=message):
+        encode(Conversation(messages=[QUESTION, ANSWER], source="x"), tokenizer, 99)
+
+
 def test_a_template_that_strips_contents_is_followed(tokenizer):
     saved = tokenizer.chat_template
     tokenizer.chat_template = saved.replace("message['content']", "message['content'] | trim")

@@ -1,6 +1,7 @@
-"""Mutated input of every kind ends in the project's own errors or is read; nothing hangs or fills the memory.
+"""Mutated input of every kind ends in the project's own errors or is read as a whole; nothing hangs or takes 1 GB.
 
-HYNB_FUZZ=10000 tries so many inputs of each kind; otherwise each kind gets 40. The seeds are fixed.
+HYNB_FUZZ=10000 tries so many inputs of each kind; otherwise each kind gets 40. The seeds are fixed. With `-s` each
+kind prints how many inputs it tried, in how many seconds, and the memory that it took.
 """
 
 from __future__ import annotations
@@ -9,23 +10,33 @@ import argparse
 import contextlib
 import copy
 import functools
+import gzip
 import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+import zstandard
 from tiny import model_and_data
+from transformers import PreTrainedTokenizerBase
 
 from hynb import cli
-from hynb.cluster import hostfile
+from hynb.cluster import host_facts, hostfile
 from hynb.config import Config, read_flags, read_yaml, to_yaml
+from hynb.config.reading import IGNORED, RENAMED, Reading
+from hynb.data import LabelOptions, check_data, encode, load_tokenizer_folder, read_conversations
+from hynb.data.files import lines
+from hynb.data.records import parse_line
 from hynb.errors import HynbError
 from hynb.files import write_json
 from hynb.launch import Run
@@ -133,6 +144,19 @@ def places_of(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places_of(item)
 
 
+@contextlib.contextmanager
+def limited_memory() -> Iterator[None]:
+    """Within it allocations fail where the process would take 1 GB more than it has."""
+    status = Path("/proc/self/status").read_text()
+    used_bytes = int(status.split("VmData:")[1].split()[0]) * 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + MEMORY_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def fuzz(seed: int, mutate: Callable[[random.Random], Any], use: Callable[[Any], object]) -> None:
     """Gives mutated inputs to the code under test.
 
@@ -140,17 +164,23 @@ def fuzz(seed: int, mutate: Callable[[random.Random], Any], use: Callable[[Any],
         pytest.fail.Exception: an input ended in another error than the project's own, hung, or took too much memory.
     """
     random_ = random.Random(seed)
-    before, failures = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, {}
+    failures: dict[str, list[tuple[str, Any]]] = {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def hung(*_: object) -> None:
         raise TimeoutError(f"more than {HANG_SECONDS} s")
 
     signal.signal(signal.SIGALRM, hung)
+    started = time.monotonic()
     for _ in range(COUNT):
         item = mutate(random_)
         signal.alarm(HANG_SECONDS)
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                limited_memory(),
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 use(item)
         except HynbError as error:
             assert error.problems and all(isinstance(text, str) and text for text in error.problems)
@@ -159,12 +189,17 @@ def fuzz(seed: int, mutate: Callable[[random.Random], Any], use: Callable[[Any],
             while trace is not None and trace.tb_next is not None:
                 trace = trace.tb_next
             where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
-            failures.setdefault(f"{type(error).__name__}: {str(error)[:80]} at {where}", []).append(item)
+            failures.setdefault(f"{type(error).__name__} at {where}", []).append((str(error)[:200], item))
         finally:
             signal.alarm(0)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(f"{COUNT} inputs, {sum(map(len, failures.values()))} failures, memory grew by {grown / 1e6:.0f} MB")
-    shown = "\n".join(f"{len(items)} times {text}: {items[0]!r:.300}" for text, items in failures.items())
+    print(
+        f"{os.environ['PYTEST_CURRENT_TEST']}: {COUNT} inputs, {sum(map(len, failures.values()))} failures, "
+        f"{time.monotonic() - started:.0f} s, memory grew by {grown / 1e6:.0f} MB"
+    )
+    shown = "\n".join(
+        f"{len(found)} times {kind}: {found[0][0]}: {found[0][1]!r:.300}" for kind, found in failures.items()
+    )
     if failures:
         # An assertion would print all inputs.
         pytest.fail(shown, pytrace=False)
@@ -196,12 +231,20 @@ def of_json(value: Any) -> Callable[[random.Random], bytes]:
     return lambda random_: mutated_json(random_, value)
 
 
+def all_taken(reading: Reading, given: Iterable[str]) -> None:
+    """Fails where a reading without a problem has left out a name that was given."""
+    names = {RENAMED.get(name, name) for name in given}
+    assert names <= reading.values.keys() | reading.training_args.keys() | IGNORED.keys() | {"local_rank"}
+
+
 def test_run_yaml(tmp_path):
     path = tmp_path / "run.yaml"
 
     def use(data: bytes) -> None:
         path.write_bytes(data)
-        read_yaml(path).config(str(path))
+        reading = read_yaml(path)
+        reading.config(str(path))
+        all_taken(reading, yaml.safe_load(path.read_text(encoding="utf-8-sig")) or ())
 
     fuzz(1, of_text(to_yaml(Config(model_name_or_path="m", train_data_file="d.jsonl")).encode()), use)
     fuzz(
@@ -226,7 +269,12 @@ def test_flags():
                 break
         return given
 
-    fuzz(3, mutate, lambda given: read_flags(given).config("command line"))
+    def use(given: list[str]) -> None:
+        reading = read_flags(given)
+        reading.config("command line")
+        all_taken(reading, [word[2:].partition("=")[0].replace("-", "_") for word in given if word[:2] == "--"])
+
+    fuzz(3, mutate, use)
 
 
 def test_deepspeed_json(tmp_path):
@@ -245,18 +293,28 @@ def test_deepspeed_json(tmp_path):
     fuzz(4, of_json(zero.load("ds_zero3_offload")), use)
 
 
+def entries(text: str) -> int:
+    """The number of hosts in a hostfile or a list of them."""
+    return sum(1 for line in text.split("\n") for entry in line.partition("#")[0].split(",") if entry.strip())
+
+
 def test_hosts(tmp_path):
     path = tmp_path / "hostfile"
 
     def use(data: bytes) -> None:
         path.write_bytes(data)
         hosts = hostfile.read(path)
+        assert len(hosts) == entries(data.decode())
         hostfile.select(hosts, include=data[:40].decode(errors="replace") or None)
         hostfile.to_text(hosts)
 
     fuzz(5, of_text(b"# hosts\nworker-0 slots=8\n10.0.0.2 slots=4\n[fe80::1%eth0]:2\n"), use)
-    named = b"10.0.0.1:8,10.0.0.2:8,[::1]:4"
-    fuzz(6, of_text(named), lambda data: hostfile.named(data.decode(errors="replace")))
+
+    def use_named(data: bytes) -> None:
+        text = data.decode(errors="replace")
+        assert len(hostfile.named(text)) == entries(text)
+
+    fuzz(6, of_text(b"10.0.0.1:8,10.0.0.2:8,[::1]:4"), use_named)
 
 
 STEP = {"loss": 1.0, "learning_rate": 1e-4, "tokens_per_second": 9.0, "step_seconds": 1.0, "grad_norm": 0.1}
@@ -393,9 +451,13 @@ def test_adapter_config(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model.safetensors"])
-def test_base(files, tmp_path, name):
+def test_base(files, tmp_path, name, monkeypatch):
+    # What of this machine each check looks at, which takes most of its time, is the same for all inputs.
+    for of_machine in ("version", "build_tools"):
+        monkeypatch.setattr(host_facts, of_machine, functools.cache(getattr(host_facts, of_machine)))
     folder = tmp_path / "model"
-    shutil.copytree(files / "model", folder)
+    # Chat templates have a test of their own.
+    shutil.copytree(files / "model", folder, ignore=shutil.ignore_patterns("chat_template.jinja"))
     path = folder / name
     run = Config(
         model_name_or_path=str(folder),
@@ -427,3 +489,158 @@ def test_base(files, tmp_path, name):
                 work()
 
     fuzz(11, mutate, use)
+
+
+CONVERSATIONS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}], "id": 1},
+    {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "Wie heißt es?"},
+            {"role": "assistant", "content": "so 车", "reasoning_content": "hm"},
+            {"role": "user", "content": "sure?"},
+            {"role": "assistant", "content": "yes", "train": False},
+            {"role": "user", "content": "ok"},
+            {"role": "assistant", "content": "fine"},
+        ]
+    },
+    {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"instruction": "i", "input": "x", "output": "o", "history": [["q", "a"]]},
+]
+LINES = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in CONVERSATIONS)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.jsonl.gz", "train.jsonl.zst"])
+def test_data_files(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / name
+    whole = {
+        "train.jsonl": LINES,
+        "train.json": json.dumps(CONVERSATIONS, indent=1).encode(),
+        "train.jsonl.gz": gzip.compress(LINES * 9, mtime=1),
+        "train.jsonl.zst": zstandard.ZstdCompressor(write_checksum=True).compress(LINES * 9),
+    }[name]
+
+    def mutate(random_: random.Random) -> bytes:
+        if name == "train.json" and random_.random() < 0.7:
+            return mutated_json(random_, CONVERSATIONS)
+        if name == "train.jsonl" and random_.random() < 0.7:
+            chosen = random_.randrange(len(CONVERSATIONS))
+            return b"".join(
+                (mutated_json(random_, record) if number == chosen else json.dumps(record).encode()) + b"\n"
+                for number, record in enumerate(CONVERSATIONS)
+            )
+        return mutated_text(random_, whole)
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        try:
+            if name not in ("train.jsonl", "train.json") and data:
+                # Both formats have checksums: what is not refused is what was compressed.
+                assert b"".join(line for _, line in lines(path)) == LINES * 9
+            report = check_data(path, on_bad_sample="report", cache=False)
+            assert report.lines == report.samples + len(report.rejected)
+            if not report.rejected:
+                assert len(list(read_conversations(path))) == report.samples
+        finally:
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+    fuzz(12, mutate, use)
+
+
+def trained_text(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    """The answers that a conversation is trained on."""
+    conversation = parse_line(json.dumps(CONVERSATIONS[number]).encode(), "f:1")
+    labels = encode(conversation, tokenizer, 500, LabelOptions(allow_ignored_fields=True))["labels"]
+    return tokenizer.decode([label for label in labels if label >= 0])
+
+
+def test_tokenizer_config(files, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(files / "model", folder)
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = json.loads(path.read_text()) | {
+        "chat_template": template.read_text(),
+        "added_tokens_decoder": {"3": {"content": "<|extra_0|>", "special": True, "lstrip": False}},
+        "additional_special_tokens": ["<|extra_4|>"],
+        "extra_special_tokens": {"image_token": "<|extra_1|>"},
+        "auto_map": {"AutoTokenizer": ["tokenization_hy.HYTokenizer", None]},
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "right",
+    }
+    template.unlink()
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        with contextlib.suppress(HynbError):
+            describe(folder)
+        tokenizer = load_tokenizer_folder(folder)
+        if tokenizer.chat_template:
+            text = trained_text(tokenizer, 0)
+            assert "because" in text, text
+
+    fuzz(13, of_json(settings), use)
+
+
+TEMPLATE = """{%- macro thought(text) -%}{%- if text is string and text %}<think>{{ text | trim }}</think>{% endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(last=-1) -%}
+{%- for message in messages if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endfor -%}
+{%- if tools -%}<|extra_1|>{%- for tool in tools -%}{{ tool | tojson }}{%- endfor -%}<|extra_2|>{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ '<|startoftext|>' + message['content'] + '<|extra_4|>' }}
+{%- elif message['role'] == 'user' -%}{{ message['content'] + '<|extra_0|>' }}
+{%- elif message['role'] == 'assistant' -%}
+{%- if message.tool_calls -%}{%- for call in message.tool_calls -%}{{ call.function | tojson }}{%- endfor -%}
+{%- endif -%}
+{{ thought(message.reasoning_content) }}{{ message['content'].split('</think>')[-1] + '<|eos|>' }}
+{%- else -%}{{ raise_exception('unknown role ' ~ message.role) }}{%- endif -%}
+{%- endfor -%}{%- if add_generation_prompt -%}{{ '' }}{%- endif -%}"""
+JINJA = ["{{", "}}", "{%", "%}", "{#", "#}", "{% for x in range(99999) %}", "{% endfor %}", "{{ 'x' * 999999999 }}"]
+JINJA += [
+    "{% set messages = [] %}",
+    "messages[0]",
+    "loop.index",
+    " | tojson",
+    " | safe",
+    " ~ ",
+    "'",
+    "%s",
+    " ** 9999",
+]
+JINJA += [
+    "{{ messages.append(1) }}",
+    "{{ ''.__class__ }}",
+    "{% include 'x' %}",
+    "{{ self }}",
+    "is_training",
+    "\ufdd0",
+]
+
+
+def test_chat_template(files, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(files / "model", folder)
+    tokenizer = load_tokenizer_folder(folder)
+
+    def mutate(random_: random.Random) -> bytes:
+        data = TEMPLATE
+        for _ in range(random_.randint(0, 2)):
+            # Between words, so that more of the templates are valid.
+            words = re.split(r"(\W)", data)
+            at = random_.randrange(len(words))
+            words[at : at + random_.randint(0, 3)] = [random_.choice([random_.choice(words), random_.choice(JINJA)])]
+            data = "".join(words)
+        return mutated_text(random_, data.encode()) if data == TEMPLATE or random_.random() < 0.3 else data.encode()
+
+    def use(data: bytes) -> None:
+        (folder / "chat_template.jinja").write_bytes(data)
+        with contextlib.suppress(HynbError):
+            describe(folder)
+        tokenizer.chat_template = data.decode(errors="replace")
+        for number, answers in enumerate((["because"], ["so 车", "fine"])):
+            with contextlib.suppress(HynbError):
+                text = trained_text(tokenizer, number)
+                assert all(answer in text for answer in answers), text
+
+    fuzz(14, mutate, use)

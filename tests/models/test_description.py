@@ -169,6 +169,28 @@ def break_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text("[]")
 
 
+def break_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
+
+
+def set_in_tokenizer(folder: Path, **values: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def break_eos_token(folder: Path) -> None:
+    set_in_tokenizer(folder, eos_token={"text": "<|eos|>"})
+
+
+def break_added_tokens(folder: Path) -> None:
+    set_in_tokenizer(folder, added_tokens_decoder={"3": 1.5})
+
+
+def break_named_templates(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    set_in_tokenizer(folder, chat_template=[{"name": "default"}])
+
+
 def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
@@ -188,6 +210,10 @@ def empty(folder: Path) -> None:
         (break_shard, "model.safetensors: is truncated or not a safetensors file"),
         (break_index, "model.safetensors.index.json: is not a valid index"),
         (break_tokenizer, "tokenizer_config.json: must be a JSON object"),
+        (break_template, "chat_template.jinja: cannot be read as UTF-8 text"),
+        (break_eos_token, "tokenizer_config.json: eos_token: has {"),
+        (break_added_tokens, "tokenizer_config.json: added_tokens_decoder: has 1.5 for a token"),
+        (break_named_templates, "tokenizer_config.json: chat_template: must be a template's text, or a list"),
     ],
 )
 def test_a_broken_folder_ends_in_one_line(damage, message, files, tmp_path, capsys):

@@ -89,6 +89,8 @@ def test_a_config_for_a_cpu_needs_no_compiled_optimizer():
         (b'{\n "a": \n}', ":3:1: invalid JSON"),
         (b"\xff", "invalid UTF-8"),
         (b"[1]", ":1:1: must be a JSON object"),
+        (b'{"fp16": {"enabled": true, "enabled": false}}', ": 'enabled' is given twice in one object"),
+        (b'{"steps_per_print": ' + b"9" * 400 + b"}", ": 999999999999…: has 400 digits; write a smaller number"),
     ],
 )
 def test_a_broken_file_is_named_with_line_and_column(tmp_path, text, message):

@@ -27,6 +27,7 @@ DAMAGED = [
     ("status.json", {"state": ["running"]}, "state = ['running']: must be one of"),
     ("status.json", RUNNING | {"global_step": "7"}, "global_step = '7': must be an integer or null"),
     ("status.json", RUNNING | {"max_steps": 2.5}, "max_steps = 2.5: must be an integer or null"),
+    ("status.json", RUNNING | {"max_steps": 10**400}, "must be an integer below 2^63 or null"),
     ("status.json", RUNNING | {"rank": True}, "rank = True: must be an integer or null"),
     ("status.json", RUNNING | {"reason": None}, "reason = None: must be a string"),
     ("status.json", {"state": "running", "process": 12}, "process = 12: must be an object"),

@@ -62,6 +62,7 @@ def test_values_that_are_not_numbers_are_left_out():
             gpu_utilisation_per_rank=["x"],
             learning_rate=True,
             step_seconds="<b>",
+            tokens_per_second=10**400,
         )
     )
     assert [name for name, _ in curve.facts()] == ["loss", "tokens so far"]
