@@ -73,10 +73,11 @@ def main() -> None:
                 folder = files / f"{number}-{background}"
                 events = events_of_run(files, folder, args, background=background)
                 saves = [event for event in events if event["kind"] == "save"]
-                stood[background] += [event["seconds"] for event in saves]
+                # The last one is completed before the run ends.
+                stood[background] += [event["seconds"] for event in saves[:-1]]
                 size_bytes = sum(saves[-1]["bytes_by_part"].values())
                 if background:
-                    until_whole += [sum(event["seconds_by_part"].values()) for event in saves]
+                    until_whole += [event["whole_seconds"] for event in saves[:-1]]
                 saving = False
                 for event in events:
                     # A checkpoint that is written now; its event follows when it is whole.
@@ -89,7 +90,7 @@ def main() -> None:
     for background, values in stood.items():
         shown = f"{' '.join(f'{value:.2f}' for value in values)} s, median {statistics.median(values):.2f} s"
         print(f"  async_save: {background}: training stands still for {shown}")
-    print(f"  in the background: whole after {statistics.median(until_whole):.2f} s of work")
+    print(f"  in the background: whole after {statistics.median(until_whole):.2f} s, looked at after each step")
     for where, values in steps.items():
         print(f"  a step {where}: median {statistics.median(values or [float('nan')]):.2f} s ({len(values)} steps)")
     print(f"python {sys.version.split()[0]}, torch {torch.__version__}, deepspeed {deepspeed.__version__}")

@@ -173,6 +173,7 @@ def join_hosts(state: RankState) -> None:
         os.environ.setdefault(name, state.joined.interface)
     os.environ.setdefault("MASTER_ADDR", state.joined.master_address)
     os.environ.setdefault("LOCAL_RANK", str(state.rank - membership.ranks_of(node)[0]))
+    os.environ.setdefault("LOCAL_SIZE", str(len(membership.ranks_of(node))))
 
 
 def read_parameters(state: RankState) -> None:

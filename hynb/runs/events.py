@@ -298,7 +298,8 @@ def evaluation_line(event: dict[str, Any]) -> str:
 
 def saved_line(event: dict[str, Any]) -> str:
     """One save event as one line of text."""
-    return f"saved {event.get('path')} in {event.get('seconds')} s"
+    whole = f", whole after {event['whole_seconds']} s" if "whole_seconds" in event else ""
+    return f"saved {event.get('path')} in {event.get('seconds')} s{whole}"
 
 
 def event_number(value: Any) -> float | None:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,16 @@ _THREADS = 4
 _MAX_HEADER_BYTES = 100 << 20
 
 
-def checkpoint_files(folder: Path) -> dict[str, int]:
-    """The size in bytes of each file in a checkpoint but its record, by its path in the folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKPOINT_RECORD)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def checkpoint_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, int]:
+    """The size in bytes of each file in a checkpoint but its record, by its path in the folder.
+
+    Args:
+        without: files that are still being written, at which this host does not look: a network disk would go on
+            showing it their size of now.
+    """
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
+    files = {name: folder / name for name in names if name not in without and name != CHECKPOINT_RECORD}
+    return {name: path.stat().st_size for name, path in files.items() if path.is_file()}
 
 
 def file_digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -50,21 +50,12 @@ _INHERITED = (
     *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "GOMP_", "MALLOC_", "HYNB_", "PDSH_", "SSH_AUTH_SOCK"),
     *("MASTER_", "SLURM_", "PMI", "PMIX", "OMPI_", "MPI", "I_MPI_", "HYDRA_", "KUBERNETES_", "FAKETIME", "DBUS_"),
 )
-# Words of a name whose value is not for programs that have no use for it, nor for files, logs and command lines.
-_SECRET_WORDS = {
-    "TOKEN",
-    "KEY",
-    "APIKEY",
-    "SECRET",
-    "PASSWORD",
-    "PASSWD",
-    "PASS",
-    "CREDENTIAL",
-    "CREDENTIALS",
-    "AUTH",
-}
-# A socket, not what it protects.
-_NO_SECRETS = {"SSH_AUTH_SOCK"}
+# Names whose value is not for programs that have no use for it, nor for files, logs and command lines.
+_SECRET = re.compile(
+    r"SECRET|PASSWORD|PASSWD|CREDENTIAL|(TOKEN|KEY)S?(_|$)|(^|_)(PASS|PWD|AUTH|JWT)(_|$)", re.IGNORECASE
+)
+# A socket, not what it protects, and folders.
+_NO_SECRETS = {"SSH_AUTH_SOCK", "PWD", "OLDPWD"}
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
@@ -77,7 +68,7 @@ def inherited(environment: Mapping[str, str]) -> dict[str, str]:
 
 def is_secret(name: str) -> bool:
     """Whether the name of a variable says that its value is a secret."""
-    return bool(_SECRET_WORDS & set(name.upper().split("_"))) and name not in _NO_SECRETS
+    return _SECRET.search(name) is not None and name not in _NO_SECRETS
 
 
 def rank_environment(config: Config, environment: dict[str, str]) -> dict[str, str]:
@@ -107,7 +98,8 @@ def _read_environment(path: Path) -> dict[str, str]:
             continue
         name, sign, value = text.partition("=")
         if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
-            problems.append(f"{path}:{number}: {line.strip()!r} is not NAME=VALUE")
+            # Without the line, whose value may be a secret.
+            problems.append(f"{path}:{number}: is not NAME=VALUE, with a name of letters, digits and _")
         values[name.strip()] = value.strip()
     if problems:
         raise ClusterError(problems)

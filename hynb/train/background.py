@@ -35,6 +35,7 @@ class BackgroundFiles:
     Attributes:
         paths: of all files so far.
         held_bytes: that wait now.
+        failure: why they cannot be written; None while they can.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -44,7 +45,7 @@ class BackgroundFiles:
         self._pieces: deque[tuple[Path, bytes]] = deque()
         self._changed = threading.Condition()
         self._is_complete = False
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
         # A run that fails does not wait for a checkpoint that will not be whole.
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
@@ -64,16 +65,16 @@ class BackgroundFiles:
             self._is_complete = True
             self._changed.notify_all()
         self._thread.join()
-        if self._failure:
-            raise self._failure
+        if self.failure:
+            raise self.failure
 
     def _add(self, path: Path, piece: bytes) -> None:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._failure or not self.held_bytes or self.held_bytes + len(piece) <= self._limit
+                lambda: self.failure or not self.held_bytes or self.held_bytes + len(piece) <= self._limit
             )
-            if self._failure:
-                raise self._failure
+            if self.failure:
+                raise self.failure
             self._pieces.append((path, piece))
             self.held_bytes += len(piece)
             self._changed.notify_all()
@@ -93,7 +94,7 @@ class BackgroundFiles:
                     self._changed.notify_all()
         except Exception as error:
             with self._changed:
-                self._failure = error
+                self.failure = error
                 self._pieces.clear()
                 self._changed.notify_all()
 
@@ -141,7 +142,8 @@ class UnfinishedCheckpoint:
 
     Attributes:
         seconds_by_part: how long its parts took.
-        saving_seconds: how long training stood still for it.
+        saving_seconds: how long training stood still until it was left to the background.
+        began: when it was begun.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class UnfinishedCheckpoint:
     ) -> None:
         self.target, self.facts, self.sealing = target, facts, sealing
         self.seconds_by_part: dict[str, float] = {}
-        self.saving_seconds = 0.0
+        self.saving_seconds = self.began = 0.0
         self._files = files
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -233,4 +235,8 @@ class _DeferringEngine:
     def save(self, state_dict: Any, path: str) -> None:
         """As deepspeed 0.19.8, runtime/checkpoint_engine/torch_checkpoint_engine.py."""
         file: Any = self._files.open(Path(path))
-        torch.save(state_dict, file, _use_new_zipfile_serialization=self._plain.zipfile_serialization)
+        try:
+            torch.save(state_dict, file, _use_new_zipfile_serialization=self._plain.zipfile_serialization)
+        except RuntimeError as error:
+            # torch's text for whatever a file raises is that of a position in an archive.
+            raise self._files.failure or error from error

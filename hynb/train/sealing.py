@@ -39,7 +39,7 @@ class Sealing:
         here: dict[str, int] = {}
         with agreed(folder):
             if flushes:
-                here = {name: size for name, size in checkpoint_files(folder).items() if name not in written_later}
+                here = checkpoint_files(folder, without=written_later)
         # A network disk may show a host's new files to the others late, so each host reports what it sees.
         self._read = [*_shares(self._merged(here), ranks)[dist.get_rank()], *names]
         self._flushed = [*here, *names]

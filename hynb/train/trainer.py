@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from hynb.config import Config
 from hynb.data import IGNORED, SeededSampler
-from hynb.errors import ConfigError, RunError
+from hynb.errors import ConfigError, RankError, RunError
 from hynb.runs import Phase, RunDir, RunWriter, surplus_checkpoints
 from hynb.train.background import (
     BackgroundFiles,
@@ -134,6 +134,14 @@ class RunTrainer(Trainer):
             self.add_callback(TrainedRouters(model, starts))
         if not self.is_lora:
             allow_missing_frozen(model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; what all ranks end for together does not cost a checkpoint that is written in the background."""
+        try:
+            return super().train(*args, **kwargs)
+        except RankError:
+            self._finish_saving()
+            raise
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -412,7 +420,7 @@ class RunTrainer(Trainer):
                 self._complete_checkpoint(self._unfinished, started)
             else:
                 self._unfinished.start()
-                self._unfinished.saving_seconds = time.monotonic() - started
+                self._unfinished.began, self._unfinished.saving_seconds = started, time.monotonic() - started
 
     def _background_files(self) -> BackgroundFiles | None:
         """Where the states of a checkpoint go that is written in the background; None where it is not."""
@@ -451,9 +459,11 @@ class RunTrainer(Trainer):
             self._finish_checkpoint(unfinished, digests)
         if self.run_writer:
             seconds = round(unfinished.saving_seconds + time.monotonic() - started, 2)
-            parts = {"seconds_by_part": unfinished.seconds_by_part, "bytes_by_part": _sizes(unfinished.target)}
-            name, step = unfinished.target.name, unfinished.facts["global_step"]
-            self.run_writer.event("save", step, path=name, seconds=seconds, **parts)
+            facts: dict[str, Any] = {"path": unfinished.target.name, "seconds": seconds}
+            facts |= {"seconds_by_part": unfinished.seconds_by_part, "bytes_by_part": _sizes(unfinished.target)}
+            if unfinished.saving_seconds:
+                facts["whole_seconds"] = round(time.monotonic() - unfinished.began, 2)
+            self.run_writer.event("save", unfinished.facts["global_step"], **facts)
         self._unfinished = None
         self.accelerator.wait_for_everyone()
 

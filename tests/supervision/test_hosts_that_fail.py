@@ -116,7 +116,7 @@ def test_hosts_that_cannot_take_part_are_named(apart, start_timeout):
         )
     (alpha.path(alpha.disk) / ".deepspeed_env").write_text("# ours\nNCCL_DEBUG=INFO\nno sign\n")
     refused = job.launch(check=False)
-    assert refused.returncode == 2 and ".deepspeed_env:3: 'no sign' is not NAME=VALUE" in refused.stderr
+    assert refused.returncode == 2 and ".deepspeed_env:3: is not NAME=VALUE" in refused.stderr
     (alpha.path(alpha.disk) / ".deepspeed_env").unlink()
 
     # Only beta has no model; only beta's rank can find out.

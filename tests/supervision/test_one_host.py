@@ -101,7 +101,7 @@ def test_a_run_that_a_containers_memory_cannot_hold_is_refused_without_gpus_too(
 
 def test_kill_ends_one_run_and_a_killed_rank_is_named(files, tmp_path, monkeypatch):
     secret = "s3cret-of-this-test"
-    for name in ("HF_TOKEN", "WANDB_API_KEY", "NCCL_PASSWORD", "DATABASE_URL"):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "NCCL_PASSWORD", "DATABASE_URL", "HF_ACCESSTOKEN", "DS_SECRETKEYS"):
         monkeypatch.setenv(name, secret)
     monkeypatch.setenv("NCCL_DEBUG_SUBSYS", "INIT")
     first, second = (launch(config_of(files, tmp_path / name)) for name in ("first", "second"))

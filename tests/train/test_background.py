@@ -6,9 +6,11 @@ import re
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from training_runs import STEPS, config_of, losses
 from waiting import wait_until
 
@@ -16,7 +18,7 @@ from hynb.config import to_yaml
 from hynb.launch import attach
 from hynb.runs import check_files
 from hynb.train import background
-from hynb.train.background import BackgroundFiles
+from hynb.train.background import BackgroundFiles, can_defer, written_in_background
 
 PIECE_BYTES = 1 << 16
 LORA = {"use_lora": True, "deepspeed": "ds_zero3_offload"}
@@ -75,6 +77,17 @@ def test_an_error_of_the_disk_reaches_who_writes_and_who_waits(tmp_path):
             file.write(bytes(2 << 20))
     with pytest.raises(FileNotFoundError):
         files.wait()
+
+
+def test_an_error_of_the_disk_is_not_lost_in_that_of_torch(tmp_path):
+    engine = SimpleNamespace(checkpoint_engine=TorchCheckpointEngine())
+    assert can_defer(engine)
+    engine.checkpoint_engine.zipfile_serialization = True
+    files = BackgroundFiles(PIECE_BYTES)
+    values = [torch.zeros(2 << 20) for _ in range(3)]
+    with pytest.raises(FileNotFoundError, match="missing"), written_in_background(engine, files):
+        engine.checkpoint_engine.save(values, str(tmp_path / "missing" / "a"))
+    assert type(engine.checkpoint_engine) is TorchCheckpointEngine
 
 
 @pytest.mark.parametrize("values", [LORA, {"deepspeed": "ds_zero2_no_offload"}], ids=["LoRA, ZeRO-3", "full, ZeRO-2"])
