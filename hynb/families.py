@@ -23,12 +23,18 @@ class MlpSize:
         experts: parameters of the routed experts together, or of a dense layer's MLP.
         shared: parameters of the shared MLP.
         active_width: intermediate width that each token passes through: of its experts and the shared MLP together.
+        expert_count, expert_width: number of routed experts, and the intermediate width of each; 0 without.
+        linear_width: intermediate width of the dense layer's or the shared MLP, whose projections are modules; 0
+            without.
     """
 
     router: int = 0
     experts: int
     shared: int = 0
     active_width: int
+    expert_count: int = 0
+    expert_width: int = 0
+    linear_width: int
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -57,6 +63,9 @@ class Family:
             None for a dense family.
         router: module and class of the router, whose output is logits (tokens × experts), and weights and ids
             (tokens × top-k) of the chosen experts; None for a dense family.
+        linear_router: the last part of the name of the linear module in the router; empty where it has none.
+        moves_mlp_adapters: PEFT (0.21, utils/transformers_weight_conversion.py) puts adapters that are meant for the
+            projections of the MLPs on the routed experts, and none on the shared MLP.
         sigmoid_router: the router scores each expert by a sigmoid instead of by a softmax over all of them.
         cross_layer_attention: layers may share K and V (`use_cla`, `cla_share_factor`; arXiv 2405.12981).
         qk_norm: whether queries and keys are normalised if config.json has no `use_qk_norm`.
@@ -71,6 +80,8 @@ class Family:
     model_type: str
     moe_block: tuple[str, str] | None = None
     router: tuple[str, str] | None = None
+    linear_router: str = ""
+    moves_mlp_adapters: bool = False
     sigmoid_router: bool = False
     cross_layer_attention: bool = False
     qk_norm: bool = True
@@ -138,7 +149,7 @@ def _gated_mlp(hidden_size: int, width: int, bias: bool = False) -> int:
 
 def _dense_mlp(model_config: ModelConfig, index: int) -> MlpSize:
     width = _of_layer(model_config["intermediate_size"], index)
-    return MlpSize(experts=_gated_mlp(model_config["hidden_size"], width), active_width=width)
+    return MlpSize(experts=_gated_mlp(model_config["hidden_size"], width), active_width=width, linear_width=width)
 
 
 def _moe_mlp(
@@ -150,6 +161,9 @@ def _moe_mlp(
         experts=_gated_mlp(hidden_size, width) * experts,
         shared=_gated_mlp(hidden_size, width * shared, shared_bias) if shared else 0,
         active_width=width * (top_k + shared),
+        expert_count=experts,
+        expert_width=width,
+        linear_width=width * shared,
     )
 
 
@@ -183,7 +197,7 @@ def _hy_v3_mlp(model_config: ModelConfig, index: int) -> MlpSize:
     layer_types = model_config.get("mlp_layer_types")
     if (layer_types[index] if layer_types else ("dense" if index == 0 else "sparse")) == "dense":
         width = model_config["intermediate_size"]
-        return MlpSize(experts=_gated_mlp(hidden_size, width, bias), active_width=width)
+        return MlpSize(experts=_gated_mlp(hidden_size, width, bias), active_width=width, linear_width=width)
     return _moe_mlp(
         hidden_size,
         model_config["moe_intermediate_size"],
@@ -221,6 +235,7 @@ _ENTRIES = (
         model_type="hunyuan",
         moe_block=("hynb.hunyuan_large", "HunYuanLargeMoE"),
         router=("hynb.hunyuan_large.modeling", "HunYuanLargeGate"),
+        linear_router="wg",
         cross_layer_attention=True,
         qk_norm=False,
         mlp_size=_hunyuan_mlp,
@@ -230,6 +245,8 @@ _ENTRIES = (
         model_type="hunyuan_v1_moe",
         moe_block=(_V1_MOE, "HunYuanMoEV1Moe"),
         router=(_V1_MOE, "HunYuanMoEV1Gate"),
+        linear_router="wg",
+        moves_mlp_adapters=True,
         mlp_size=_v1_moe_mlp,
     ),
     Family(model_type="hunyuan_v1_dense", mlp_size=_dense_mlp),

@@ -98,7 +98,7 @@ def are_derived(preset: zero.Preset) -> bool:
 def _reduced(count: memory.ParameterCount, workload: memory.Workload, gpu_bytes: int | None) -> int:
     """What one layer trains without its experts, whose tensors are reduced one by one in any case."""
     if workload.use_lora:
-        trained = count.lora(workload.lora_rank, workload.lora_target_modules)
+        trained = memory.adapter_size(count, workload)
         of_layer = trained // len(count.layers)
     elif workload.train_attention_params_only:
         trained, of_layer = count.attention, max(layer.attention for layer in count.layers)

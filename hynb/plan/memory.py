@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from hynb.errors import ModelError
 from hynb.families import Family, ModelConfig, family_of
 from hynb.plan.zero import PRESETS, Preset
 
+_MLP = ("gate_proj", "up_proj", "down_proj")
+# Tokens whose logits are in memory at the same time, in float32: 0.5 GB for a vocabulary of 128k.
+LOSS_PIECE_TOKENS = 1024
 # Mixed-precision Adam (arXiv 1910.02054, section 3.1): a float32 copy of each trained weight and two moments.
 _OPTIMIZER_BYTES = 12
 # CUDA context and NCCL buffers per GPU.
@@ -45,6 +48,9 @@ class LayerCount:
     Args:
         active_width: intermediate width that each token passes through in the MLP.
         projections: shapes (out, in) of the attention's projections.
+        linear: shapes (out, in) of all linear modules that an adapter can be on, by the last part of their names.
+        fused: number, rows and columns of each tensor that holds the matrices of all experts.
+        moves_mlp: as `Family.moves_mlp_adapters`.
     """
 
     attention: int
@@ -54,6 +60,9 @@ class LayerCount:
     norms: int
     active_width: int
     projections: dict[str, tuple[int, int]]
+    linear: dict[str, tuple[int, int]]
+    fused: tuple[tuple[int, int, int], ...]
+    moves_mlp: bool = False
 
     @property
     def total(self) -> int:
@@ -78,6 +87,19 @@ class LayerCount:
         projections = (out * width for out, width in self.projections.values())
         shared = (self.shared // 3,) * 3 if self.shared else ()
         return (*projections, *((self.router,) if self.router else ()), *self.expert_tensors, *shared)
+
+    def lora(self, names: Collection[str], *, on_experts: bool) -> int:
+        """Parameters of an adapter of rank 1, by the last parts of the names of linear modules."""
+        moved = set(_MLP) & set(names) if self.moves_mlp and self.fused else set()
+        size = sum(sum(self.linear[name]) for name in self.linear if name in names and name not in moved)
+        if moved or on_experts:
+            # The rank of a fused pair is that of both of its parts together.
+            ranks = (2 if "gate_proj" in moved else int(on_experts), int(on_experts or "down_proj" in moved))
+            size += sum(
+                rank * count * (rows + columns)
+                for rank, (count, rows, columns) in zip(ranks, self.fused, strict=False)
+            )
+        return size
 
     @property
     def moe_block(self) -> int:
@@ -120,14 +142,19 @@ class ParameterCount:
         """What `train_attention_params_only` trains: the `self_attn` modules, head norms included."""
         return sum(layer.attention for layer in self.layers)
 
-    def lora(self, rank: int, targets: tuple[str, ...]) -> int:
-        """Parameters of an adapter of this rank on the named projections of the attention."""
-        return sum(
-            rank * (out_features + in_features)
-            for layer in self.layers
-            for name, (out_features, in_features) in layer.projections.items()
-            if name in targets
-        )
+    def lora(self, rank: int, targets: Sequence[str], *, on_experts: bool = False) -> int:
+        """Parameters of an adapter of this rank (arXiv 2106.09685).
+
+        Args:
+            targets: names of linear modules, of which the last part counts.
+            on_experts: on the experts too, each of which gets an adapter of its own (peft 0.21, tuners/lora/layer.py,
+                `ParamWrapper`).
+        """
+        names = {target.rpartition(".")[2] for target in targets}
+        sizes = sum(layer.lora(names, on_experts=on_experts) for layer in self.layers)
+        if "lm_head" in names:
+            sizes += self.embeddings // self.final_norm + self.final_norm
+        return rank * sizes
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -145,6 +172,7 @@ class Workload:
     use_lora: bool = False
     lora_rank: int = 64
     lora_target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    lora_on_experts: bool = False
     train_attention_params_only: bool = False
     micro_batch_size: int = 1
     max_seq_length: int = 2048
@@ -230,7 +258,7 @@ def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> M
         ModelError: as `count_parameters`.
     """
     chosen, count = PRESETS[preset], count_parameters(model_config)
-    adapter = count.lora(workload.lora_rank, workload.lora_target_modules) if workload.use_lora else 0
+    adapter = adapter_size(count, workload)
     trained = adapter or (count.attention if workload.train_attention_params_only else count.total)
     weights_bytes = (count.total + adapter) * workload.weight_bytes
     gradients_bytes, optimizer_bytes = trained * workload.weight_bytes, trained * _OPTIMIZER_BYTES
@@ -242,7 +270,7 @@ def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> M
         "optimizer": 0 if chosen.offload_optimizer else optimizer_bytes // workload.world_size,
         **_buffers(chosen, count, trained, workload),
         "activations": _activation_bytes(model_config["hidden_size"], count, workload),
-        "logits": _logits_bytes(model_config["vocab_size"], workload),
+        "loss": _loss_bytes(count, model_config["vocab_size"], workload),
     }
     parts["fragmentation"] = int(sum(parts.values()) * _FRAGMENTATION)
     parts["CUDA"] = _CONTEXT_BYTES
@@ -256,6 +284,13 @@ def estimate(model_config: ModelConfig, workload: Workload, *, preset: str) -> M
         parts=parts,
         host_parts=host_parts,
     )
+
+
+def adapter_size(count: ParameterCount, workload: Workload) -> int:
+    """Parameters of the adapter that is trained; 0 without."""
+    if not workload.use_lora:
+        return 0
+    return count.lora(workload.lora_rank, workload.lora_target_modules, on_experts=workload.lora_on_experts)
 
 
 def cpu_bytes(plan: MemoryPlan, ranks: int) -> int:
@@ -338,6 +373,17 @@ def _layer(model_config: ModelConfig, family: Family, index: int) -> LayerCount:
     bias = sum(out for out, _ in projections.values()) if model_config.get("attention_bias") else 0
     head_norms = 2 * head_dim if model_config.get("use_qk_norm", family.qk_norm) else 0
     mlp = family.mlp_size(model_config, index)
+    width, expert_width = mlp.linear_width, mlp.expert_width
+    linear = dict(projections)
+    if width:
+        linear |= {
+            "gate_proj": (width, hidden_size),
+            "up_proj": (width, hidden_size),
+            "down_proj": (hidden_size, width),
+        }
+    if mlp.router and family.linear_router:
+        linear[family.linear_router] = (mlp.expert_count, hidden_size)
+    fused = ((mlp.expert_count, 2 * expert_width, hidden_size), (mlp.expert_count, hidden_size, expert_width))
     return LayerCount(
         attention=sum(out * width for out, width in projections.values()) + bias + head_norms,
         router=mlp.router,
@@ -346,6 +392,9 @@ def _layer(model_config: ModelConfig, family: Family, index: int) -> LayerCount:
         norms=2 * hidden_size,
         active_width=mlp.active_width,
         projections=projections,
+        linear=linear,
+        fused=fused if mlp.router else (),
+        moves_mlp=family.moves_mlp_adapters,
     )
 
 
@@ -379,6 +428,17 @@ def _activation_bytes(hidden_size: int, count: ParameterCount, workload: Workloa
     return sum(layers)
 
 
-def _logits_bytes(vocab_size: int, workload: Workload) -> int:
-    """Logits and their gradient in float32, and the logits in the model's own dtype."""
-    return workload.tokens_per_gpu * vocab_size * (8 + workload.weight_bytes)
+def _loss_bytes(count: ParameterCount, vocab_size: int, workload: Workload) -> int:
+    """What hynb's loss takes at its peak, which computes logits and gradients in pieces (hunyuan_large/loss.py).
+
+    Of each token the hidden state and its gradient; of a piece's tokens the logits and their exponentials in float32;
+    of a trained output layer its gradient, which is summed in float32.
+    """
+    width = workload.weight_bytes
+    tokens, hidden_size = workload.tokens_per_gpu, count.final_norm
+    if workload.use_lora and any(name.rpartition(".")[2] == "lm_head" for name in workload.lora_target_modules):
+        # An adapter on the output layer needs all logits, their float32 copy and its gradient.
+        return tokens * vocab_size * (8 + width)
+    trains_head = not workload.use_lora and not workload.train_attention_params_only
+    gradient = vocab_size * hidden_size * (4 + width) if trains_head else 0
+    return min(tokens, LOSS_PIECE_TOKENS) * vocab_size * 8 + 2 * tokens * hidden_size * width + gradient

@@ -52,6 +52,7 @@ def workload(config: Config, slots: list[int]) -> memory.Workload:
         use_lora=config.use_lora,
         lora_rank=config.lora_rank,
         lora_target_modules=tuple(config.lora_target_modules),
+        lora_on_experts=config.lora_on_experts,
         train_attention_params_only=config.train_attention_params_only,
         micro_batch_size=config.per_device_train_batch_size,
         max_seq_length=config.max_seq_length,

@@ -72,8 +72,17 @@ def add_adapter(model: PreTrainedModel, config: Config, base: Path | None) -> Pe
         target_parameters=parameters,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    try:
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ModelError(f"lora_target_modules = {','.join(config.lora_target_modules)}: {error}") from None
     assert isinstance(adapted, PeftModel)
+    moved = sorted(set(adapted.peft_config["default"].target_parameters or ()) - set(parameters or ()))
+    if moved:
+        logger.info(
+            f"lora_target_modules: of a {model.config.model_type} PEFT puts the adapters for the MLPs on all routed "
+            f"experts ({', '.join(moved)}) and none on the shared MLP, which takes far more memory"
+        )
     if base is not None:
         adapted.peft_config["default"].base_model_name_or_path = str(base)
     return adapted

@@ -29,14 +29,12 @@ from hynb.errors import ModelError
 from hynb.families import FAMILIES
 from hynb.hunyuan_large import PACKED_SDPA, HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
 from hynb.merge import TensorEntry
+from hynb.plan.memory import LOSS_PIECE_TOKENS
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import base_tensors, copy_model_files
 from hynb.train.library_loading import counted_reads
 
 logger = logging.getLogger(__name__)
-
-# Their logits take 0.5 GB for a vocabulary of 128k, in float32.
-LOSS_PIECE_TOKENS = 1024
 
 # The package that each needs, and transformers' name of it.
 _ATTENTION = {"flash": ("flash_attn", "flash_attention_2"), "flex": ("triton", "flex_attention")}

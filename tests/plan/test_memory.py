@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from large_model import LARGE
+from peft import LoraConfig, get_peft_model
 from tiny import OF_FAMILY, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,6 +42,41 @@ def test_counts_equal_those_of_a_model(family, sizes):
     assert counted.total == sum(weight.numel() for weight in model.parameters())
     attention = sum(weight.numel() for name, weight in model.named_parameters() if ".self_attn." in name)
     assert counted.attention == attention
+
+
+ADAPTERS = [
+    (("q_proj", "k_proj", "v_proj", "o_proj"), False),
+    (("self_attn.q_proj", "gate_proj", "up_proj", "down_proj", "wg", "lm_head"), False),
+    (("v_proj", "down_proj"), True),
+]
+
+
+@pytest.mark.parametrize(("targets", "on_experts"), ADAPTERS)
+@pytest.mark.parametrize(("family", "sizes"), VARIANTS)
+def test_adapters_are_those_of_peft(family, sizes, targets, on_experts):
+    config = AutoConfig.for_model(family, vocab_size=100, **(SIZES | OF_FAMILY[family] | sizes))
+    model = model_on_meta(config)
+    fused = {name.partition(".mlp.")[2] for name, _ in model.named_parameters() if ".mlp.experts." in name}
+    present = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    chosen = [name for name in targets if name.rpartition(".")[2] in present]
+    settings = LoraConfig(r=3, target_modules=chosen, target_parameters=sorted(fused) if on_experts else None)
+    with torch.device("meta"):
+        adapted = get_peft_model(model, settings)
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert count_parameters(config.to_dict()).lora(3, targets, on_experts=on_experts) == trained
+
+
+def test_the_loss_takes_pieces_of_the_logits():
+    """32k tokens: with whole logits in float32, its gradient and a bfloat16 copy it would be 42 GB."""
+    long = estimated("ds_zero3_offload", use_lora=True, max_seq_length=32768).parts["loss"]
+    assert long < 3e9
+    twice = estimated("ds_zero3_offload", use_lora=True, max_seq_length=65536).parts["loss"]
+    assert twice - long == 2 * 32768 * LARGE["hidden_size"] * 2, "hidden states and their gradients alone grow"
+    assert estimated("ds_zero3_offload", max_seq_length=32768).parts["loss"] > long + LARGE["vocab_size"] * 6400
+    on_head = estimated("ds_zero3_offload", use_lora=True, max_seq_length=32768, lora_target_modules=("lm_head",))
+    assert on_head.parts["loss"] == 32768 * LARGE["vocab_size"] * 10
 
 
 @pytest.mark.parametrize(
@@ -190,8 +226,7 @@ def test_activations_grow_with_the_experts_of_a_token():
 def test_gpus_that_share_a_sequence_share_its_activations():
     whole = estimated("ds_zero3_offload", max_seq_length=1 << 16)
     shared = estimated("ds_zero3_offload", max_seq_length=1 << 16, sequence_parallel_size=8)
-    for part in ("activations", "logits"):
-        assert shared.parts[part] == whole.parts[part] / 8
+    assert shared.parts["activations"] == whole.parts["activations"] / 8
     assert shared.parts["gathered layers"] == whole.parts["gathered layers"]
 
 
