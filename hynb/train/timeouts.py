@@ -56,8 +56,8 @@ def create_process_group(backend: str, limit: timedelta) -> None:
             raise
         raise RunFailedError(
             f"port {address[1]}, at which the ranks meet, was free at the launch and has been taken since: "
-            f"{listener_of(address[1]) or 'a program of another user'} listens on it. Start the run again; where "
-            "master_port is given, with another one"
+            f"{listener_of(address[1]) or 'a connection or a program of another user'} has it. Start the run again; "
+            "where master_port is given, with another one"
         ) from None
     # The same limit holds for what the ranks tell each other while the group is created.
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=_UNEVEN_WORK_LIMIT)

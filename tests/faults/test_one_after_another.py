@@ -99,7 +99,10 @@ def test_each_fault_is_named_and_the_run_goes_on_as_undisturbed(files, ranks, tm
     assert (status.state, status.host, status.rank) == ("failed", HOST, 1)
     assert "\nThe end of its log:\n" in status.reason and 'raise ValueError("odd shape")' in status.reason
     last = newest(run)
-    assert status.reason.splitlines()[-1].startswith(f"To go on from checkpoint-{last}: hynb launch --config ")
+    assert f"\nTo go on from checkpoint-{last}: hynb launch --config " in status.reason
+    assert status.reason.endswith(
+        f"Not started again by itself: all {len(FAULTS) - 1} restarts of max_restarts are used up"
+    )
     ranks.train(config.replace(max_steps=last + 2, allow_changed=["max_steps"], resume_from_checkpoint="last"))
     whole = ranks.train(config.replace(max_steps=last + 2, output_dir=str(tmp_path / "whole")))
     assert losses(run) == losses(whole)
