@@ -29,6 +29,7 @@ from .events import event_number as event_number
 from .events import notice_line as notice_line
 from .events import progress_line as progress_line
 from .events import saved_line as saved_line
+from .folder import LOG_BYTES as LOG_BYTES
 from .folder import RunDir as RunDir
 from .going_on import how_to_go_on as how_to_go_on
 from .heartbeat import Phase as Phase

@@ -34,7 +34,7 @@ from hynb.runs import (
     watchdog_abort,
 )
 from hynb.supervision.connections import Connections, Node
-from hynb.supervision.logs import LaunchLogs
+from hynb.supervision.logs import LaunchLogs, append_to_log
 from hynb.supervision.membership import STANDSTILL_SECONDS, Membership
 from hynb.supervision.process_end import end_text
 from hynb.supervision.processes import kill_over_ssh, kill_processes
@@ -399,8 +399,8 @@ class Supervisor:
     def _append_to_log(self, name: str, data: str) -> None:
         """Writes what a host's guard sent of a log or a failure record into the run folder."""
         if _LOG_NAME.fullmatch(name):
-            with contextlib.suppress(OSError), (self._dir.log / name).open("ab") as file:
-                file.write(data.encode("latin-1"))
+            with contextlib.suppress(OSError):
+                append_to_log(self._dir.log / name, data.encode("latin-1"))
 
     def _rank_ended(self, node: Node, message: dict[str, Any]) -> None:
         rank, exit_code, absent = message["rank"], message["code"], message["absent"]

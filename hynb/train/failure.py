@@ -156,7 +156,8 @@ def _record_name(rank: int) -> str:
 
 
 def _record(failure: Failure, record: dict[str, Any], run_dir: RunDir, *, is_rank_0: bool) -> None:
-    run_dir.log.mkdir(parents=True, exist_ok=True)
+    run_dir.create()
+    run_dir.log.mkdir(exist_ok=True)
     write_json(run_dir.failure(record["rank"]), record)
     if is_rank_0:
         known = RunReader(run_dir.path).status()
