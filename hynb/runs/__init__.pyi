@@ -39,6 +39,7 @@ from .integrity import checkpoint_files as checkpoint_files
 from .integrity import file_digests as file_digests
 from .integrity import flush as flush
 from .process import ProcessId as ProcessId
+from .process import stat_fields as stat_fields
 from .records import is_launch_id as is_launch_id
 from .records import read_record as read_record
 from .status import RunStatus as RunStatus

@@ -38,7 +38,7 @@ from hynb.supervision.logs import LaunchLogs, append_to_log
 from hynb.supervision.membership import STANDSTILL_SECONDS, Membership
 from hynb.supervision.process_end import end_text
 from hynb.supervision.processes import kill_over_ssh, kill_processes
-from hynb.supervision.stacks import Stacks
+from hynb.supervision.stacks import STACKS_SECONDS, Stacks
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ GRACE_SECONDS = 3.0
 _TURN_SECONDS = 0.1
 # A guard ends its host's processes within this time; otherwise they are ended over ssh.
 _KILL_SECONDS = 2.0
-# Guards answer within about a second.
-_STACKS_SECONDS = 3.0
 # The launcher's own processes end after the ranks.
 _LAUNCHER_END_SECONDS = 30.0
 _UNKNOWN_END = "was killed by a signal that is not known: by a person or a program, or probably for lack of memory"
@@ -165,7 +163,7 @@ class Supervisor:
                 return self._normal_end()
 
     def _await_stacks(self) -> None:
-        deadline = time.monotonic() + _STACKS_SECONDS
+        deadline = time.monotonic() + STACKS_SECONDS
         while not self._stacks.is_complete and time.monotonic() < deadline:
             self._read_inbox(_TURN_SECONDS)
 
