@@ -76,7 +76,7 @@ HELP_ZH = {
     "allow_changed": "续训时允许与被中断的运行不同的参数；data 表示另外的训练数据。",
     "trust_checkpoint": "允许从没有匹配摘要的 checkpoint 续训；反序列化会运行其中的代码。",
     "on_nan": "损失或梯度为 NaN 或无穷大时的处理。stop：结束训练，并指出样本和模块；skip：所有进程跳过这一步，连续十次后停止。",
-    "group_readable": "允许同组用户进入 output_dir（权限 0750）；新建的文件夹默认只有所有者可读，因为日志里会出现数据。",
+    "group_readable": "允许同组用户进入 output_dir（权限 0750）；新建的文件夹默认只有所有者可读，因为日志里会出现数据。其中文件的权限由 umask 决定：umask 为 077 时，同组用户只能看到文件名，不能读取文件内容。",
     "on_full_disk": "检查点在磁盘上放不下时的处理。stop：结束训练；keep_training：跳过并提示，下次保存时再试；最后一个检查点会等到有空间为止。",
     "on_spike": "记录的损失远高于之前的中位数时的处理。mark：记录并在图中标出；stop：结束训练。",
     "logging_steps": "events.jsonl 中两行日志之间的步数。",

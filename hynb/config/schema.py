@@ -266,7 +266,8 @@ class Config:
     group_readable: bool = _parameter(
         False,
         "run",
-        "Let the group enter output_dir (mode 0750); a new one is for its owner alone, as logs show data.",
+        "Let the group enter output_dir (mode 0750); a new one is for its owner alone, as logs show data. Its files "
+        "get the mode that umask gives them: with 077 the group can list them but not read them.",
     )
     overwrite_output_dir: bool = _parameter(
         False, "run", "Remove an earlier run's files from output_dir before starting."

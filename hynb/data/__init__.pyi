@@ -1,4 +1,5 @@
 from .cache import cache_folder as cache_folder
+from .cache import create_cache_folder as create_cache_folder
 from .check import check_data as check_data
 from .dataset import ChatDataset as ChatDataset
 from .dataset import Collator as Collator

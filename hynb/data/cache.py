@@ -37,6 +37,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hynb"
 
 
+def create_cache_folder(folder: Path) -> None:
+    """Creates a folder of the cache, for its owner alone: what a cache holds is users' data.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[bool]:
     """Waits until no other process makes the target, and keeps them waiting; yields whether the lock is held.
@@ -67,7 +76,7 @@ def locked(target: Path) -> Iterator[bool]:
 def _try_lock(path: Path) -> int | None:
     """The descriptor of a locked file; None if another process holds the lock, -1 if there can be none."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        create_cache_folder(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
         return -1
@@ -105,8 +114,7 @@ def made_once(target: Path, write: Callable[[Path], None], *, durable: bool = Fa
     with locked(target) as alone:
         if target.exists():
             return target
-        # What a cache holds is users' data.
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        create_cache_folder(target.parent)
         with temporary(target, alone=alone) as path:
             write(path)
             if durable:

@@ -25,8 +25,8 @@ import jinja2.sandbox
 import jinja2.visitor
 
 _MARK, _END, _COUNT = "_mark_message", "_mark_end", "_count_iteration"
-# Of one rendering: turns of all loops and calls of macros (a tenth of a second of them), beside those of a loop over the
-# messages within a loop over them; and what it may write.
+# Of one rendering: turns of all loops and calls of macros, a tenth of a second of them, beside those of a loop over
+# messages within another one over them; and what it may write.
 _MOST_ITERATIONS, _MOST_CHARACTERS = 100_000, 100_000_000
 # Of a power's result; no template needs one.
 _MOST_DIGITS = 1000

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hynb.data.arrays import map_arrays, write_arrays
-from hynb.data.cache import cache_folder
+from hynb.data.cache import cache_folder, create_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class TokenWriter:
         try:
             # Workers reserve their part of the file in it; -1: a write has failed.
             self._position: Any = multiprocessing.get_context("fork").Value("q", 0)
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            create_cache_folder(path.parent)
             free = free_bytes(path.parent)
             if free - needed < RESERVE_BYTES:
                 self.problem = (

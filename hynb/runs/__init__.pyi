@@ -29,6 +29,7 @@ from .events import event_number as event_number
 from .events import notice_line as notice_line
 from .events import progress_line as progress_line
 from .events import saved_line as saved_line
+from .folder import LOG_BYTES as LOG_BYTES
 from .folder import RunDir as RunDir
 from .going_on import how_to_go_on as how_to_go_on
 from .heartbeat import Phase as Phase
@@ -38,6 +39,7 @@ from .integrity import checkpoint_files as checkpoint_files
 from .integrity import file_digests as file_digests
 from .integrity import flush as flush
 from .process import ProcessId as ProcessId
+from .process import stat_fields as stat_fields
 from .records import is_launch_id as is_launch_id
 from .records import read_record as read_record
 from .status import RunStatus as RunStatus

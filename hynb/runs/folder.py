@@ -11,6 +11,8 @@ from hynb.errors import RunError
 from hynb.files import path_problem
 from hynb.runs.records import read_failure
 
+# Of a rank's log: a run of weeks with a line per second writes as much. Its end is what a reader looks at.
+LOG_BYTES = 200_000_000
 # Characters of a path that cannot be one.
 _SHOWN = 200
 

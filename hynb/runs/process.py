@@ -13,7 +13,7 @@ import psutil
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
-# Of /proc/PID/stat, counted behind the name, which may hold any character (man 5 proc).
+# Of `stat_fields`.
 _STATE, _START_TICKS = 0, 19
 
 
@@ -75,13 +75,23 @@ class ProcessId:
         return same and state not in ("Z", "X")
 
 
+def stat_fields(pid: int) -> list[bytes]:
+    """What /proc/PID/stat says of a process, from its third field on, its state (man proc_pid_stat).
+
+    Raises:
+        OSError: there is no such process.
+    """
+    # The name before may hold spaces and brackets.
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+
+
 def _stat(pid: int) -> tuple[str, int]:
     """The state of a process, as a letter, and its start in clock ticks since the kernel's.
 
     Raises:
         OSError: there is no such process.
     """
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    fields = stat_fields(pid)
     return fields[_STATE].decode(), int(fields[_START_TICKS])
 
 

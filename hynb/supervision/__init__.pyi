@@ -18,6 +18,7 @@ from .ranks import join as join
 from .ranks import leave as leave
 from .ranks import mark as mark
 from .restart import Restarts as Restarts
+from .stacks import STACKS_SECONDS as STACKS_SECONDS
 from .start import Start as Start
 from .start import kill as kill
 from .start import paste_lines as paste_lines

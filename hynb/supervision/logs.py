@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from hynb.runs import RunDir
+from hynb.runs import LOG_BYTES, RunDir
 
 _LINES = 8
 _TAIL_BYTES = 100_000
@@ -43,6 +43,24 @@ class LaunchLogs:
         with self._dir.launcher_log.open("rb") as file:
             file.seek(self._launcher_start)
             return file.read().decode(errors="replace").splitlines()
+
+
+def append_to_log(path: Path, data: bytes, *, limit_bytes: int = LOG_BYTES) -> None:
+    """Adds what another host has sent of a log; like the rank's own file it begins anew once it is large.
+
+    Args:
+        limit_bytes: what a file may hold; what it held until then is kept beside it as `.1`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("ab") as file:
+        file.write(data)
+        size = file.tell()
+    if size >= limit_bytes and data.endswith((b"\n", b"\r")):
+        path.replace(path.with_name(f"{path.name}.1"))
+        # An earlier launch of the folder may have left a log of the same rank, which would be taken for the newest.
+        path.touch()
 
 
 def _tail(path: Path) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from hynb.runs import stat_fields
+
 # The kernel's counters of processes that it has ended for lack of memory: of a group of processes, by the version of
 # its interface (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst), and of the whole host.
 _GROUP_FILES = ("memory.events", "memory.oom_control")
@@ -24,9 +26,8 @@ def exit_code_of_zombie(pid: int) -> int | None:
     """
     with contextlib.suppress(OSError, ValueError, psutil.Error):
         if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            # Field 52 (man proc_pid_stat): as waitpid reports it. A name may hold spaces and brackets.
-            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-            return os.waitstatus_to_exitcode(int(fields[49]))
+            # Field 52 (man proc_pid_stat): as waitpid reports it.
+            return os.waitstatus_to_exitcode(int(stat_fields(pid)[49]))
     return None
 
 

@@ -15,6 +15,9 @@ from typing import Any, TextIO
 from hynb.runs import RunDir
 from hynb.supervision.connections import Node
 
+# A rank that waited in vain stays so long, and the supervisor waits so long, for the stacks of all ranks.
+# Guards answer within about a second.
+STACKS_SECONDS = 3.0
 _SIGNAL = signal.SIGUSR1
 # A rank writes within milliseconds, unless a signal has stopped it or its machine is overloaded.
 _WRITE_SECONDS = 1.0

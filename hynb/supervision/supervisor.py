@@ -34,11 +34,11 @@ from hynb.runs import (
     watchdog_abort,
 )
 from hynb.supervision.connections import Connections, Node
-from hynb.supervision.logs import LaunchLogs
+from hynb.supervision.logs import LaunchLogs, append_to_log
 from hynb.supervision.membership import STANDSTILL_SECONDS, Membership
 from hynb.supervision.process_end import end_text
 from hynb.supervision.processes import kill_over_ssh, kill_processes
-from hynb.supervision.stacks import Stacks
+from hynb.supervision.stacks import STACKS_SECONDS, Stacks
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ GRACE_SECONDS = 3.0
 _TURN_SECONDS = 0.1
 # A guard ends its host's processes within this time; otherwise they are ended over ssh.
 _KILL_SECONDS = 2.0
-# Guards answer within about a second.
-_STACKS_SECONDS = 3.0
 # The launcher's own processes end after the ranks.
 _LAUNCHER_END_SECONDS = 30.0
 _UNKNOWN_END = "was killed by a signal that is not known: by a person or a program, or probably for lack of memory"
@@ -165,7 +163,7 @@ class Supervisor:
                 return self._normal_end()
 
     def _await_stacks(self) -> None:
-        deadline = time.monotonic() + _STACKS_SECONDS
+        deadline = time.monotonic() + STACKS_SECONDS
         while not self._stacks.is_complete and time.monotonic() < deadline:
             self._read_inbox(_TURN_SECONDS)
 
@@ -399,8 +397,8 @@ class Supervisor:
     def _append_to_log(self, name: str, data: str) -> None:
         """Writes what a host's guard sent of a log or a failure record into the run folder."""
         if _LOG_NAME.fullmatch(name):
-            with contextlib.suppress(OSError), (self._dir.log / name).open("ab") as file:
-                file.write(data.encode("latin-1"))
+            with contextlib.suppress(OSError):
+                append_to_log(self._dir.log / name, data.encode("latin-1"))
 
     def _rank_ended(self, node: Node, message: dict[str, Any]) -> None:
         rank, exit_code, absent = message["rank"], message["code"], message["absent"]

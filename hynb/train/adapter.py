@@ -77,7 +77,9 @@ def add_adapter(model: PreTrainedModel, config: Config, base: Path | None) -> Pe
     except ValueError as error:
         raise ModelError(f"lora_target_modules = {','.join(config.lora_target_modules)}: {error}") from None
     assert isinstance(adapted, PeftModel)
-    moved = sorted(set(adapted.peft_config["default"].target_parameters or ()) - set(parameters or ()))
+    created = adapted.peft_config["default"]
+    assert isinstance(created, LoraConfig)
+    moved = sorted(set(created.target_parameters or ()) - set(parameters or ()))
     if moved:
         logger.info(
             f"lora_target_modules: of a {model.config.model_type} PEFT puts the adapters for the MLPs on all routed "

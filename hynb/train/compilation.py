@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hynb.data import cache_folder
+from hynb.data import cache_folder, create_cache_folder
 from hynb.errors import ConfigError
 from hynb.plan import ops
 
@@ -60,8 +60,7 @@ def compile_ops(ds_config: Mapping[str, Any], *, on_cpu: bool, started: Callable
     os.environ.setdefault(_FOLDER_VARIABLE, str(cache_folder() / "torch_extensions" / socket.gethostname()))
     folder = Path(os.environ[_FOLDER_VARIABLE])
     if folder.is_relative_to(cache_folder()):
-        # Users' data is kept there too.
-        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        create_cache_folder(cache_folder())
     started()
     with _locked(folder):
         for name, reason in names.items():

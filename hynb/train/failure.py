@@ -16,10 +16,10 @@ from hynb.errors import HynbError, RankError
 from hynb.files import is_full, write_json
 from hynb.plan import zero
 from hynb.runs import RunDir, RunReader, RunWriter, name_ranks
+from hynb.supervision import STACKS_SECONDS
 
 # Time that the other ranks of a host leave rank 0 to report a mistake before the launcher ends it.
 _GRACE_SECONDS = 5.0
-_STACKS_SECONDS = 3.0
 _MISTAKE_CODE = HynbError.exit_code
 _LOST_CONNECTION = (
     *("Connection closed by peer", "Connection reset by peer", "gloo/transport", "remote process exited"),
@@ -147,7 +147,7 @@ def report_failure(
             _record(failure, record, run_dir, is_rank_0=rank == 0)
     if failure.late and registry is not None:
         # The launcher ends the others as soon as this process has ended: time to see where they are.
-        time.sleep(_STACKS_SECONDS)
+        time.sleep(STACKS_SECONDS)
     return failure.exit_code
 
 
@@ -156,7 +156,8 @@ def _record_name(rank: int) -> str:
 
 
 def _record(failure: Failure, record: dict[str, Any], run_dir: RunDir, *, is_rank_0: bool) -> None:
-    run_dir.log.mkdir(parents=True, exist_ok=True)
+    run_dir.create()
+    run_dir.log.mkdir(exist_ok=True)
     write_json(run_dir.failure(record["rank"]), record)
     if is_rank_0:
         known = RunReader(run_dir.path).status()

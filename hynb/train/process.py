@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import io
 import logging
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -17,13 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hynb.cluster import free_port
-from hynb.runs import RunWriter
+from hynb.runs import LOG_BYTES, RunWriter
 
 T = TypeVar("T")
 
-# Of a rank's log: a run of weeks with a line per second writes as much. Its end is what a reader looks at.
-_LOG_BYTES = 200_000_000
-
+_COPIED_BYTES = 1 << 20
 # What every rank imports, with all that these bring; DeepSpeed imports the last one with each engine.
 _LIBRARIES = (
     *("deepspeed", "peft", "transformers.trainer", "transformers.integrations", "torch.utils.tensorboard"),
@@ -67,14 +67,16 @@ def show_output_at_once() -> None:
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
-def rotate_output(log_folder: Path, *, limit_bytes: int = _LOG_BYTES) -> None:
-    """Begins this rank's log anew once it is large; the file until then is kept beside it as `.1`.
+def rotate_output(log_folder: Path, *, limit_bytes: int = LOG_BYTES) -> None:
+    """Begins this rank's log anew once it is large; what it held until then is kept beside it as `.1`.
+
+    The file stays the same one: data loader workers and the launcher have it open too.
 
     Args:
         log_folder: output to another place is left as it is.
         limit_bytes: what a file may hold.
     """
-    # On a full disk the output stays in the old file.
+    # On a full disk the log goes on.
     with contextlib.suppress(OSError):
         status = os.fstat(1)
         if not stat.S_ISREG(status.st_mode) or status.st_size < limit_bytes:
@@ -82,13 +84,28 @@ def rotate_output(log_folder: Path, *, limit_bytes: int = _LOG_BYTES) -> None:
         path = Path("/proc/self/fd/1").readlink()
         if path.parent != log_folder.resolve() or path.suffix != ".log" or not path.is_file():
             return
+        if shutil.disk_usage(path.parent).free < status.st_size:
+            return
         sys.stdout.flush()
-        new = path.with_name(f"{path.name}.new")
-        with new.open("ab") as file:
-            path.replace(path.with_name(f"{path.name}.1"))
-            new.replace(path)
-            for descriptor in (1, 2) if os.path.sameopenfile(1, 2) else (1,):
-                os.dup2(file.fileno(), descriptor)
+        for descriptor in (1, 2) if os.path.sameopenfile(1, 2) else (1,):
+            # Of all processes that have inherited it, whose next line would else leave a hole before it.
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
+        _move_content(path, path.with_name(f"{path.name}.1"))
+
+
+def _move_content(path: Path, target: Path) -> None:
+    """Copies what is in this process's output file and empties it."""
+    copy = target.with_name(f"{path.name}.new")
+    try:
+        with path.open("rb") as source, copy.open("wb", buffering=0) as file:
+            shutil.copyfileobj(source, file, _COPIED_BYTES)
+            copy.replace(target)
+            # What others have written meanwhile, until nothing is left.
+            shutil.copyfileobj(source, file, _COPIED_BYTES)
+            if file.tell() == os.fstat(1).st_size:
+                os.ftruncate(1, 0)
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 class _LastingOutput:

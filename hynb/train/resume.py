@@ -29,6 +29,7 @@ from hynb.runs import (
     resume_candidates,
     set_aside,
 )
+from hynb.train.gathering import of_all_ranks
 from hynb.train.process import decided_by_rank_0
 from hynb.train.timeouts import uneven_work
 
@@ -206,8 +207,7 @@ def _of_rank_0(value: Any) -> Any:
 
 def _of_all(problems: list[str]) -> list[str]:
     """The problems that all ranks have found, with the host where not every one has the same."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (socket.gethostname(), problems))
+    found: list[tuple[str, list[str]]] = of_all_ranks((socket.gethostname(), problems))
     hosts = {host for host, _ in found}
     texts = {f"{host}: {text}" if len(hosts) > 1 else text: None for host, some in found for text in some}
     return list(texts)

@@ -551,7 +551,7 @@ def test_data_files(tmp_path, monkeypatch, name):
 def trained_text(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
     """The answers that a conversation is trained on."""
     conversation = parse_line(json.dumps(CONVERSATIONS[number]).encode(), "f:1")
-    labels = encode(conversation, tokenizer, 500, LabelOptions(allow_ignored_fields=True))["labels"]
+    labels = encode(conversation, tokenizer, 1 << 20, LabelOptions(allow_ignored_fields=True))["labels"]
     return tokenizer.decode([label for label in labels if label >= 0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from hynb.supervision.logs import append_to_log
 from hynb.supervision.node_guard import Guard
 
 
@@ -24,3 +25,12 @@ def test_a_log_that_begins_anew_is_copied_whole(tmp_path):
         file.write("six\n")
     assert guard._send_new(log, whole=False)
     assert "".join(sent) == "one\ntwo\nthree\nfour\nfive\nsix\n"
+
+
+def test_the_copy_of_a_log_begins_anew_at_the_end_of_a_line(tmp_path):
+    log, kept = tmp_path / "20260101000000_rank1.log", tmp_path / "20260101000000_rank1.log.1"
+    for part in (b"one\ntwo\n", b"three\nfo", b"ur\n", b"five\n"):
+        append_to_log(log, part, limit_bytes=12)
+    assert kept.read_bytes() == b"one\ntwo\nthree\nfour\n" and log.read_bytes() == b"five\n"
+    append_to_log(log, b"six and seven\n", limit_bytes=12)
+    assert kept.read_bytes() == b"five\nsix and seven\n" and log.read_bytes() == b""

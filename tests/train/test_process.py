@@ -29,6 +29,34 @@ def test_a_log_begins_anew_once_it_is_large(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [log.name, f"{log.name}.1"]
 
 
+WITH_A_WORKER = """
+import subprocess, sys
+from pathlib import Path
+from hynb.train.process import rotate_output
+code = "import sys\\nfor line in sys.stdin:\\n  print('worker', line, end='', flush=True); sys.stderr.write('.')"
+worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+for number in range(5):
+    print(f"rank {number} " + "x" * 100, flush=True)
+    worker.stdin.write(f"{number}\\n")
+    worker.stdin.flush()
+    worker.stderr.read(1)
+    rotate_output(Path(sys.argv[1]), limit_bytes=200)
+worker.stdin.close()
+worker.wait()
+"""
+
+
+def test_a_worker_that_has_the_log_open_writes_into_the_new_one(tmp_path):
+    log = tmp_path / "20260101000000_rank0.log"
+    with log.open("wb") as file:
+        subprocess.run([sys.executable, "-c", WITH_A_WORKER, tmp_path], stdout=file, stderr=file, check=True)
+        # The launcher has it open too.
+        file.write(b"launcher\n")
+    before, now = log.with_name(f"{log.name}.1").read_text(), log.read_text()
+    assert [line.split(" x")[0] for line in before.splitlines()] == ["rank 2", "worker 2", "rank 3", "worker 3"]
+    assert [line.split(" x")[0] for line in now.splitlines()] == ["rank 4", "worker 4", "launcher"]
+
+
 def test_output_to_another_place_is_left_as_it_is(tmp_path):
     mine = tmp_path / "mine.log"
     with mine.open("wb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import statistics
 
 import torch
 from training_runs import config_of
@@ -121,7 +122,9 @@ def test_slow_ranks_of_a_run_are_named_with_their_hosts(files, ranks, tmp_path):
     assert event["host"] == socket.gethostname() and event["share"] > 1.3 and event["global_step"] == 20
     assert notice_line(event) == f"slow: {event['text']}" and event["text"].startswith("rank 1 on ")
     logs = {event["global_step"]: event for event in run.events() if event["kind"] == "log"}
-    times = logs[15]["nanoseconds_per_token_per_rank"]
+    measured = [log["nanoseconds_per_token_per_rank"] for log in logs.values() if log["global_step"] % 5 == 0]
+    # Of all of them: on a busy machine any rank may be slow once.
+    times = [statistics.median(of_rank) for of_rank in zip(*measured, strict=True)]
     assert len(times) == 3 and max(times) == times[1]
     assert "nanoseconds_per_token_per_rank" not in logs[16], "each fifth step is measured"
     waited = [sum(times) for times in zip(*(log["data_seconds_per_rank"] for log in logs.values()), strict=True)]
