@@ -317,6 +317,12 @@ def notice_line(event: dict[str, Any]) -> str:
     if event["kind"] == "spike":
         limit = f"limit {event.get('limit')}, usual {event.get('usual_loss')}"
         return f"step {event['global_step']}: the loss has a spike: {event.get('loss')} ({limit})"
+    if event["kind"] == "loss_jump":
+        limit = f"limit {event.get('limit')}, usual {event.get('usual_loss')}"
+        return (
+            f"step {event['global_step']}: the first losses after the resume, {event.get('losses')}, are far above "
+            f"those before it ({limit}): see what has changed in the event of the resume"
+        )
     if event["kind"] == "restart":
         lost = event.get("lost_hosts")
         without = f", without {', '.join(map(str, lost))}" if isinstance(lost, list) and lost else ""

@@ -36,6 +36,8 @@ _MOST_OVERFLOWS_AT_MINIMUM = 5
 # distribution.
 SPIKE_WINDOW, SPIKE_LEAST = 50, 20
 SPIKE_DEVIATIONS, SPIKE_SHARE = 8.0, 0.1
+# After a resume so many losses are compared, by the same measure, with the last ones before it.
+JUMP_LOSSES = 3
 
 Forward = Callable[[Any, dict[str, Any]], Any]
 
@@ -54,10 +56,10 @@ class Spike:
     limit: float
 
 
-def spike(loss: float, before: Sequence[float]) -> Spike | None:
-    """Whether a loss is a spike among those that were logged before it; None if not, or if they are too few."""
+def spike(loss: float, before: Sequence[float], *, least: int = SPIKE_LEAST) -> Spike | None:
+    """Whether a loss is a spike among those that were logged before it; None if not, or if too few were logged."""
     window = [value for value in before[-SPIKE_WINDOW:] if math.isfinite(value)]
-    if len(window) < SPIKE_LEAST or not math.isfinite(loss):
+    if len(window) < least or not math.isfinite(loss):
         return None
     usual = median(window)
     deviation = median(abs(value - usual) for value in window)
@@ -97,6 +99,7 @@ class StepWatch:
         self._in_a_row = self._at_minimum = 0
         self._skipped_since_log = 0
         self._logged_step: int | None = None
+        self._logged_since_resume: int | None = None
 
     def attach(self, engine: Any, prepared: Any) -> None:
         """Makes a step with a gradient that is not finite leave the weights alone, where DeepSpeed does not.
@@ -170,6 +173,7 @@ class StepWatch:
     def resumed(self, global_step: int) -> None:
         """Training begins after this step."""
         self._logged_step = global_step
+        self._logged_since_resume = 0 if global_step else None
 
     def look_for_spike(self, loss: float, before: Sequence[float], global_step: int) -> None:
         """Records a loss that is far above those before it, or ends the run.
@@ -181,6 +185,7 @@ class StepWatch:
         Raises:
             RankError: under `on_spike: stop`.
         """
+        self._look_for_jump(loss, before, global_step)
         found = spike(loss, before)
         if found is None:
             return
@@ -197,6 +202,20 @@ class StepWatch:
                 rank=0,
                 host=socket.gethostname(),
             )
+
+    def _look_for_jump(self, loss: float, before: Sequence[float], global_step: int) -> None:
+        """Records that the first losses after a resume are far above those before it."""
+        if self._logged_since_resume is None:
+            return
+        self._logged_since_resume += 1
+        if self._logged_since_resume < JUMP_LOSSES:
+            return
+        self._logged_since_resume = None
+        after, earlier = [*before[len(before) - JUMP_LOSSES + 1 :], loss], before[: len(before) - JUMP_LOSSES + 1]
+        found = spike(median(after), earlier, least=JUMP_LOSSES)
+        if found and self._writer:
+            limits = {"usual_loss": round(found.usual, 6), "limit": round(found.limit, 6)}
+            self._writer.event("loss_jump", global_step, losses=after, **limits)
 
     def _look_at_loss_scale(self, optimizer: Any, global_step: int) -> None:
         scale, least = _loss_scale(optimizer)

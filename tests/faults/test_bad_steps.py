@@ -21,6 +21,7 @@ from hynb.config import to_yaml
 from hynb.data import ChatDataset, SeededSampler
 from hynb.errors import RankError
 from hynb.launch import attach
+from hynb.runs import RunReader, RunWriter, notice_line
 from hynb.train.step_samples import StepSamples
 from hynb.train.step_watch import SPIKE_LEAST, StepWatch, spike
 
@@ -147,6 +148,33 @@ def test_a_spike_is_far_above_what_is_usual():
     assert spike(2.15, [2.0] * SPIKE_LEAST) is None, "within a tenth, where losses are all alike"
     assert spike(2.3, [math.nan] * 9 + [2.0] * SPIKE_LEAST) is not None
     assert spike(math.nan, before) is None and spike(1.0, before) is None
+
+
+@pytest.mark.parametrize(
+    ("resumed_after", "losses_after", "jumps"),
+    [
+        (6, [2.0, 2.1, 2.0], False),
+        (6, [2.9, 2.0, 2.1], False),
+        (6, [2.9, 2.8, 3.0, 2.9], True),
+        (0, [9.0] * 3, False),
+    ],
+    ids=["as before", "one spike", "all above", "a new run"],
+)
+def test_losses_that_jump_at_a_resume_are_reported_once(tmp_path, resumed_after, losses_after, jumps):
+    writer, logged = RunWriter(tmp_path), [2.0, 2.1, 2.2, 2.0, 2.1, 2.0][:resumed_after]
+    samples = StepSamples(None, None, micro_batch_size=1, accumulation=1, replicas=1)  # pyright: ignore
+    watch = StepWatch(on_nan="stop", on_spike="mark", samples=samples, writer=writer)
+    watch.resumed(resumed_after)
+    for loss in losses_after:
+        watch.look_for_spike(loss, logged, len(logged) + 1)
+        logged.append(loss)
+    events = [event for event in RunReader(tmp_path).events() if event["kind"] == "loss_jump"]
+    assert len(events) == jumps
+    if jumps:
+        assert (events[0]["global_step"], events[0]["losses"]) == (9, [2.9, 2.8, 3.0])
+        assert notice_line(events[0]).startswith(
+            "step 9: the first losses after the resume, [2.9, 2.8, 3.0], are far"
+        )
 
 
 def test_overflow_of_float16_that_does_not_recover_ends_the_run():
