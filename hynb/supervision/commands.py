@@ -15,6 +15,7 @@ import psutil
 from hynb.cluster import VISIBLE_VARIABLE
 from hynb.config import Config
 from hynb.runs import RunDir
+from hynb.supervision.environment import is_secret
 from hynb.supervision.membership import PASTED_VISIBLE_VARIABLE
 from hynb.supervision.plan import CODE, Plan, filter_text, plan_unchecked
 
@@ -101,7 +102,8 @@ def node_command(plan: Plan, run_dir: RunDir, node: int) -> list[str]:
 
 def paste_text(plan: Plan, run_dir: RunDir, variables: dict[str, str], secret_file: Path) -> str:
     """What a person pastes on each of the other hosts; holds no secret."""
-    exports = "; ".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+    shown = {name: value for name, value in variables.items() if not is_secret(name)}
+    exports = "; ".join(f"export {name}={shlex.quote(value)}" for name, value in shown.items())
     # DeepSpeed's launcher sets the variable anew; the ranks take the devices that it named on their host.
     exports += f'; export {PASTED_VISIBLE_VARIABLE}="${{{VISIBLE_VARIABLE}-}}"'
     lines = []

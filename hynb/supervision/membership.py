@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,15 @@ class Membership:
         secret = {} if secret_file else {_SECRET_VARIABLE: self.secret}
         return secret | {LAUNCH_VARIABLE: self.launch_id, _MEMBERSHIP_VARIABLE: encoded.decode()}
 
+    def secret_text(self, variables: Mapping[str, str]) -> str:
+        """The file that carries the secret, and variables of the ranks that are secrets too."""
+        return "\n".join((self.secret, *(f"{name}={value}" for name, value in variables.items())))
+
     @classmethod
     def from_environment(cls) -> Membership | None:
-        """The membership of this process; None where the ranks were started by hand, without supervision.
+        """The membership of this process, whose environment gets the variables that are secrets.
+
+        None where the ranks were started by hand, without supervision.
 
         Raises:
             ClusterError: the file that holds the secret cannot be read.
@@ -103,12 +110,13 @@ class Membership:
         secret = os.environ.get(_SECRET_VARIABLE, "")
         if file := record.pop("secret_file"):
             try:
-                secret = Path(file).read_text(encoding="utf-8").strip()
+                secret, *variables = Path(file).read_text(encoding="utf-8").splitlines() or [""]
             except OSError as error:
                 raise ClusterError(
                     f"{file} on {socket.gethostname()}: cannot be read: {error.strerror}. Copy the file there from "
                     f"{record['supervisor_host']}, readable by its owner alone"
                 ) from None
+            os.environ |= dict(line.split("=", 1) for line in variables)
         return cls.from_record(record, secret)
 
     def ranks_of(self, node: int) -> range:

@@ -21,7 +21,7 @@ from hynb.errors import ClusterError
 from hynb.files import leave_request
 from hynb.runs import RunDir
 from hynb.supervision.commands import launch_command, paste_text
-from hynb.supervision.environment import rank_environment
+from hynb.supervision.environment import is_secret, rank_environment
 from hynb.supervision.membership import LAUNCH_VARIABLE, Membership
 from hynb.supervision.plan import CODE, SSH_SECONDS, Plan, whole_hosts
 from hynb.supervision.processes import kill_over_ssh
@@ -87,8 +87,9 @@ def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environ
         devices=plan.devices,
     )
     secret_file = run_dir.secret(launch_id)
+    secret_text = membership.secret_text({name: value for name, value in variables.items() if is_secret(name)})
     if plan.ssh is not None:
-        _send_secret(plan, plan.ssh, secret_file, membership.secret)
+        _send_secret(plan, plan.ssh, secret_file, secret_text)
     # Slurm passes the environment on itself, and no ssh carries a file to its hosts.
     needs_secret = plan.launcher == "slurm"
     variables |= membership.variables(secret_file=None if needs_secret else secret_file)
@@ -96,7 +97,7 @@ def prepare(plan: Plan, config: Config, run_dir: RunDir, launch_id: str, environ
         # The address of rank 0's host is known to the supervisor once it has joined.
         variables["MASTER_PORT"] = str(plan.master_port)
     files = {
-        secret_file: membership.secret,
+        secret_file: secret_text,
         run_dir.hostfile: hostfile.to_text(whole_hosts(plan.hosts)),
         run_dir.deepspeed_env: _deepspeed_env_text(plan, variables),
     }
@@ -128,7 +129,7 @@ def supervise(
         file_descriptors: of the listening sockets.
         signals: as of Supervisor.
     """
-    secret = run_dir.secret(launch["id"]).read_text(encoding="utf-8").strip()
+    secret = run_dir.secret(launch["id"]).read_text(encoding="utf-8").splitlines()[0]
     environment = os.environ | {LAUNCH_VARIABLE: launch["id"]}
     if launch["needs_secret"]:
         environment["HYNB_SECRET"] = secret
@@ -173,7 +174,8 @@ def _deepspeed_env_text(plan: Plan, variables: dict[str, str]) -> str:
     """The variables that DeepSpeed's runner exports on every host."""
     lines = []
     for name, value in variables.items():
-        if name == "HYNB_SECRET" or "\n" in value:
+        # Those are in a file of their own, or in the environment that Slurm passes on.
+        if is_secret(name) or "\n" in value:
             continue
         if plan.launcher == "pdsh":
             # The runner puts the value between double quotes into a shell's command line, and pdsh expands %.
@@ -182,7 +184,7 @@ def _deepspeed_env_text(plan: Plan, variables: dict[str, str]) -> str:
     return "".join(lines)
 
 
-def _send_secret(plan: Plan, ssh: Ssh, path: Path, secret: str) -> None:
+def _send_secret(plan: Plan, ssh: Ssh, path: Path, text: str) -> None:
     quoted, log, run_folder = (shlex.quote(str(item)) for item in (path, path.parent, path.parent.parent))
     # The mode of a new run folder, which its parents do not get.
     script = (
@@ -190,7 +192,7 @@ def _send_secret(plan: Plan, ssh: Ssh, path: Path, secret: str) -> None:
     )
 
     def send(host: Host) -> str:
-        answer = ssh.run(host.name, ["sh", "-c", script], deadline_seconds=SSH_SECONDS, input=secret)
+        answer = ssh.run(host.name, ["sh", "-c", script], deadline_seconds=SSH_SECONDS, input=text)
         if answer.problem or answer.code:
             return f"{host.name}: output_dir cannot be written there: {answer.problem or answer.err.strip()}"
         return ""

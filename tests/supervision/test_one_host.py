@@ -465,7 +465,6 @@ def test_registries_of_killed_guards_are_removed_at_the_next_start_and_no_others
 
 def test_membership_travels_through_the_environment_unchanged(tmp_path, monkeypatch):
     secret_file = tmp_path / "secret"
-    secret_file.write_text("s3cret\n")
     membership = Membership(
         launch_id="1" * 32,
         run_folder=tmp_path / "odd $(x) `y` 'z' \"w\" % name",
@@ -478,6 +477,8 @@ def test_membership_travels_through_the_environment_unchanged(tmp_path, monkeypa
         silence_seconds=7,
         devices=(("GPU-1", "MIG-2"), None),
     )
+    monkeypatch.delenv("OUR_API_KEY", raising=False)
+    secret_file.write_text(membership.secret_text({"OUR_API_KEY": "=our key="}))
     for file in (secret_file, None):
         variables = membership.variables(secret_file=file)
         assert ("s3cret" in "".join(variables.values())) == (file is None)
@@ -486,6 +487,7 @@ def test_membership_travels_through_the_environment_unchanged(tmp_path, monkeypa
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         assert Membership.from_environment() == membership
+        assert os.environ["OUR_API_KEY"] == "=our key="
     assert [list(membership.ranks_of(node)) for node in (0, 1)] == [[0, 1], [2, 3, 4]]
     assert [membership.node_of(rank) for rank in range(5)] == [0, 0, 1, 1, 1]
 

@@ -46,9 +46,16 @@ def one_host_losses(apart) -> Callable[[str], dict[int, float]]:
 @pytest.mark.parametrize(("place", "stage"), [("apart", "ZeRO-2"), ("apart", "ZeRO-3"), ("together", "ZeRO-3")])
 def test_losses_equal_those_of_one_host_through_a_stop_and_a_resume(place, stage, request, one_host_losses):
     hosts = request.getfixturevalue(place)
-    job = Job(hosts, f"run of {stage}")
+    job, token = Job(hosts, f"run of {stage}"), "t0ken-of-this-test"
+    variables = hosts.alpha.path(hosts.alpha.disk / ".deepspeed_env")
+    variables.write_text(f"OUR_TOKEN={token}\nNCCL_DEBUG=INFO\n")
     job.launch(deepspeed=STAGES[stage], max_steps=STEPS[stage])
     job.until_trains()
+    variables.unlink()
+    assert not [process for host in hosts for process in host.processes() if token in " ".join(process.argv)]
+    written = (path for path in job.dir.path.rglob("*") if path.is_file())
+    holding = {path for path in written if token in path.read_text(errors="ignore")}
+    assert holding <= set(job.dir.log.glob(".secret-*"))
     stopped = job.cli("stop", job.folder)
     assert "stopped on request after a checkpoint" in stopped.stdout
     job.until_ended(END_SECONDS)
