@@ -448,9 +448,9 @@ def build_trainer(state: RankState) -> None:
 
 def train(state: RankState) -> None:
     """Trains until the last step or a stop request."""
-    from hynb.train import resharded_loading
+    from hynb.train import checkpoint_loading
 
-    with resharded_loading(state.resume, state.shape, state.writer):
+    with checkpoint_loading(state.resume, state.shape, state.writer, trusted=state.config.trust_checkpoint):
         state.trainer.train(resume_from_checkpoint=str(state.resume) if state.resume else None)
 
 

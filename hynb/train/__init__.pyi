@@ -38,7 +38,7 @@ from .process import outlive_full_disk as outlive_full_disk
 from .process import set_up_process as set_up_process
 from .process import show_output_at_once as show_output_at_once
 from .process import start_notes as start_notes
-from .resharding import resharded_loading as resharded_loading
+from .resharding import checkpoint_loading as checkpoint_loading
 from .resume import begin_resumed as begin_resumed
 from .resume import choose_checkpoint as choose_checkpoint
 from .resume import compare_with_checkpoint as compare_with_checkpoint

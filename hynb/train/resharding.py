@@ -27,6 +27,7 @@ from hynb.errors import RunError
 from hynb.runs import CHECKPOINT_RECORD, RunWriter, is_resharded, read_record
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.library_loading import replaced
+from hynb.train.saved_states import load_states, restricted_unpickling
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class SavedStates:
 
     Args:
         folder: of the checkpoint.
+        trusted: whatever is in it may be unpickled.
 
     Attributes:
         model: what the first rank saved beside the states: steps, schedule, buffers.
@@ -68,7 +70,7 @@ class SavedStates:
             not what DeepSpeed saves.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trusted: bool) -> None:
         self._pieces: dict[str, list[_Piece]] = defaultdict(list)
         self.steps: torch.Tensor | float | None = None
         self._folder = folder
@@ -76,9 +78,9 @@ class SavedStates:
         models = sorted(folder.glob("global_step*/*_model_states.pt"), key=_rank_of)
         if not optimizers or not models:
             raise RunError(f"{folder}: has no optimizer states of DeepSpeed, so it cannot be resumed")
-        self.model: dict[str, Any] = _load(models[0])
+        self.model: dict[str, Any] = load_states(models[0], trusted=trusted, mmap=True)
         for rank, path in enumerate(optimizers):
-            states = _load(path)["optimizer_state_dict"]
+            states = load_states(path, trusted=trusted, mmap=True)["optimizer_state_dict"]
             try:
                 self._take(states, rank, len(optimizers))
             except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -138,16 +140,17 @@ class SavedStates:
         return found
 
 
-def load_resharded(engine: Any, folder: Path, progress: ByteProgress) -> None:
+def load_resharded(engine: Any, folder: Path, progress: ByteProgress, *, trusted: bool) -> None:
     """Loads a checkpoint into a new engine, as `engine.load_checkpoint` does at the same number of ranks and stage.
 
     Args:
         engine: DeepSpeed's, under ZeRO 1, 2 or 3.
+        trusted: whatever is in the checkpoint may be unpickled.
 
     Raises:
         RunError: the checkpoint is of another model, or cannot be loaded in this way.
     """
-    optimizer, saved = engine.optimizer, SavedStates(folder)
+    optimizer, saved = engine.optimizer, SavedStates(folder, trusted=trusted)
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     trained = {name for parameter, name in names.items() if parameter.requires_grad}
     if trained != saved.names():
@@ -175,25 +178,28 @@ def load_resharded(engine: Any, folder: Path, progress: ByteProgress) -> None:
 
 
 @contextlib.contextmanager
-def resharded_loading(resume: Path | None, shape: Mapping[str, Any], writer: RunWriter | None) -> Iterator[None]:
+def checkpoint_loading(
+    resume: Path | None, shape: Mapping[str, Any], writer: RunWriter | None, *, trusted: bool
+) -> Iterator[None]:
     """Lets the Trainer load a checkpoint by `load_resharded` where this run has another number of ranks or stage.
 
     Args:
         resume: the checkpoint; None without one.
         shape: of this run, as from `run_shape`.
         writer: shows the progress; None on other ranks than 0.
+        trusted: whatever is in the checkpoint may be unpickled.
     """
     # The Trainer has no other place to choose how a checkpoint is loaded.
     module: Any = importlib.import_module("transformers.trainer")
     show = writer.progress if writer else None
 
     def load(engine: Any, checkpoint_path: str, load_module_strict: bool = True) -> None:
-        load_resharded(
-            engine, Path(checkpoint_path), ByteProgress("loading states", factor=dist.get_world_size(), show=show)
-        )
+        progress = ByteProgress("loading states", factor=dist.get_world_size(), show=show)
+        load_resharded(engine, Path(checkpoint_path), progress, trusted=trusted)
 
     if resume is None or not is_resharded(resume, shape):
-        yield
+        with restricted_unpickling(trusted=trusted):
+            yield
         return
     with replaced(module, "deepspeed_load_checkpoint", load):
         yield
@@ -291,8 +297,3 @@ def _states_of_ranks(folder: Path) -> list[Path]:
 def _rank_of(path: Path) -> int:
     match = re.search(r"zero_pp_rank_(\d+)_", path.name)
     return int(match[1]) if match else 0
-
-
-def _load(path: Path) -> dict[str, Any]:
-    # Digests have proven the file to be the run's own, or trust_checkpoint says so; DeepSpeed's states hold objects.
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
