@@ -86,6 +86,11 @@ def end_text(exit_code: int, killed_for_memory: str) -> str:
     return f"was ended by {name}"
 
 
+def launcher_end_text(exit_code: int) -> str:
+    """How DeepSpeed's launcher has ended, whose exit code is often that of a rank."""
+    return f"the launcher {end_text(exit_code, '') if exit_code < 0 else f'ended with exit code {exit_code}'}"
+
+
 def memory_evidence(before: dict[str, int], after: dict[str, int]) -> str:
     """Which counter of `memory_kills` has risen, the one of a group of processes first; empty where none has."""
     risen = [file for file, count in after.items() if count > before.get(file, count)]

@@ -36,7 +36,7 @@ from hynb.runs import (
 from hynb.supervision.connections import Connections, Node
 from hynb.supervision.logs import LaunchLogs, append_to_log
 from hynb.supervision.membership import STANDSTILL_SECONDS, Membership
-from hynb.supervision.process_end import end_text
+from hynb.supervision.process_end import end_text, launcher_end_text
 from hynb.supervision.processes import kill_over_ssh, kill_processes
 from hynb.supervision.stacks import STACKS_SECONDS, Stacks
 
@@ -228,7 +228,7 @@ class Supervisor:
         elif self._launcher_ended_at is None:
             self._launcher_ended_at = now
         elif now - self._launcher_ended_at > GRACE_SECONDS and self._launcher.returncode and not self._is_stopping():
-            self._fail(f"the launcher ended with exit code {self._launcher.returncode}", None, grace_seconds=0)
+            self._fail(launcher_end_text(self._launcher.returncode), None, grace_seconds=0)
 
     def _is_stopping(self) -> bool:
         """Whether the ranks are to end by themselves: a scheduler may have ended the launcher, such as pdsh's ssh."""
@@ -270,9 +270,8 @@ class Supervisor:
                 return
         names = ", ".join(node.name for node in waiting)
         if self._launcher.poll() is not None and self._launcher.returncode:
-            code = self._launcher.returncode
             node = waiting[0] if len(waiting) < len(self._nodes) or len(self._nodes) == 1 else None
-            reason = f"the launcher ended with exit code {code} before {names} joined"
+            reason = f"{launcher_end_text(self._launcher.returncode)} before {names} joined"
             self._fail(reason + self._start_tail(node), node, weight=3, grace_seconds=0)
         elif now > self._start_deadline:
             reason = f"{names}: did not join within start_timeout_seconds = {self._membership.start_seconds:g}"

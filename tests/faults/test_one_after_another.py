@@ -68,7 +68,7 @@ RANK_1 = "--local_rank=1"
 # The last one ends the run for good.
 FAULTS: dict[str, tuple[Callable[[Run, Path], None], str]] = {
     "SIGKILL to a rank": (to(signal.SIGKILL, RANK_1), f"rank 1 on {HOST} was killed (SIGKILL)"),
-    "SIGKILL to the launcher": (to(signal.SIGKILL, "deepspeed.launcher.launch"), "the launcher ended"),
+    "SIGKILL to the launcher": (to(signal.SIGKILL, "deepspeed.launcher.launch"), "the launcher was killed (SIGKILL)"),
     "SIGKILL to a guard": (to(signal.SIGKILL, "hynb.supervision.node_guard"), f"{HOST}: its guard ended"),
     "SIGINT to a rank": (to(signal.SIGINT, RANK_1), f"rank 1 on {HOST}: interrupted by SIGINT (Ctrl-C)"),
     "SIGKILL to a reader": (
