@@ -29,7 +29,7 @@ from hynb.errors import ModelError
 from hynb.families import FAMILIES
 from hynb.hunyuan_large import PACKED_SDPA, HunYuanLargeForCausalLM, LanguageModelHead, causal_loss
 from hynb.merge import TensorEntry
-from hynb.plan.memory import LOSS_PIECE_TOKENS
+from hynb.plan import memory
 from hynb.train.byte_progress import ByteProgress
 from hynb.train.checkpoint import base_tensors, copy_model_files
 from hynb.train.library_loading import counted_reads
@@ -132,7 +132,7 @@ def write_random_base(
     logger.info(f"the random base model of this adapter is kept in {folder}")
 
 
-def save_loss_memory(model: PreTrainedModel, *, piece_tokens: int = LOSS_PIECE_TOKENS) -> None:
+def save_loss_memory(model: PreTrainedModel, *, piece_tokens: int = memory.LOSS_PIECE_TOKENS) -> None:
     """Makes a model compute its loss in pieces: the logits of a long sequence over 128k tokens would fill a GPU.
 
     Hunyuan-Large supports this itself. The forward pass of transformers' own Hunyuan classes is replaced by one that
