@@ -44,7 +44,7 @@ def events_of_run(files: Path, folder: Path, args: argparse.Namespace, *, backgr
         max_steps=SAVE_STEPS * SAVES,
         save_steps=SAVE_STEPS,
         save_total_limit=1,
-        max_seq_length=64,
+        max_seq_length=256,
         async_save=background,
     )
     launch(config).wait(timeout_seconds=1800, check=True)
@@ -55,7 +55,7 @@ def main() -> None:
     """Prints one line per way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--lora_rank", type=int, default=512)
+    parser.add_argument("--lora_rank", type=int, default=1024)
     parser.add_argument("--preset", default="ds_zero2_no_offload")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
