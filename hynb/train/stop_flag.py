@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from hynb.files import is_there
 from hynb.runs import RunDir, stop_cause
+from hynb.train.gathering import LateAnswer
 from hynb.train.termination import Termination
 
 # A look at a network disk may take milliseconds, and a message between the ranks half a millisecond of each.
@@ -36,15 +37,13 @@ class StopFlag:
         self._terminated = 0
         self._looked_at = -_LOOK_SECONDS
         self._requested = False
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if several else None
-        self._under_way: tuple[dist.Work, torch.Tensor] | None = None
+        self._answer = LateAnswer()
         self._due_in = self._steps = 1
         self._sent_at: float | None = None
 
     def is_set(self) -> bool:
         """Whether all ranks are to stop now; called by every rank once per step."""
-        if self._group is None:
+        if not self._answer.is_needed:
             return self._look()
         stop = self.finish()
         self._due_in -= 1
@@ -54,11 +53,9 @@ class StopFlag:
 
     def finish(self) -> bool:
         """Waits for the message that is under way; whether it said to stop."""
-        if self._under_way is None:
+        message = self._answer.take()
+        if message is None:
             return False
-        work, message = self._under_way
-        self._under_way = None
-        work.wait()
         requested, self._steps, self._terminated = message.int().tolist()
         self._due_in = self._steps
         return bool(requested or self._terminated)
@@ -66,7 +63,7 @@ class StopFlag:
     def cause(self) -> str:
         """Who has asked for the end, as a text that follows "stopped"; of a request rank 0 alone knows."""
         if self._terminated:
-            ranks = dist.get_world_size() if self._group else 1
+            ranks = dist.get_world_size() if self._answer.is_needed else 1
             return f"by SIGTERM to {self._terminated} of {ranks} ranks" if ranks > 1 else "by SIGTERM to its rank"
         return stop_cause(self._run_dir)
 
@@ -80,9 +77,7 @@ class StopFlag:
             self._sent_at = now
             message[0], message[1] = float(is_there(self._run_dir.stop_request)), min(max(1, steps), _MOST_STEPS)
         message[2] = float(self._termination.noted)
-        work = dist.all_reduce(message, group=self._group, async_op=True)
-        assert work is not None
-        self._under_way = work, message
+        self._answer.ask(message)
 
     def _look(self) -> bool:
         self._terminated = int(self._termination.noted)
